@@ -1,0 +1,3 @@
+//! Runs a real LLM and audits its FLOP count.
+pub mod config;
+pub mod error;
