@@ -155,8 +155,9 @@ impl ModelConfig {
         let fail = |key: &str, why: String| -> Result<()> {
             Err(Error::Config { origin: origin.into(), key: key.into(), why }.into())
         };
-        // Far above any published model, and low enough that every tensor's byte count fits usize.
+        // Far above any published model, and low enough that no count below can overflow.
         const LARGEST: usize = 1 << 24;
+        const MOST_LAYERS: usize = 1 << 16;
         let sizes = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -178,6 +179,14 @@ impl ModelConfig {
         let (h, k) = (self.num_attention_heads, self.num_key_value_heads);
         if !h.is_multiple_of(k) {
             return fail("num_key_value_heads", format!("is {k}, which does not divide {h} heads"));
+        }
+        let q_width = h.saturating_mul(self.head_dim.unwrap_or(1));
+        if q_width > LARGEST {
+            return fail("head_dim", format!("makes attention {q_width} wide, above {LARGEST}"));
+        }
+        if self.num_hidden_layers > MOST_LAYERS {
+            let why = format!("is {}, above {MOST_LAYERS}", self.num_hidden_layers);
+            return fail("num_hidden_layers", why);
         }
         if self.head_dim.is_none() && !self.hidden_size.is_multiple_of(h) {
             let why = format!("is {h}, which does not divide hidden_size {}", self.hidden_size);
@@ -323,7 +332,7 @@ impl fmt::Display for Projection {
 impl FromStr for Projection {
     type Err = Error;
 
-    fn from_str(s: &str) -> Result<Self, Error> {
+    fn from_str(s: &str) -> std::result::Result<Self, Error> {
         Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| {
             let known = Self::ALL.map(Self::name).join(", ");
             Error::flag("--lora-targets", format!("no projection `{s}`; known: {known}"))

@@ -1,0 +1,325 @@
+//! Flags that several commands share, each spelled and explained once.
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{
+    config::{LoraConfig, ModelConfig, Projection},
+    error::{Error, Result},
+    ledger::Dtype,
+    model::{AdapterSource, Qwen2},
+    prices::Prices,
+    report::{self, JsonOutput, Report},
+    weights::{self, Checkpoint, PeftAdapter},
+    workload::{Logits, Sampling, Task},
+};
+
+/// Which model.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Hub id, directory of safetensors, .gguf file, or synthetic[:preset][:seed]
+    /// [default: ./weights, else Qwen/Qwen2.5-0.5B-Instruct]
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// A config.json; its weights are synthetic where they are needed
+    #[arg(long, value_name = "FILE", conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// A published size, qwen2.5-0.5b … qwen2.5-72b, or tiny; synthetic weights likewise
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "config"])]
+    pub preset: Option<String>,
+}
+
+impl ModelArgs {
+    /// Opens the checkpoint, with tensors and tokenizer.
+    pub fn open(&self) -> Result<Checkpoint> {
+        match self.config()? {
+            Some((config, origin)) => {
+                Ok(Checkpoint::synthetic(config, 0, format!("synthetic weights of {origin}")))
+            }
+            None => weights::open(self.model.as_deref()),
+        }
+    }
+
+    /// The config alone, and where it came from.
+    pub fn config_only(&self) -> Result<(ModelConfig, String)> {
+        if let Some(found) = self.config()? {
+            return Ok(found);
+        }
+        match &self.model {
+            Some(model) => {
+                let checkpoint = weights::open(Some(model))?;
+                Ok((checkpoint.config, checkpoint.origin))
+            }
+            None => Ok((ModelConfig::preset(DEFAULT_PRESET)?, format!("preset {DEFAULT_PRESET}"))),
+        }
+    }
+
+    fn config(&self) -> Result<Option<(ModelConfig, String)>> {
+        if let Some(file) = &self.config {
+            return Ok(Some((ModelConfig::from_file(file)?, file.display().to_string())));
+        }
+        let preset = self.preset.as_deref();
+        preset.map(|p| Ok((ModelConfig::preset(p)?, format!("preset {p}")))).transpose()
+    }
+}
+
+const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
+
+/// Which adapters.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "LoRA")]
+pub struct LoraArgs {
+    /// Rank of the adapters; 0 is none
+    #[arg(long, value_name = "R", default_value_t = 0)]
+    pub lora_rank: usize,
+    /// The adapters' output is scaled by alpha / rank
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
+    pub lora_alpha: f64,
+    /// Adapted projections
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
+    pub lora_targets: Vec<Projection>,
+}
+
+impl LoraArgs {
+    /// The adapters' config, checked against the model's.
+    pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
+        LoraConfig::new(model, self.lora_rank, self.lora_alpha, &self.lora_targets)
+    }
+}
+
+/// What counts, and for how much.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Counting")]
+pub struct CountingArgs {
+    /// Which ops are counted: exact is what this program executes
+    #[arg(long, value_enum, default_value_t = Structure::Exact)]
+    pub structure: Structure,
+    /// What a primitive costs: unit, coursework (exp, log, sqrt, trig 10), matmul (2mnk, all else
+    /// free), or a TOML file
+    #[arg(long, value_name = "PRICES", default_value = "unit")]
+    pub prices: String,
+}
+
+impl CountingArgs {
+    /// The price list.
+    pub fn prices(&self) -> Result<Prices> {
+        Prices::named(&self.prices)
+    }
+}
+
+/// A list of ops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Structure {
+    /// As executed.
+    Exact,
+}
+
+/// Where and in which precision.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Execution")]
+pub struct ExecutionArgs {
+    /// cpu, cuda[:N] or metal
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    #[command(flatten)]
+    pub dtype: DtypeArg,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// A trained adapter in PEFT's format
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_targets"])]
+    pub adapter: Option<PathBuf>,
+    /// Seed of draws, and of the adapters' initial values
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Time each op (waits for the device around it, so the run is slower)
+    #[arg(long)]
+    pub op_times: bool,
+}
+
+/// Element type of weights and activations.
+#[derive(Debug, Args)]
+pub struct DtypeArg {
+    /// Element type of weights and activations
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    pub dtype: Dtype,
+}
+
+impl ExecutionArgs {
+    /// Prepares the threads, opens the device.
+    pub fn device(&self) -> Result<Device> {
+        if let Some(threads) = self.threads {
+            // candle and rayon read it once, at their first parallel operation.
+            // SAFETY: called before any other thread exists.
+            unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+        }
+        let fail = |why: String| Error::flag("--device", why);
+        let (kind, index) = self.device.split_once(':').unwrap_or((&self.device, "0"));
+        let index: usize = match (kind, index.parse()) {
+            ("cpu" | "metal", _) if self.device.contains(':') => {
+                return Err(fail(format!("`{}`: only cuda takes a number", self.device)).into());
+            }
+            (_, Ok(index)) => index,
+            (_, Err(_)) => {
+                return Err(fail(format!("`{}`: `{index}` is no number", self.device)).into());
+            }
+        };
+        let opened = match kind {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" if cfg!(feature = "cuda") => Device::new_cuda(index),
+            "metal" if cfg!(feature = "metal") => Device::new_metal(0),
+            "cuda" | "metal" => {
+                let why = format!("this build has no {kind}; build with `--features {kind}`");
+                return Err(fail(why).into());
+            }
+            other => {
+                return Err(fail(format!("no device `{other}`; cpu, cuda[:N] or metal")).into());
+            }
+        };
+        opened.map_err(|e| fail(format!("cannot open {}: {e}", self.device)).into())
+    }
+
+    /// Loads the model with its adapters, behind a progress bar.
+    pub fn load(&self, checkpoint: &Checkpoint, lora: &LoraArgs) -> Result<Qwen2> {
+        let device = self.device()?;
+        let Checkpoint { config, weights, .. } = checkpoint;
+        let adapters = match &self.adapter {
+            Some(dir) => AdapterSource::Peft(PeftAdapter::open(dir, config)?),
+            None => AdapterSource::Fresh { lora: lora.config(config)?, seed: self.seed },
+        };
+        let bar = ProgressBar::new(config.num_hidden_layers as u64);
+        let style = ProgressStyle::with_template("loading weights {bar:30} {pos}/{len} layers");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let progress = |layer| bar.set_position(layer as u64 + 1);
+        let model = Qwen2::load(config, weights, &adapters, self.dtype.dtype, &device, progress);
+        bar.finish_and_clear();
+        model
+    }
+}
+
+/// Where the result goes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Write JSON to FILE; without FILE, to stdout and nothing else there
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    json: Option<PathBuf>,
+}
+
+/// An opened output.
+#[derive(Debug)]
+pub struct Output(Option<JsonOutput>);
+
+impl OutputArgs {
+    /// Opens the output before the work starts.
+    pub fn open(&self) -> Result<Output> {
+        Ok(Output(self.json.as_deref().map(JsonOutput::open).transpose()?))
+    }
+}
+
+impl Output {
+    /// Whether stdout is for people.
+    pub fn is_human(&self) -> bool {
+        !matches!(self.0, Some(JsonOutput::Stdout))
+    }
+
+    /// Prints the report, for people (unless `quiet`) and as JSON where asked for.
+    pub fn write(self, report: &Report, quiet: bool) -> Result<()> {
+        if self.is_human() && !quiet {
+            report::print(report)?;
+        }
+        self.0.map_or(Ok(()), |json| json.write(report))
+    }
+}
+
+/// The dimensions of a forward pass.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct ForwardArgs {
+    /// Tokens fed to each sequence
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: u64,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+    /// Tokens already in the KV cache
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub past: u64,
+    /// Positions that get logits
+    #[arg(long, value_enum, default_value_t = Logits::All)]
+    pub logits: Logits,
+}
+
+impl ForwardArgs {
+    /// The task.
+    pub fn task(&self) -> Task {
+        let &Self { batch, seq, past, logits } = self;
+        Task::Forward { batch, seq, past, logits }
+    }
+}
+
+/// The dimensions of a generation.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct GenerationArgs {
+    /// Tokens of each prompt
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub prompt_tokens: u64,
+    /// Tokens chosen for each sequence
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub new_tokens: u64,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+    /// Run over the whole context again for each token
+    #[arg(long)]
+    pub no_kv_cache: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+impl GenerationArgs {
+    /// The task.
+    pub fn task(&self) -> Result<Task> {
+        Ok(Task::Generate {
+            batch: self.batch,
+            prompt_tokens: self.prompt_tokens,
+            new_tokens: self.new_tokens,
+            max_new_tokens: self.new_tokens,
+            kv_cache: !self.no_kv_cache,
+            sampling: self.sampling.sampling()?,
+        })
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// 0 is greedy; above 0, draw from softmax(logits / temperature)
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw among the K likeliest
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Draw among the likeliest that together hold probability P
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Factor against tokens already in the context; 1 is off
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    pub repeat_penalty: f64,
+}
+
+impl SamplingArgs {
+    /// The same, checked.
+    pub fn sampling(&self) -> Result<Sampling> {
+        let &Self { temperature, top_k, top_p, repeat_penalty } = self;
+        let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
+        sampling.validate()?;
+        Ok(sampling)
+    }
+}

@@ -1,0 +1,109 @@
+//! `flopaudit audit`: a workload executed on random tokens, and all three countings compared.
+
+use std::cell::RefCell;
+
+use clap::{Args, Subcommand};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::args::{
+    CountingArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
+};
+use crate::{
+    audit::Audit,
+    error::Result,
+    generate::{Request, generate},
+    ledger::{Ledger, Phase},
+    meter::Meter,
+    model::Qwen2,
+    report::Report,
+    workload::{Task, Workload},
+};
+
+/// What to audit.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// One forward pass.
+    Forward(Box<Run<ForwardArgs>>),
+    /// A generation.
+    Generate(Box<Run<GenerationArgs>>),
+}
+
+/// A workload's dimensions and how to run it.
+#[derive(Debug, Args)]
+pub struct Run<T: Args> {
+    #[command(flatten)]
+    task: T,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    execution: ExecutionArgs,
+    #[command(flatten)]
+    counting: CountingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Executes, compares, prints.
+pub fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Forward(args) => audit(&args, args.task.task()),
+        Command::Generate(args) => audit(&args, args.task.task()?),
+    }
+}
+
+fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
+    let output = args.output.open()?;
+    let prices = args.counting.prices()?;
+    let checkpoint = args.model.open()?;
+    let model = args.execution.load(&checkpoint, &args.lora)?;
+    let workload = Workload {
+        model: model.config().clone(),
+        lora: model.lora().clone(),
+        dtype: model.dtype(),
+        task,
+    };
+    workload.validate()?;
+    let ledger = execute(&model, task, &args.execution)?;
+    let workloads = vec![workload];
+    let audit = Audit::new(&workloads, &ledger)?;
+    let report = Report::new("audit", &checkpoint.origin, workloads, &prices, &audit.executed)?;
+    let report = match args.execution.op_times {
+        true => report.with_times(&ledger),
+        false => report,
+    };
+    output.write(&report.with_audit(&audit)?, false)?;
+    audit.verdict()
+}
+
+/// Runs `task` on random tokens; cached tokens before a forward pass are zeros, which cost the
+/// same.
+fn execute(model: &Qwen2, task: Task, execution: &ExecutionArgs) -> Result<Ledger> {
+    let ledger = RefCell::new(Ledger::default());
+    let mut rng = StdRng::seed_from_u64(execution.seed);
+    let vocab = model.config().vocab_size as u32;
+    let mut tokens = |n: u64| -> Vec<u32> { (0..n).map(|_| rng.random_range(0..vocab)).collect() };
+    match task {
+        Task::Forward { batch, seq, past, logits } => {
+            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let mut cache = model.cache(meter, batch as usize, (past + seq) as usize)?;
+            cache.set_past(past as usize)?;
+            let ids = tokens(batch * seq);
+            model.forward(meter.phase(Phase::Forward), &ids, batch as usize, &mut cache, logits)?;
+        }
+        Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => {
+            let request = Request {
+                prompts: (0..batch).map(|_| tokens(prompt_tokens)).collect(),
+                max_new_tokens: new_tokens as usize,
+                sampling,
+                seed: execution.seed,
+                kv_cache,
+                eos: vec![],
+                timed: execution.op_times,
+            };
+            generate(model, &request, &ledger, |_, _| {})?;
+        }
+    }
+    Ok(ledger.into_inner())
+}

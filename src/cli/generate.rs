@@ -1,0 +1,301 @@
+//! `flopaudit generate`: text, then the audited account of what it took.
+
+use std::{
+    cell::RefCell,
+    collections::BTreeMap,
+    io::{IsTerminal, Read, Write},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use super::args::{
+    CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
+};
+use crate::{
+    audit::Audit,
+    error::{Error, Result},
+    generate::{Generation, Request, Sequence, generate},
+    ledger::{Ledger, Phase},
+    model::Qwen2,
+    prices::Prices,
+    report::{GenerationReport, Report, SequenceReport, Timings},
+    tally::Tally,
+    text::Text,
+    traffic::Traffic,
+    weights::Checkpoint,
+    workload::Workload,
+};
+
+/// Flags of `generate`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The prompt; `-` reads it from stdin
+    #[arg(required_unless_present = "prompts")]
+    prompt: Option<String>,
+    /// A file of prompts, one a line; prompts of equal length run as one batch
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    prompts: Option<PathBuf>,
+    /// Feed the prompt as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// System message of the chat template
+    #[arg(long, conflicts_with = "raw")]
+    system: Option<String>,
+    /// Most new tokens of a sequence
+    #[arg(long, visible_alias = "new-tokens", value_name = "N", default_value_t = 256)]
+    max_new_tokens: usize,
+    /// Do not stop at the model's ending tokens
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Run over the whole context again for each token, as the notebook counts
+    #[arg(long)]
+    no_kv_cache: bool,
+    /// Do not compare the countings
+    #[arg(long)]
+    no_audit: bool,
+    /// Print the text alone
+    #[arg(long, short)]
+    quiet: bool,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    execution: ExecutionArgs,
+    #[command(flatten)]
+    counting: CountingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Generates, reports, audits.
+pub fn run(args: Args) -> Result<()> {
+    let output = args.output.open()?;
+    let prices = args.counting.prices()?;
+    args.sampling.sampling()?;
+    let prompts = args.read_prompts()?;
+    let start = Instant::now();
+    let checkpoint = args.model.open()?;
+    if checkpoint.synthetic {
+        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+        anstream::eprintln!(
+            "{yellow}warning:{yellow:#} synthetic weights: the FLOPs are real, the text is noise"
+        );
+    }
+    let encoded = args.encode(&checkpoint.text, &prompts)?;
+    let model = args.execution.load(&checkpoint, &args.lora)?;
+    let load = start.elapsed();
+
+    let run = args.generate_all(&model, &checkpoint.text, &encoded, &output)?;
+    let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
+    let audit = match args.no_audit {
+        true => None,
+        false => Some(Audit::new(&run.workloads(), &run.ledger)?),
+    };
+    let report = audit.iter().try_fold(report, |report, audit| report.with_audit(audit))?;
+    output.write(&report, args.quiet)?;
+    audit.map_or(Ok(()), |audit| audit.verdict())
+}
+
+/// Everything that ran, batch after batch.
+struct Run {
+    ledger: Ledger,
+    /// Indices of the prompts, and what became of them.
+    batches: Vec<(Vec<usize>, Generation)>,
+}
+
+impl Run {
+    fn workloads(&self) -> Vec<Workload> {
+        self.batches.iter().map(|(_, g)| g.workload.clone()).collect()
+    }
+
+    /// Sequences in the order of the prompts.
+    fn sequences(&self) -> Vec<&Sequence> {
+        let mut indexed: Vec<_> = self
+            .batches
+            .iter()
+            .flat_map(|(indices, g)| indices.iter().zip(&g.sequences))
+            .collect();
+        indexed.sort_by_key(|(index, _)| **index);
+        indexed.into_iter().map(|(_, sequence)| sequence).collect()
+    }
+}
+
+impl Args {
+    fn read_prompts(&self) -> Result<Vec<String>> {
+        let prompts = match (&self.prompts, self.prompt.as_deref()) {
+            (Some(file), _) => {
+                let text = std::fs::read_to_string(file)
+                    .map_err(|e| Error::File { file: file.clone(), why: e.to_string() })?;
+                text.lines().filter(|l| !l.trim().is_empty()).map(String::from).collect()
+            }
+            (None, Some("-")) => {
+                let mut text = String::new();
+                let read = std::io::stdin().read_to_string(&mut text);
+                read.map_err(|e| Error::Prompt(format!("stdin: {e}")))?;
+                vec![text]
+            }
+            (None, prompt) => vec![prompt.unwrap_or_default().to_string()],
+        };
+        match prompts.iter().all(|p| p.is_empty()) {
+            true => Err(Error::Prompt("is empty".into()).into()),
+            false => Ok(prompts),
+        }
+    }
+
+    fn encode(&self, text: &Text, prompts: &[String]) -> Result<Vec<Vec<u32>>> {
+        let templated = !self.raw && text.has_chat_template();
+        if self.system.is_some() && !templated {
+            return Err(Error::flag("--system", "this model has no chat template").into());
+        }
+        let encode = |prompt: &String| match templated {
+            true => text.encode(&text.chat(self.system.as_deref(), prompt)?),
+            false => text.encode(prompt),
+        };
+        prompts.iter().map(encode).collect()
+    }
+
+    /// Runs prompts of equal length together, the others in turn.
+    fn generate_all(
+        &self,
+        model: &Qwen2,
+        text: &Text,
+        prompts: &[Vec<u32>],
+        output: &Output,
+    ) -> Result<Run> {
+        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (index, prompt) in prompts.iter().enumerate() {
+            by_length.entry(prompt.len()).or_default().push(index);
+        }
+        let streamed = prompts.len() == 1 && output.is_human();
+        let ledger = RefCell::new(Ledger::default());
+        let mut batches = vec![];
+        for indices in by_length.into_values() {
+            let request = Request {
+                prompts: indices.iter().map(|&i| prompts[i].clone()).collect(),
+                max_new_tokens: self.max_new_tokens,
+                sampling: self.sampling.sampling()?,
+                seed: self.execution.seed,
+                kv_cache: !self.no_kv_cache,
+                eos: if self.ignore_eos { vec![] } else { text.eos_ids().to_vec() },
+                timed: self.execution.op_times,
+            };
+            let mut stream = text.stream(true);
+            let mut failed = None;
+            let generation = generate(model, &request, &ledger, |_, id| {
+                if streamed && failed.is_none() {
+                    let shown = stream.push(id).and_then(|piece| show(&piece.unwrap_or_default()));
+                    failed = shown.err();
+                }
+            })?;
+            if let Some(error) = failed {
+                return Err(error);
+            }
+            if streamed {
+                show(&format!("{}\n", stream.finish()?.unwrap_or_default()))?;
+            }
+            batches.push((indices, generation));
+        }
+        let run = Run { ledger: ledger.into_inner(), batches };
+        if output.is_human() && !streamed {
+            for (i, sequence) in run.sequences().into_iter().enumerate() {
+                show(&format!("[{}] {}\n", i + 1, text.decode(&sequence.tokens, true)?))?;
+            }
+        }
+        if output.is_human() && !self.quiet && std::io::stdout().is_terminal() {
+            show("\n")?;
+        }
+        Ok(run)
+    }
+
+    fn report(
+        &self,
+        checkpoint: &Checkpoint,
+        prompts: &[Vec<u32>],
+        run: &Run,
+        prices: &Prices,
+        load: Duration,
+    ) -> Result<Report> {
+        let tally = run.ledger.tally()?;
+        let origin = &checkpoint.origin;
+        let mut report = Report::new("generate", origin, run.workloads(), prices, &tally)?;
+        if self.execution.op_times {
+            report = report.with_times(&run.ledger);
+        }
+        let sequences = run.sequences().into_iter().zip(prompts).map(|(sequence, prompt)| {
+            Ok(SequenceReport {
+                prompt_tokens: prompt.len(),
+                text: checkpoint.text.decode(&sequence.tokens, true)?,
+                token_ids: sequence.tokens.clone(),
+                stopped: sequence.stopped,
+            })
+        });
+        let sequences = sequences.collect::<Result<Vec<_>>>()?;
+        let first = sequences.first().ok_or_else(|| Error::Prompt("is empty".into()))?;
+        report.generation = Some(GenerationReport {
+            text: first.text.clone(),
+            token_ids: first.token_ids.clone(),
+            timings: timings(run, prices, &tally, load)?,
+            bytes_per_decoded_token: bytes_per_decoded_token(run),
+            sequences,
+        });
+        Ok(report)
+    }
+}
+
+/// Tokens of a workload: (prompt, decoded after the first), over its batch.
+fn tokens(workload: &Workload) -> (u64, u64) {
+    use crate::workload::Task;
+    match workload.task {
+        Task::Generate { batch, prompt_tokens, new_tokens, .. } => {
+            (batch * prompt_tokens, batch * (new_tokens - 1))
+        }
+        Task::Forward { batch, seq, .. } => (batch * seq, 0),
+    }
+}
+
+fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<Timings> {
+    let seconds = |of: fn(&Generation) -> Duration| -> f64 {
+        run.batches.iter().map(|(_, g)| of(g).as_secs_f64()).sum()
+    };
+    let (prefill, decode) = (seconds(|g| g.first_token), seconds(|g| g.decode));
+    let (mut fed, mut decoded, mut choices) = (0, 0, 0);
+    for (_, generation) in &run.batches {
+        let (prompt, later) = tokens(&generation.workload);
+        (fed, decoded) = (fed + prompt, decoded + later);
+        choices += generation.sequences.len() as u64;
+    }
+    // Choices all cost the same; the first of each sequence belongs to the time to first token.
+    let flops = |phase| Ok::<_, anyhow::Error>(prices.flops(&tally.sum(|p, _| p == phase)?)? as f64);
+    let choice = flops(Phase::Sampling)? / (decoded + choices) as f64;
+    let prefill_flops = flops(Phase::Prefill)? + choice * choices as f64;
+    let decode_flops = flops(Phase::Decode)? + choice * decoded as f64;
+    let first = run.batches.first().map_or(0.0, |(_, g)| g.first_token.as_secs_f64());
+    Ok(Timings {
+        load_s: load.as_secs_f64(),
+        time_to_first_token_s: first,
+        decode_s: decode,
+        prefill_tokens_per_s: fed as f64 / prefill,
+        decode_tokens_per_s: (decoded > 0).then(|| decoded as f64 / decode),
+        prefill_flops_per_s: prefill_flops / prefill,
+        decode_flops_per_s: (decoded > 0).then(|| decode_flops / decode),
+    })
+}
+
+fn bytes_per_decoded_token(run: &Run) -> Option<Traffic> {
+    let decoded: u64 = run.batches.iter().map(|(_, g)| tokens(&g.workload).1).sum();
+    let all = run.ledger.traffic(Phase::Decode);
+    let per_token = |bytes: u128| bytes / u128::from(decoded);
+    (decoded > 0).then(|| Traffic {
+        weights: per_token(all.weights),
+        kv_cache: per_token(all.kv_cache),
+    })
+}
+
+fn show(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}

@@ -1,0 +1,43 @@
+//! The command line: one file a subcommand, flags shared by all in [`args`].
+
+mod args;
+mod audit;
+mod count;
+mod generate;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// Runs a real LLM and audits its FLOP count: closed form, predicted ledger and executed ledger
+/// must agree to the last FLOP.
+#[derive(Debug, Parser)]
+#[command(version, about, long_about = None, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Generate text with every op metered, then audit the run.
+    Generate(Box<generate::Args>),
+    /// Execute a workload on random tokens and compare all three countings.
+    #[command(subcommand)]
+    Audit(audit::Command),
+    /// Count a workload from its config alone; no weights needed.
+    #[command(subcommand)]
+    Count(count::Command),
+}
+
+/// Runs one parsed command line.
+///
+/// # Errors
+/// What the user should read in one line; [`crate::error::Error::exit_code`] gives the status.
+pub fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Generate(args) => generate::run(*args),
+        Command::Audit(command) => audit::run(command),
+        Command::Count(command) => count::run(command),
+    }
+}

@@ -1,0 +1,408 @@
+//! Facts: which op ran, where, with which dimensions, how often.
+//!
+//! A [`Key`] names an op; a [`Ledger`] is a multiset of keys. Both the predicted and the executed
+//! side of an audit are ledgers. What an op costs is an opinion and lives in [`crate::prices`].
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use crate::config::Projection;
+
+/// What the run was doing when the op ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Phase {
+    /// Tables made once for a run.
+    Setup,
+    /// A forward pass on its own.
+    Forward,
+    /// The pass over the prompt in a generation.
+    Prefill,
+    /// The passes after it, one for each further token.
+    Decode,
+    /// Choosing the next token.
+    Sampling,
+}
+
+impl Phase {
+    /// Lower-case name for tables and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Setup => "setup",
+            Self::Forward => "forward",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Sampling => "sampling",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl serde::Serialize for Phase {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(self.name())
+    }
+}
+
+/// A module of the model, as checkpoints name it; inside a layer or outside all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Module {
+    /// Token embedding.
+    EmbedTokens,
+    /// Cosine and sine tables.
+    RotaryEmb,
+    /// Norm before attention.
+    InputLayernorm,
+    /// A base projection.
+    Proj(Projection),
+    /// The adapter beside a projection.
+    Lora(Projection, Lora),
+    /// Attention between the projections: RoPE, scores, softmax, weighted values.
+    SelfAttn,
+    /// Residual additions, in the layer itself.
+    Residual,
+    /// Norm before the MLP.
+    PostAttentionLayernorm,
+    /// SiLU and gate, between the MLP's projections.
+    Mlp,
+    /// Final norm.
+    Norm,
+    /// Output head.
+    LmHead,
+    /// Token choice.
+    Sampler,
+}
+
+/// Which part of an adapter: y += scale · B(A x).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Lora {
+    /// A x: in → rank.
+    A,
+    /// B(A x): rank → out.
+    B,
+    /// The factor alpha / rank.
+    Scale,
+    /// The addition to the base projection.
+    Sum,
+}
+
+/// Where an op ran: `layers.3.self_attn.q_proj.lora_a`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Scope {
+    /// The decoder layer, from 0; none outside the layers.
+    pub layer: Option<u32>,
+    /// The module.
+    pub module: Module,
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(layer) = self.layer {
+            write!(f, "layers.{layer}")?;
+            if self.module != Module::Residual {
+                f.write_str(".")?;
+            }
+        }
+        match self.module {
+            Module::EmbedTokens => f.write_str("embed_tokens"),
+            Module::RotaryEmb => f.write_str("rotary_emb"),
+            Module::InputLayernorm => f.write_str("input_layernorm"),
+            Module::Proj(p) => write!(f, "{}.{p}", p.parent()),
+            Module::Lora(p, part) => {
+                let part = match part {
+                    Lora::A => "lora_a",
+                    Lora::B => "lora_b",
+                    Lora::Scale => "lora_scale",
+                    Lora::Sum => "lora_sum",
+                };
+                write!(f, "{}.{p}.{part}", p.parent())
+            }
+            Module::SelfAttn => f.write_str("self_attn"),
+            Module::Residual => Ok(()),
+            Module::PostAttentionLayernorm => f.write_str("post_attention_layernorm"),
+            Module::Mlp => f.write_str("mlp"),
+            Module::Norm => f.write_str("norm"),
+            Module::LmHead => f.write_str("lm_head"),
+            Module::Sampler => f.write_str("sampler"),
+        }
+    }
+}
+
+/// One executed tensor operation, with the dimensions it ran with. What each costs, and why, is
+/// derived at [`Op::cost`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Op {
+    /// `b` products (m×k)·(k×n).
+    Matmul {
+        /// Batches.
+        b: u64,
+        /// Rows of the left side.
+        m: u64,
+        /// Summed dimension.
+        k: u64,
+        /// Columns of the right side.
+        n: u64,
+    },
+    /// One bias vector added to each row.
+    Bias {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Element-wise sum of two tensors of `n` elements.
+    Add {
+        /// Elements.
+        n: u64,
+    },
+    /// Element-wise product of two tensors of `n` elements.
+    Mul {
+        /// Elements.
+        n: u64,
+    },
+    /// `n` elements times one factor.
+    Scale {
+        /// Elements.
+        n: u64,
+    },
+    /// x · sigmoid(x).
+    Silu {
+        /// Elements.
+        n: u64,
+    },
+    /// x / sqrt(mean(x²) + eps) · gain.
+    RmsNorm {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Rotation of pairs by position.
+    Rope {
+        /// Elements.
+        n: u64,
+    },
+    /// Cosines and sines of every position and frequency.
+    RopeTable {
+        /// Positions.
+        positions: u64,
+        /// Frequencies: half a head.
+        half: u64,
+    },
+    /// The causal mask (0 or −∞) added to attention scores.
+    Mask {
+        /// Rows of scores.
+        rows: u64,
+        /// Scores in a row.
+        width: u64,
+    },
+    /// exp(x − max) / sum, row by row.
+    Softmax {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Rows copied out of a table.
+    Embed {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Index of each row's largest element.
+    Argmax {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Logits of tokens already seen pushed towards zero probability.
+    RepeatPenalty {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Running sum of sorted probabilities against top-p.
+    Nucleus {
+        /// Rows.
+        rows: u64,
+        /// Candidates in a row.
+        width: u64,
+    },
+    /// One index drawn from each row of weights by inverting the running sum.
+    Draw {
+        /// Rows.
+        rows: u64,
+        /// Candidates in a row.
+        width: u64,
+    },
+}
+
+impl Op {
+    /// The op's name, without dimensions.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Matmul { .. } => "matmul",
+            Self::Bias { .. } => "bias",
+            Self::Add { .. } => "add",
+            Self::Mul { .. } => "mul",
+            Self::Scale { .. } => "scale",
+            Self::Silu { .. } => "silu",
+            Self::RmsNorm { .. } => "rms_norm",
+            Self::Rope { .. } => "rope",
+            Self::RopeTable { .. } => "rope_table",
+            Self::Mask { .. } => "mask",
+            Self::Softmax { .. } => "softmax",
+            Self::Embed { .. } => "embed",
+            Self::Argmax { .. } => "argmax",
+            Self::RepeatPenalty { .. } => "repeat_penalty",
+            Self::Nucleus { .. } => "nucleus",
+            Self::Draw { .. } => "draw",
+        }
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
+        match *self {
+            Self::Matmul { b, m, k, n } => write!(f, "[b={b} m={m} k={k} n={n}]"),
+            Self::Add { n }
+            | Self::Mul { n }
+            | Self::Scale { n }
+            | Self::Silu { n }
+            | Self::Rope { n } => write!(f, "[n={n}]"),
+            Self::RopeTable { positions, half } => {
+                write!(f, "[positions={positions} half={half}]")
+            }
+            Self::Bias { rows, width }
+            | Self::Mask { rows, width }
+            | Self::RmsNorm { rows, width }
+            | Self::Softmax { rows, width }
+            | Self::Embed { rows, width }
+            | Self::Argmax { rows, width }
+            | Self::RepeatPenalty { rows, width }
+            | Self::Nucleus { rows, width }
+            | Self::Draw { rows, width } => write!(f, "[rows={rows} width={width}]"),
+        }
+    }
+}
+
+/// Element type that an op computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    BF16,
+}
+
+impl Dtype {
+    /// Lower-case name, as flags and JSON spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        }
+    }
+
+    /// Bytes of one element.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// What makes two calls the same fact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    /// What the run was doing.
+    pub phase: Phase,
+    /// Where in the model.
+    pub scope: Scope,
+    /// Which op, with its dimensions.
+    pub op: Op,
+    /// In which element type.
+    pub dtype: Dtype,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} {}", self.phase.name(), self.scope, self.op, self.dtype.name())
+    }
+}
+
+/// How often a key ran and, where it was asked for, how long in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Entry {
+    /// Calls.
+    pub calls: u64,
+    /// Time of all calls; zero where ops were not timed.
+    pub time: Duration,
+}
+
+/// The multiset {(phase, scope, op, dtype)} → calls.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ledger(BTreeMap<Key, Entry>);
+
+impl Ledger {
+    /// Counts `calls` more calls of `key`.
+    pub fn add(&mut self, key: Key, calls: u64, time: Duration) {
+        let entry = self.0.entry(key).or_default();
+        entry.calls += calls;
+        entry.time += time;
+    }
+
+    /// Adds everything that `other` holds.
+    pub fn extend(&mut self, other: Self) {
+        for (key, entry) in other.0 {
+            self.add(key, entry.calls, entry.time);
+        }
+    }
+
+    /// Keys in order, with their entries.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Entry)> {
+        self.0.iter()
+    }
+
+    /// Calls of `key`; 0 if it never ran.
+    pub fn calls(&self, key: &Key) -> u64 {
+        self.0.get(key).map_or(0, |e| e.calls)
+    }
+
+    /// Distinct keys.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing ran.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scopes_read_as_checkpoint_paths() {
+        let at = |layer, module| Scope { layer, module }.to_string();
+        let q = Projection::QProj;
+        assert_eq!(at(Some(3), Module::Lora(q, Lora::A)), "layers.3.self_attn.q_proj.lora_a");
+        assert_eq!(at(Some(0), Module::Proj(Projection::UpProj)), "layers.0.mlp.up_proj");
+        assert_eq!(at(Some(7), Module::Residual), "layers.7");
+        assert_eq!(at(None, Module::LmHead), "lm_head");
+    }
+}

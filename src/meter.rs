@@ -1,0 +1,116 @@
+//! The executed side: ops tell a [`Meter`] what they ran, observers see it.
+
+use std::{
+    cell::RefCell,
+    time::{Duration, Instant},
+};
+
+use candle_core::Device;
+
+use crate::{
+    error::Result,
+    ledger::{Dtype, Key, Ledger, Module, Op, Phase, Scope},
+};
+
+/// Sees every op, right after it ran.
+pub trait Observer {
+    /// One executed op; its duration where the meter was asked to time ops.
+    fn op(&mut self, key: &Key, time: Option<Duration>);
+}
+
+impl Observer for Ledger {
+    fn op(&mut self, key: &Key, time: Option<Duration>) {
+        self.add(*key, 1, time.unwrap_or_default());
+    }
+}
+
+/// Two observers of one run.
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn op(&mut self, key: &Key, time: Option<Duration>) {
+        self.0.op(key, time);
+        self.1.op(key, time);
+    }
+}
+
+/// Discards everything: for work that belongs to no audit.
+impl Observer for () {
+    fn op(&mut self, _: &Key, _: Option<Duration>) {}
+}
+
+/// A handle that every op takes: who observes, and where in the model the op runs.
+///
+/// ```
+/// use std::cell::RefCell;
+/// use flopaudit::{ledger::{Ledger, Phase}, meter::Meter};
+///
+/// let ledger = RefCell::new(Ledger::default());
+/// let meter = Meter::new(&ledger, Phase::Forward);
+/// // … run ops with `meter` …
+/// assert!(ledger.into_inner().is_empty());
+/// ```
+#[derive(Clone, Copy)]
+pub struct Meter<'a> {
+    observer: &'a RefCell<dyn Observer>,
+    phase: Phase,
+    layer: Option<u32>,
+    timed: bool,
+}
+
+/// A [`Meter`] that knows its module: what ops are called with.
+#[derive(Clone, Copy)]
+pub struct At<'a> {
+    meter: Meter<'a>,
+    module: Module,
+}
+
+impl<'a> Meter<'a> {
+    /// Reports to `observer`, outside all layers, without timing.
+    pub fn new(observer: &'a RefCell<dyn Observer>, phase: Phase) -> Self {
+        Self { observer, phase, layer: None, timed: false }
+    }
+
+    /// Times each op, waiting for the device before and after: slower, so on request only.
+    pub fn timed(self, timed: bool) -> Self {
+        Self { timed, ..self }
+    }
+
+    /// The same meter in another phase.
+    pub fn phase(self, phase: Phase) -> Self {
+        Self { phase, ..self }
+    }
+
+    /// The same meter inside decoder layer `layer`.
+    pub fn layer(self, layer: usize) -> Self {
+        Self { layer: Some(layer as u32), ..self }
+    }
+
+    /// Names the module whose ops run next.
+    pub fn at(self, module: Module) -> At<'a> {
+        At { meter: self, module }
+    }
+}
+
+impl At<'_> {
+    /// Runs `kernel` and reports it as `op`.
+    pub(crate) fn run<T>(
+        self,
+        op: Op,
+        dtype: Dtype,
+        device: &Device,
+        kernel: impl FnOnce() -> candle_core::Result<T>,
+    ) -> Result<T> {
+        let Meter { observer, phase, layer, timed } = self.meter;
+        let (out, time) = if timed {
+            device.synchronize()?;
+            let start = Instant::now();
+            let out = kernel()?;
+            device.synchronize()?;
+            (out, Some(start.elapsed()))
+        } else {
+            (kernel()?, None)
+        };
+        let scope = Scope { layer, module: self.module };
+        observer.borrow_mut().op(&Key { phase, scope, op, dtype }, time);
+        Ok(out)
+    }
+}

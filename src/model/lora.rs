@@ -1,0 +1,99 @@
+//! Low-rank adapters: y += alpha/rank · B(A x).
+
+use candle_core::Device;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use crate::{
+    config::{LoraConfig, ModelConfig, Projection},
+    error::Result,
+    ledger::{Dtype, Lora, Module},
+    meter::Meter,
+    ops::{self, Tensor},
+    weights::PeftAdapter,
+};
+
+/// Where adapter weights come from.
+#[derive(Debug, Clone)]
+pub enum AdapterSource {
+    /// As PEFT initialises: A uniform in ±1/sqrt(in) (Kaiming, a = √5), B zero.
+    Fresh {
+        /// Rank, alpha and targets; rank 0 is no adapter.
+        lora: LoraConfig,
+        /// Seed of A.
+        seed: u64,
+    },
+    /// A trained adapter in PEFT's format.
+    Peft(PeftAdapter),
+}
+
+impl AdapterSource {
+    /// Rank, alpha and targets.
+    pub fn lora(&self) -> &LoraConfig {
+        match self {
+            Self::Fresh { lora, .. } => lora,
+            Self::Peft(adapter) => &adapter.lora,
+        }
+    }
+}
+
+/// One projection's adapter.
+#[derive(Debug)]
+pub struct Adapter {
+    /// (r, in)
+    a: Tensor,
+    /// (out, r)
+    b: Tensor,
+    /// alpha / r, one element.
+    scaling: Tensor,
+    projection: Projection,
+}
+
+impl Adapter {
+    /// The adapter of `projection` in `layer`, if there is one.
+    ///
+    /// # Errors
+    /// A tensor missing from the source.
+    pub fn load(
+        source: &AdapterSource,
+        config: &ModelConfig,
+        layer: usize,
+        projection: Projection,
+        dtype: Dtype,
+        device: &Device,
+    ) -> Result<Option<Self>> {
+        let lora = source.lora();
+        if !lora.adapts(projection) {
+            return Ok(None);
+        }
+        let (input, output) = projection.widths(config);
+        let (a, b) = match source {
+            AdapterSource::Fresh { seed, .. } => {
+                let stream = (layer * Projection::ALL.len() + projection as usize) as u64;
+                let mut rng = StdRng::seed_from_u64(seed ^ (stream << 32));
+                let bound = 1.0 / (input as f32).sqrt();
+                let a = (0..lora.rank * input).map(|_| rng.random_range(-bound..bound)).collect();
+                let a = Tensor::from_vec(a, (lora.rank, input), dtype, device)?;
+                (a, Tensor::zeros((output, lora.rank), dtype, device)?)
+            }
+            AdapterSource::Peft(adapter) => {
+                let dtype = dtype.to_candle();
+                let a = adapter.a(layer, projection, dtype, device)?;
+                (a.into(), adapter.b(layer, projection, dtype, device)?.into())
+            }
+        };
+        let scaling = Tensor::from_vec(vec![lora.scaling() as f32], 1, dtype, device)?;
+        Ok(Some(Self { a, b, scaling, projection }))
+    }
+
+    /// `base` (…, out) + scaling · B(A `x`), x (…, in).
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn forward(&self, meter: Meter, x: &Tensor, base: &Tensor) -> Result<Tensor> {
+        let at = |part| meter.at(Module::Lora(self.projection, part));
+        let low = ops::linear(at(Lora::A), x, &self.a)?; // (…, r)
+        let delta = ops::linear(at(Lora::B), &low, &self.b)?; // (…, out)
+        let delta = ops::scale(at(Lora::Scale), &delta, &self.scaling)?;
+        ops::add(at(Lora::Sum), base, &delta)
+    }
+}

@@ -1,0 +1,302 @@
+//! Qwen2: a pre-norm decoder with grouped-query attention, rotary positions and a SwiGLU MLP.
+//!
+//! ```text
+//! ids ─ embed_tokens ─┬─ input_layernorm ─ q,k,v ─ RoPE ─ attention ─ o ─ + ─┐
+//!                     └──────────────────────────────────────────────────────┤
+//!                     ┌─ post_attention_layernorm ─ silu(gate) · up ─ down ─ + ─ … ─ norm ─ lm_head
+//! ```
+//! B batch, T tokens of this pass, S = past + T, D hidden, H query heads, K key/value heads,
+//! G = H/K, d head width, F MLP width, V vocabulary.
+
+use candle_core::Device;
+
+use super::{Adapter, AdapterSource, KvCache};
+use crate::{
+    config::{LoraConfig, ModelConfig, Projection},
+    error::Result,
+    ledger::{Dtype, Module},
+    meter::Meter,
+    ops::{self, Tensor},
+    weights::Weights,
+    workload::Logits,
+};
+
+/// The model with its weights, ready to run.
+#[derive(Debug)]
+pub struct Qwen2 {
+    config: ModelConfig,
+    lora: LoraConfig,
+    embed_tokens: Tensor, // (V, D)
+    layers: Vec<Layer>,
+    norm: Tensor,    // (D)
+    lm_head: Tensor, // (V, D)
+    dtype: Dtype,
+    device: Device,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_layernorm: Tensor, // (D)
+    self_attn: Attention,
+    post_attention_layernorm: Tensor, // (D)
+    mlp: Mlp,
+    eps: f64,
+}
+
+#[derive(Debug)]
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    heads: usize,
+    kv_heads: usize,
+    scale: Tensor, // 1/√d, one element
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+#[derive(Debug)]
+struct Linear {
+    projection: Projection,
+    weight: Tensor,       // (out, in)
+    bias: Option<Tensor>, // (out)
+    adapter: Option<Adapter>,
+}
+
+/// Reads tensors by checkpoint name, in one dtype, on one device.
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    weights: &'a Weights,
+    adapters: &'a AdapterSource,
+    dtype: Dtype,
+    device: &'a Device,
+}
+
+impl Loader<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        Ok(self.weights.tensor(name, shape, self.dtype.to_candle(), self.device)?.into())
+    }
+
+    fn linear(&self, layer: usize, projection: Projection) -> Result<Linear> {
+        let (input, output) = projection.widths(self.config);
+        let name = format!("model.layers.{layer}.{}.{projection}", projection.parent());
+        let bias = projection.has_bias().then(|| self.tensor(&format!("{name}.bias"), &[output]));
+        let (adapters, config) = (self.adapters, self.config);
+        Ok(Linear {
+            projection,
+            weight: self.tensor(&format!("{name}.weight"), &[output, input])?,
+            bias: bias.transpose()?,
+            adapter: Adapter::load(adapters, config, layer, projection, self.dtype, self.device)?,
+        })
+    }
+
+    fn layer(&self, i: usize) -> Result<Layer> {
+        let config = self.config;
+        let norm =
+            |name| self.tensor(&format!("model.layers.{i}.{name}.weight"), &[config.hidden_size]);
+        let scale = 1.0 / (config.head_dim() as f64).sqrt();
+        Ok(Layer {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention {
+                q_proj: self.linear(i, Projection::QProj)?,
+                k_proj: self.linear(i, Projection::KProj)?,
+                v_proj: self.linear(i, Projection::VProj)?,
+                o_proj: self.linear(i, Projection::OProj)?,
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                scale: Tensor::from_vec(vec![scale as f32], 1, self.dtype, self.device)?,
+            },
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp {
+                gate_proj: self.linear(i, Projection::GateProj)?,
+                up_proj: self.linear(i, Projection::UpProj)?,
+                down_proj: self.linear(i, Projection::DownProj)?,
+            },
+            eps: config.rms_norm_eps,
+        })
+    }
+}
+
+impl Qwen2 {
+    /// Loads every tensor, checked against `config`; `progress` hears of each finished layer.
+    ///
+    /// # Errors
+    /// A tensor that is missing, misshapen or not finite, or a device out of memory.
+    pub fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        adapters: &AdapterSource,
+        dtype: Dtype,
+        device: &Device,
+        progress: impl Fn(usize),
+    ) -> Result<Self> {
+        let loader = Loader { config, weights, adapters, dtype, device };
+        let table = [config.vocab_size, config.hidden_size];
+        let embed_tokens = loader.tensor("model.embed_tokens.weight", &table)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| loader.layer(i).inspect(|_| progress(i)))
+            .collect::<Result<_>>()?;
+        let lm_head = match config.tie_word_embeddings {
+            true => embed_tokens.clone(),
+            false => loader.tensor("lm_head.weight", &table)?,
+        };
+        Ok(Self {
+            config: config.clone(),
+            lora: adapters.lora().clone(),
+            embed_tokens,
+            layers,
+            norm: loader.tensor("model.norm.weight", &table[1..])?,
+            lm_head,
+            dtype,
+            device: device.clone(),
+        })
+    }
+
+    /// The model's widths and counts.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The adapters it carries.
+    pub fn lora(&self) -> &LoraConfig {
+        &self.lora
+    }
+
+    /// Element type of weights and activations.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// The device it runs on.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// An empty cache for this model.
+    ///
+    /// # Errors
+    /// As [`KvCache::new`].
+    pub fn cache(&self, meter: Meter, batch: usize, capacity: usize) -> Result<KvCache> {
+        KvCache::new(meter, &self.config, batch, capacity, self.dtype, &self.device)
+    }
+
+    /// Feeds `ids`, a batch of equally long sequences one after another, on top of what `cache`
+    /// holds: logits (B, T or 1, V).
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, a full cache, or the device's.
+    pub fn forward(
+        &self,
+        meter: Meter,
+        ids: &[u32],
+        batch: usize,
+        cache: &mut KvCache,
+        logits: Logits,
+    ) -> Result<Tensor> {
+        let mut x = ops::embed(meter.at(Module::EmbedTokens), &self.embed_tokens, ids, batch)?; // (B, T, D)
+        let (seq, past) = (x.dims()[1], cache.past());
+        cache.check_room(batch, seq)?;
+        // A single token may look at everything before it: no mask.
+        let mask = match seq {
+            1 => None,
+            _ => Some(ops::causal_mask(seq, past, self.dtype, &self.device)?), // (T, S)
+        };
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(meter.layer(i), i, &x, mask.as_ref(), cache)?;
+        }
+        cache.set_past(past + seq)?;
+        if logits == Logits::Last {
+            x = x.narrow(1, seq - 1, 1)?; // (B, 1, D)
+        }
+        let x = ops::rms_norm(meter.at(Module::Norm), &x, &self.norm, self.config.rms_norm_eps)?;
+        ops::linear(meter.at(Module::LmHead), &x, &self.lm_head)
+    }
+}
+
+impl Layer {
+    fn forward(
+        &self,
+        meter: Meter,
+        index: usize,
+        x: &Tensor, // (B, T, D)
+        mask: Option<&Tensor>,
+        cache: &KvCache,
+    ) -> Result<Tensor> {
+        let h =
+            ops::rms_norm(meter.at(Module::InputLayernorm), x, &self.input_layernorm, self.eps)?;
+        let h = self.self_attn.forward(meter, index, &h, mask, cache)?;
+        let x = ops::add(meter.at(Module::Residual), x, &h)?;
+        let gain = &self.post_attention_layernorm;
+        let h = ops::rms_norm(meter.at(Module::PostAttentionLayernorm), &x, gain, self.eps)?;
+        let h = self.mlp.forward(meter, &h)?;
+        ops::add(meter.at(Module::Residual), &x, &h)
+    }
+}
+
+impl Attention {
+    fn forward(
+        &self,
+        meter: Meter,
+        layer: usize,
+        x: &Tensor, // (B, T, D)
+        mask: Option<&Tensor>,
+        cache: &KvCache,
+    ) -> Result<Tensor> {
+        let at = meter.at(Module::SelfAttn);
+        let (batch, seq) = (x.dims()[0], x.dims()[1]);
+        let heads = |x: Tensor, n| {
+            x.reshape((batch, seq, n, x.elements() / (batch * seq * n)))?.transpose(1, 2)
+        };
+        let q = heads(self.q_proj.forward(meter, x)?, self.heads)?; // (B, H, T, d)
+        let k = heads(self.k_proj.forward(meter, x)?, self.kv_heads)?; // (B, K, T, d)
+        let v = heads(self.v_proj.forward(meter, x)?, self.kv_heads)?;
+
+        let q = ops::rope(at, &q, cache.rope(), cache.past())?;
+        let k = ops::rope(at, &k, cache.rope(), cache.past())?;
+        let (k, v) = cache.extend(layer, &k, &v)?; // (B, K, S, d)
+        let (d, held) = (q.dims()[3], k.dims()[2]);
+
+        // Scaling q costs T·d a head; scaling the scores would cost T·S.
+        let q = ops::scale(at, &q, &self.scale)?;
+        // The G query heads of one key head are rows of one product: K is never repeated.
+        let q = q.reshape((batch, self.kv_heads, self.heads / self.kv_heads * seq, d))?;
+        let mut scores = ops::matmul(at, &q, &k.t()?)?; // (B, K, G·T, S)
+        if let Some(mask) = mask {
+            let by_head = scores.reshape((batch * self.heads, seq, held))?;
+            scores = ops::mask(at, &by_head, mask)?.reshape(scores.dims())?;
+        }
+        let weights = ops::softmax(at, &scores)?;
+        let mixed = ops::matmul(at, &weights, &v)?; // (B, K, G·T, d)
+        let mixed = mixed.reshape((batch, self.heads, seq, d))?.transpose(1, 2)?;
+        self.o_proj.forward(meter, &mixed.reshape((batch, seq, self.heads * d))?)
+    }
+}
+
+impl Mlp {
+    fn forward(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
+        let at = meter.at(Module::Mlp);
+        let gate = ops::silu(at, &self.gate_proj.forward(meter, x)?)?; // (B, T, F)
+        let up = self.up_proj.forward(meter, x)?;
+        self.down_proj.forward(meter, &ops::mul(at, &gate, &up)?)
+    }
+}
+
+impl Linear {
+    fn forward(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
+        let at = meter.at(Module::Proj(self.projection));
+        let mut y = ops::linear(at, x, &self.weight)?;
+        if let Some(bias) = &self.bias {
+            y = ops::bias(at, &y, bias)?;
+        }
+        match &self.adapter {
+            Some(adapter) => adapter.forward(meter, x, &y),
+            None => Ok(y),
+        }
+    }
+}

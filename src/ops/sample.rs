@@ -1,0 +1,139 @@
+//! Choosing tokens from logits. Every step is an op of fixed size, so that a sampled generation
+//! is as predictable as a greedy one: libraries stop running sums early, by the data.
+
+use candle_core::{D, DType};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::{Tensor, scale, softmax};
+use crate::{
+    error::Result,
+    ledger::{Dtype, Op},
+    meter::At,
+    workload::Sampling,
+};
+
+/// Index of the largest element of each row.
+///
+/// # Errors
+/// The device's, or a largest element that is not finite.
+pub fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
+    let (rows, width) = logits.rows_width()?;
+    let flat = logits.0.reshape((rows as usize, width as usize))?;
+    let ids: Vec<u32> =
+        at.run(Op::Argmax { rows, width }, logits.dtype()?, logits.device(), || {
+            flat.argmax(D::Minus1)?.to_vec1()
+        })?;
+    for (row, &id) in ids.iter().enumerate() {
+        let top = flat.get(row)?.get(id as usize)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        anyhow::ensure!(top.is_finite(), "the logits are not finite ({top}); try --dtype f32");
+    }
+    Ok(ids)
+}
+
+/// Chooses one token a row, greedily or by chance.
+#[derive(Debug)]
+pub struct Sampler {
+    sampling: Sampling,
+    rng: StdRng,
+}
+
+impl Sampler {
+    /// A sampler whose draws depend on `seed` alone.
+    pub fn new(sampling: Sampling, seed: u64) -> Self {
+        Self { sampling, rng: StdRng::seed_from_u64(seed) }
+    }
+
+    /// One token for each row of `logits` (…, V); `seen[row]` holds the row's tokens so far.
+    ///
+    /// # Errors
+    /// Logits that are not finite.
+    pub fn next(&mut self, at: At, logits: &Tensor, seen: &[Vec<u32>]) -> Result<Vec<u32>> {
+        let Sampling { temperature, top_k, top_p, repeat_penalty } = self.sampling;
+        let mut logits = Tensor(logits.0.to_dtype(DType::F32)?);
+        if repeat_penalty != 1.0 {
+            logits = penalize(at, &logits, seen, repeat_penalty as f32)?;
+        }
+        if temperature == 0.0 {
+            return argmax(at, &logits);
+        }
+        let factor =
+            Tensor::from_vec(vec![1.0 / temperature as f32], 1, Dtype::F32, logits.device())?;
+        let weights = softmax(at, &scale(at, &logits, &factor)?)?;
+        let (rows, width) = weights.rows_width()?;
+        let weights = weights.to_vec()?;
+        anyhow::ensure!(weights[0].is_finite(), "the logits are not finite; try --dtype f32");
+
+        let rows_of = |width: usize| weights.chunks_exact(width);
+        let candidates = |row: &[f32]| -> Vec<(u32, f32)> {
+            let mut all: Vec<_> = (0u32..).zip(row.iter().copied()).collect();
+            if let Some(k) = top_k.filter(|&k| k < all.len()) {
+                all.select_nth_unstable_by(k - 1, |a, b| b.1.total_cmp(&a.1));
+                all.truncate(k);
+            }
+            if top_p.is_some() {
+                all.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            }
+            all
+        };
+        let mut chosen: Vec<Vec<(u32, f32)>> = rows_of(width as usize).map(candidates).collect();
+        let width = chosen[0].len() as u64;
+        if let Some(p) = top_p {
+            at.run(Op::Nucleus { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
+                chosen.iter_mut().for_each(|row| cut_nucleus(row, p as f32));
+                Ok(())
+            })?;
+        }
+        at.run(Op::Draw { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
+            Ok(chosen.iter().map(|row| draw(row, self.rng.random())).collect())
+        })
+    }
+}
+
+/// Zeroes the weights after the shortest prefix that holds `p` of the sum; the largest survives.
+fn cut_nucleus(row: &mut [(u32, f32)], p: f32) {
+    let sums = running_sums(row);
+    let enough = p * sums[sums.len() - 1];
+    let kept = 1 + sums.iter().filter(|&&sum| sum < enough).count();
+    for weight in row.iter_mut().skip(kept) {
+        weight.1 = 0.0;
+    }
+}
+
+/// The first candidate whose running sum passes `uniform` · sum.
+fn draw(row: &[(u32, f32)], uniform: f32) -> u32 {
+    let sums = running_sums(row);
+    let mark = uniform * sums[sums.len() - 1];
+    let index = sums.iter().filter(|&&sum| sum <= mark).count();
+    // Rounding can put the mark on the sum itself: then the last candidate with any weight.
+    let last = row.iter().rposition(|w| w.1 > 0.0).unwrap_or(0);
+    row[index.min(last)].0
+}
+
+fn running_sums(row: &[(u32, f32)]) -> Vec<f32> {
+    let mut sums: Vec<f32> = row.iter().map(|w| w.1).collect();
+    for i in 1..sums.len() {
+        sums[i] += sums[i - 1];
+    }
+    sums
+}
+
+/// CTRL's repetition penalty (Keskar et al. 2019), dense: every logit is multiplied, by 1 where
+/// its token was not seen, so that the op's size does not depend on the text.
+fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], penalty: f32) -> Result<Tensor> {
+    let (rows, width) = logits.rows_width()?;
+    anyhow::ensure!(seen.len() as u64 == rows, "{} contexts for {rows} rows", seen.len());
+    let mut values = logits.to_vec()?;
+    let op = Op::RepeatPenalty { rows, width };
+    at.run(op, Dtype::F32, &candle_core::Device::Cpu, || {
+        for (row, seen) in values.chunks_exact_mut(width as usize).zip(seen) {
+            let mut is_seen = vec![false; row.len()];
+            seen.iter().for_each(|&id| is_seen[id as usize] = true);
+            for (logit, is_seen) in row.iter_mut().zip(is_seen) {
+                let towards_less = if *logit > 0.0 { 1.0 / penalty } else { penalty };
+                *logit *= if is_seen { towards_less } else { 1.0 };
+            }
+        }
+        Ok(())
+    })?;
+    Tensor::from_vec(values, logits.0.shape().clone(), Dtype::F32, logits.device())
+}

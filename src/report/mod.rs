@@ -1,0 +1,275 @@
+//! One value that every command fills and every format prints.
+
+mod json;
+mod table;
+
+pub use json::JsonOutput;
+pub use table::print;
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::{
+    audit::Audit,
+    error::Result,
+    ledger::{Key, Ledger, Phase},
+    prices::{Prices, Primitives},
+    tally::{Component, Tally},
+    traffic::Traffic,
+    workload::Workload,
+};
+
+/// Version of the JSON that [`Report`] serializes to; raised when a field changes its meaning.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// What a command found out. Counts are exact integers, some past 64 bits.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// The subcommand.
+    pub command: String,
+    /// Where config and weights came from.
+    pub model: String,
+    /// Parameters of the base model.
+    pub parameters: u128,
+    /// What was run or counted: one object, or a list where several ran in turn.
+    #[serde(serialize_with = "one_or_many")]
+    pub workload: Vec<Workload>,
+    /// Which ops were counted.
+    pub structure: String,
+    /// What each primitive costs.
+    pub prices: Prices,
+    /// FLOPs under these prices.
+    pub total_flops: u128,
+    /// Of which in adapters.
+    pub lora_flops: u128,
+    /// Primitive operations.
+    pub primitives: Primitives,
+    /// FLOPs by phase and component.
+    pub rows: Vec<Row>,
+    /// Bytes that the workload needs at least.
+    pub memory: Memory,
+    /// The three countings, where the workload was executed and audited.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditReport>,
+    /// Text and timings, where text was generated.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<GenerationReport>,
+}
+
+/// One component in one phase.
+#[derive(Debug, Clone, Serialize)]
+pub struct Row {
+    /// The phase.
+    pub phase: Phase,
+    /// The component.
+    pub component: Component,
+    /// Executed ops.
+    pub calls: u128,
+    /// FLOPs under the report's prices.
+    pub flops: u128,
+    /// Time of these ops, where they were timed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seconds: Option<f64>,
+}
+
+/// Bytes at rest.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Memory {
+    /// Base and adapter parameters.
+    pub weights_bytes: u128,
+    /// Preallocated keys and values.
+    pub kv_cache_bytes: u128,
+}
+
+/// The audit's outcome.
+#[derive(Debug, Clone, Serialize)]
+pub struct AuditReport {
+    /// Whether all three countings agree.
+    pub balanced: bool,
+    /// The closed form's total.
+    pub closed_form_flops: u128,
+    /// The predicted ledger's total.
+    pub predicted_flops: u128,
+    /// The executed ledger's total.
+    pub executed_flops: u128,
+    /// Distinct (phase, scope, op, dtype) on either side.
+    pub keys_compared: usize,
+    /// Every disagreement.
+    pub differences: Vec<Difference>,
+}
+
+/// One disagreement: an op that ran another number of times than predicted, or a component whose
+/// closed form is not what ran.
+#[derive(Debug, Clone, Serialize)]
+pub struct Difference {
+    /// The phase.
+    pub phase: Phase,
+    /// Scope of the op, or the component.
+    pub scope: String,
+    /// The op with its dimensions, or `closed form`.
+    pub op: String,
+    /// Predicted calls.
+    pub predicted_calls: u128,
+    /// Executed calls.
+    pub executed_calls: u128,
+    /// Predicted, or closed form's, FLOPs.
+    pub predicted_flops: u128,
+    /// Executed FLOPs.
+    pub executed_flops: u128,
+}
+
+/// What was generated and how fast.
+#[derive(Debug, Clone, Serialize)]
+pub struct GenerationReport {
+    /// New text of the first sequence, special tokens left out.
+    pub text: String,
+    /// New tokens of the first sequence.
+    pub token_ids: Vec<u32>,
+    /// All sequences, in the order of the prompts.
+    pub sequences: Vec<SequenceReport>,
+    /// Where the time went and what was achieved.
+    pub timings: Timings,
+    /// Bytes touched per decoded token of one sequence, on average.
+    pub bytes_per_decoded_token: Option<Traffic>,
+}
+
+/// One generated sequence.
+#[derive(Debug, Clone, Serialize)]
+pub struct SequenceReport {
+    /// Tokens of the prompt, its template included.
+    pub prompt_tokens: usize,
+    /// New text, special tokens left out.
+    pub text: String,
+    /// New tokens.
+    pub token_ids: Vec<u32>,
+    /// Whether an ending token ended it, rather than the limit.
+    pub stopped: bool,
+}
+
+/// Seconds and rates. Rates are absent where nothing of the kind ran.
+#[derive(Debug, Clone, Serialize)]
+pub struct Timings {
+    /// Opening and loading the weights.
+    pub load_s: f64,
+    /// From the start of the run to the first token.
+    pub time_to_first_token_s: f64,
+    /// All later steps.
+    pub decode_s: f64,
+    /// Prompt tokens per second, over all sequences.
+    pub prefill_tokens_per_s: f64,
+    /// New tokens per second after the first, over all sequences.
+    pub decode_tokens_per_s: Option<f64>,
+    /// FLOPs of the prefill and its choice over its time.
+    pub prefill_flops_per_s: f64,
+    /// FLOPs of all later steps over their time.
+    pub decode_flops_per_s: Option<f64>,
+}
+
+fn one_or_many<S: serde::Serializer>(workloads: &[Workload], s: S) -> Result<S::Ok, S::Error> {
+    match workloads {
+        [one] => one.serialize(s),
+        many => many.serialize(s),
+    }
+}
+
+impl Report {
+    /// A report of `workload`, whose sums are `tally`.
+    ///
+    /// # Errors
+    /// Totals past 128 bits.
+    pub fn new(
+        command: &str,
+        model: &str,
+        workload: Vec<Workload>,
+        prices: &Prices,
+        tally: &Tally,
+    ) -> Result<Self> {
+        let rows = tally.iter().map(|(phase, component, sum)| {
+            Ok(Row {
+                phase,
+                component,
+                calls: sum.calls,
+                flops: prices.flops(&sum.cost)?,
+                seconds: None,
+            })
+        });
+        let total = tally.sum(|_, _| true)?;
+        let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
+        Ok(Self {
+            schema_version: SCHEMA_VERSION,
+            command: command.into(),
+            model: model.into(),
+            parameters: workload.first().map_or(0, |w| w.model.parameters()),
+            memory: Memory {
+                weights_bytes: workload.first().map_or(0, Workload::weights_bytes),
+                kv_cache_bytes: workload.iter().map(Workload::kv_cache_bytes).max().unwrap_or(0),
+            },
+            workload,
+            structure: "exact".into(),
+            prices: prices.clone(),
+            total_flops: prices.flops(&total)?,
+            lora_flops: prices.flops(&lora)?,
+            primitives: total.primitives(),
+            rows: rows.collect::<Result<_>>()?,
+            audit: None,
+            generation: None,
+        })
+    }
+
+    /// Adds the time of each row, from a ledger of timed ops.
+    pub fn with_times(mut self, ledger: &Ledger) -> Self {
+        for row in &mut self.rows {
+            let of_row = |key: &Key| {
+                key.phase == row.phase && Component::from(key.scope.module) == row.component
+            };
+            let entries = ledger.iter().filter(|(key, _)| of_row(key));
+            let time: Duration = entries.map(|(_, entry)| entry.time).sum();
+            row.seconds = Some(time.as_secs_f64());
+        }
+        self
+    }
+
+    /// Adds the outcome of an audit.
+    ///
+    /// # Errors
+    /// Totals past 128 bits.
+    pub fn with_audit(mut self, audit: &Audit) -> Result<Self> {
+        let [closed_form_flops, predicted_flops, executed_flops] = audit.totals(&self.prices)?;
+        let keys = audit.key_differences.iter().map(|d| {
+            let one = self.prices.flops(&d.key.op.cost())?;
+            let (predicted, executed) = (u128::from(d.predicted), u128::from(d.executed));
+            Ok(Difference {
+                phase: d.key.phase,
+                scope: d.key.scope.to_string(),
+                op: format!("{} {}", d.key.op, d.key.dtype.name()),
+                predicted_calls: predicted,
+                executed_calls: executed,
+                predicted_flops: one * predicted,
+                executed_flops: one * executed,
+            })
+        });
+        let sums = audit.sum_differences.iter().map(|d| {
+            Ok(Difference {
+                phase: d.phase,
+                scope: d.component.to_string(),
+                op: "closed form".into(),
+                predicted_calls: d.closed_form.calls,
+                executed_calls: d.executed.calls,
+                predicted_flops: self.prices.flops(&d.closed_form.cost)?,
+                executed_flops: self.prices.flops(&d.executed.cost)?,
+            })
+        });
+        self.audit = Some(AuditReport {
+            balanced: audit.balanced(),
+            closed_form_flops,
+            predicted_flops,
+            executed_flops,
+            keys_compared: audit.keys_compared,
+            differences: keys.chain(sums).collect::<Result<_>>()?,
+        });
+        Ok(self)
+    }
+}

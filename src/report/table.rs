@@ -1,0 +1,243 @@
+//! The report for people: aligned, with colour and Unicode on a terminal only.
+
+use std::io::{IsTerminal, Write};
+
+use anstyle::{AnsiColor, Style};
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::{AuditReport, GenerationReport, Report};
+use crate::{error::Result, ledger::Phase, workload::Task};
+
+const GOOD: Style = AnsiColor::Green.on_default().bold();
+const BAD: Style = AnsiColor::Red.on_default().bold();
+const FAINT: Style = Style::new().dimmed();
+
+/// Prints `report` to standard output.
+///
+/// # Errors
+/// A closed pipe.
+pub fn print(report: &Report) -> Result<()> {
+    let unicode = std::io::stdout().is_terminal();
+    let mut out = anstream::stdout().lock();
+    header(&mut out, report)?;
+    if let Some(generation) = &report.generation {
+        speeds(&mut out, report, generation)?;
+    }
+    writeln!(out, "\n{}", components(report, unicode))?;
+    totals(&mut out, report)?;
+    if let Some(audit) = &report.audit {
+        verdict(&mut out, audit, unicode)?;
+    }
+    Ok(())
+}
+
+fn header(out: &mut impl Write, report: &Report) -> Result<()> {
+    let Report { model, parameters, prices, structure, memory, .. } = report;
+    writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
+    for workload in &report.workload {
+        let what = match workload.task {
+            Task::Forward { batch, seq, past, .. } => {
+                format!("forward, batch {batch}, {seq} tokens after {past} cached")
+            }
+            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
+                "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
+                if kv_cache { "KV cache" } else { "no KV cache" },
+                match sampling.temperature {
+                    0.0 => "greedy".into(),
+                    t => format!("temperature {t}"),
+                }
+            ),
+        };
+        let lora = match workload.lora.rank {
+            0 => String::new(),
+            r => format!(", LoRA rank {r} on {}", workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")),
+        };
+        writeln!(out, "workload  {what}{lora}")?;
+    }
+    let (weights, cache) = (bytes(memory.weights_bytes as f64), bytes(memory.kv_cache_bytes as f64));
+    let dtype = report.workload.first().map_or("", |w| w.dtype.name());
+    writeln!(out, "memory    {weights} of weights, {cache} of KV cache, {dtype}")?;
+    Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+}
+
+fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) -> Result<()> {
+    let t = &generation.timings;
+    let new: usize = generation.sequences.iter().map(|s| s.token_ids.len()).sum();
+    let prompt: usize = generation.sequences.iter().map(|s| s.prompt_tokens).sum();
+    let name = &report.prices.name;
+    writeln!(out, "\ntokens    {prompt} in, {new} out; weights loaded in {:.2} s", t.load_s)?;
+    writeln!(
+        out,
+        "prefill   {:.1} tokens/s, first token after {:.3} s, {} ({name})",
+        t.prefill_tokens_per_s,
+        t.time_to_first_token_s,
+        rate(t.prefill_flops_per_s)
+    )?;
+    if let (Some(tokens), Some(flops)) = (t.decode_tokens_per_s, t.decode_flops_per_s) {
+        writeln!(out, "decode    {tokens:.1} tokens/s, {} ({name})", rate(flops))?;
+    }
+    if let Some(traffic) = generation.bytes_per_decoded_token {
+        let (weights, cache) = (bytes(traffic.weights as f64), bytes(traffic.kv_cache as f64));
+        writeln!(out, "traffic   {weights} of weights and {cache} of KV cache a decoded token")?;
+    }
+    Ok(())
+}
+
+/// Components down, phases across.
+fn components(report: &Report, unicode: bool) -> Table {
+    let mut phases: Vec<Phase> = report.rows.iter().map(|r| r.phase).collect();
+    phases.dedup();
+    let mut parts: Vec<_> = report.rows.iter().map(|r| r.component).collect();
+    parts.sort();
+    parts.dedup();
+    let timed = report.rows.iter().any(|r| r.seconds.is_some());
+
+    let mut table = new_table(unicode);
+    let mut head = vec!["component".to_string(), "calls".into()];
+    head.extend(phases.iter().map(|p| format!("{p} FLOPs")));
+    head.extend(["total FLOPs".into(), "share".into()]);
+    head.extend(timed.then(|| "time".to_string()));
+    table.set_header(head);
+    let mut line = |name: String, of: &dyn Fn(&&super::Row) -> bool| {
+        let rows = || report.rows.iter().filter(of);
+        let flops: u128 = rows().map(|r| r.flops).sum();
+        let mut cells = vec![name, digits(rows().map(|r| r.calls).sum())];
+        cells.extend(phases.iter().map(|phase| {
+            human(rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>() as f64)
+        }));
+        let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
+        cells.extend([digits(flops), format!("{share:.2} %")]);
+        if timed {
+            let seconds: f64 = rows().filter_map(|r| r.seconds).sum();
+            cells.push(format!("{:.1} ms", 1e3 * seconds));
+        }
+        table.add_row(cells);
+    };
+    for part in parts {
+        line(part.to_string(), &|r| r.component == part);
+    }
+    line("total".into(), &|_| true);
+    align(&mut table);
+    table
+}
+
+fn totals(out: &mut impl Write, report: &Report) -> Result<()> {
+    let share = 100.0 * report.lora_flops as f64 / report.total_flops.max(1) as f64;
+    let primitives: Vec<String> = report
+        .primitives
+        .named()
+        .into_iter()
+        .filter(|(_, n)| *n > 0)
+        .map(|(name, n)| format!("{name} {}", human(n as f64)))
+        .collect();
+    writeln!(out, "primitives  {}", primitives.join(", "))?;
+    if report.lora_flops > 0 {
+        writeln!(out, "LoRA        {} FLOPs, {share:.4} % of the total", digits(report.lora_flops))?;
+    }
+    Ok(())
+}
+
+fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<()> {
+    let (yes, no) = if unicode { ("✔ ", "✘ ") } else { ("", "") };
+    let keys = digits(audit.keys_compared as u128);
+    if audit.balanced {
+        let flops = digits(audit.executed_flops);
+        writeln!(out, "\n{GOOD}{yes}the audit balances{GOOD:#}: closed form = predicted = executed = {flops} FLOPs")?;
+        return Ok(writeln!(out, "{FAINT}{keys} distinct ops compared by phase, scope, dimensions, dtype and calls{FAINT:#}")?);
+    }
+    writeln!(out, "\n{BAD}{no}the audit does not balance{BAD:#} ({keys} distinct ops compared)")?;
+    for (name, flops) in [
+        ("closed form", audit.closed_form_flops),
+        ("predicted", audit.predicted_flops),
+        ("executed", audit.executed_flops),
+    ] {
+        writeln!(out, "  {name:<12}{:>28} FLOPs", digits(flops))?;
+    }
+    let mut table = new_table(unicode);
+    table.set_header(["phase", "scope", "op", "predicted calls", "executed calls", "FLOPs executed - predicted"]);
+    const SHOWN: usize = 40;
+    for d in audit.differences.iter().take(SHOWN) {
+        let sign = if d.executed_flops < d.predicted_flops { "-" } else { "+" };
+        table.add_row([
+            d.phase.to_string(),
+            d.scope.clone(),
+            d.op.clone(),
+            digits(d.predicted_calls),
+            digits(d.executed_calls),
+            format!("{sign}{}", digits(d.executed_flops.abs_diff(d.predicted_flops))),
+        ]);
+    }
+    writeln!(out, "{table}")?;
+    if audit.differences.len() > SHOWN {
+        writeln!(out, "… and {} more; --json lists all", audit.differences.len() - SHOWN)?;
+    }
+    Ok(())
+}
+
+fn new_table(unicode: bool) -> Table {
+    let mut table = Table::new();
+    table.load_preset(if unicode { presets::UTF8_HORIZONTAL_ONLY } else { presets::ASCII_MARKDOWN });
+    table
+}
+
+/// Names to the left, figures to the right.
+fn align(table: &mut Table) {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}
+
+/// An exact integer with thousands separators.
+pub fn digits(n: u128) -> String {
+    let plain = n.to_string();
+    let mut out = String::with_capacity(plain.len() * 4 / 3);
+    for (i, c) in plain.chars().enumerate() {
+        if i > 0 && (plain.len() - i).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// A figure with an SI prefix, four significant digits.
+pub fn human(n: f64) -> String {
+    const PREFIXES: [&str; 9] = ["", " k", " M", " G", " T", " P", " E", " Z", " Y"];
+    if n < 1e3 {
+        return format!("{n:.0}");
+    }
+    let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
+    let scaled = n / 1e3f64.powi(thousands as i32);
+    let decimals = if scaled < 10.0 { 3 } else if scaled < 100.0 { 2 } else { 1 };
+    format!("{scaled:.decimals$}{}", PREFIXES[thousands])
+}
+
+fn rate(flops_per_s: f64) -> String {
+    let text = human(flops_per_s);
+    let space = if text.contains(' ') { "" } else { " " };
+    format!("{text}{space}FLOP/s")
+}
+
+fn bytes(n: f64) -> String {
+    let text = human(n);
+    let space = if text.contains(' ') { "" } else { " " };
+    format!("{text}{space}B")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_for_people() {
+        assert_eq!(digits(0), "0");
+        assert_eq!(digits(528_364_863_488), "528,364,863,488");
+        assert_eq!(digits(100), "100");
+        assert_eq!(human(999.0), "999");
+        assert_eq!(human(1e3), "1.000 k");
+        assert_eq!(human(996_610_048.0), "996.6 M");
+        assert_eq!(human(1e12), "1.000 T");
+        assert_eq!(rate(12.0), "12 FLOP/s");
+        assert_eq!(bytes(1.976e9), "1.976 GB");
+    }
+}

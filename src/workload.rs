@@ -1,0 +1,171 @@
+//! What is to be run: the question that predictions and executions answer alike.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::{LoraConfig, ModelConfig},
+    error::{Error, Result},
+    ledger::Dtype,
+};
+
+/// Which positions get logits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Logits {
+    /// Every position: final norm and head over batch · seq rows.
+    All,
+    /// The last position of each sequence.
+    Last,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// 0 is greedy; above 0, logits are divided by it before the softmax.
+    pub temperature: f64,
+    /// Draw among the k likeliest.
+    pub top_k: Option<usize>,
+    /// Draw among the likeliest that together hold this probability.
+    pub top_p: Option<f64>,
+    /// Factor against tokens already seen; 1 is off.
+    pub repeat_penalty: f64,
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub const GREEDY: Self =
+        Self { temperature: 0.0, top_k: None, top_p: None, repeat_penalty: 1.0 };
+
+    /// Refuses what means nothing.
+    ///
+    /// # Errors
+    /// The flag at fault.
+    pub fn validate(&self) -> Result<()> {
+        let fail = |flag: &str, why: String| Err(Error::flag(flag, why).into());
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return fail("--temperature", format!("{} is not 0 or above", self.temperature));
+        }
+        if self.top_k == Some(0) {
+            return fail("--top-k", "must be at least 1".into());
+        }
+        if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
+            return fail("--top-p", format!("{p} is not in (0, 1]"));
+        }
+        if !(self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0) {
+            return fail("--repeat-penalty", format!("{} is not above 0", self.repeat_penalty));
+        }
+        if self.temperature == 0.0 && (self.top_k.is_some() || self.top_p.is_some()) {
+            return fail("--top-k, --top-p", "need a --temperature above 0".into());
+        }
+        Ok(())
+    }
+}
+
+/// The shape of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Task {
+    /// One forward pass.
+    Forward {
+        /// Sequences, all of one length.
+        batch: u64,
+        /// Tokens fed to each.
+        seq: u64,
+        /// Tokens already in the KV cache.
+        past: u64,
+        /// Positions that get logits.
+        logits: Logits,
+    },
+    /// A generation: one pass over the prompt, then one for each further token. The last token
+    /// is chosen but never fed.
+    Generate {
+        /// Sequences, all of one length.
+        batch: u64,
+        /// Tokens of each prompt.
+        prompt_tokens: u64,
+        /// Tokens chosen for each.
+        new_tokens: u64,
+        /// Tokens that there was room for: above `new_tokens` where every sequence ended early.
+        max_new_tokens: u64,
+        /// Without a cache, each pass runs over the whole context.
+        kv_cache: bool,
+        /// How tokens are chosen.
+        sampling: Sampling,
+    },
+}
+
+/// A model, its adapters, and what is run on it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Workload {
+    /// The model.
+    pub model: ModelConfig,
+    /// Its adapters.
+    pub lora: LoraConfig,
+    /// Element type of weights and activations.
+    #[serde(skip, default = "f32_dtype")]
+    pub dtype: Dtype,
+    /// What is run.
+    #[serde(flatten)]
+    pub task: Task,
+}
+
+fn f32_dtype() -> Dtype {
+    Dtype::F32
+}
+
+impl Workload {
+    /// Most batch × context, in tokens: with [`ModelConfig::validate`]'s bounds, no dimension of
+    /// any op passes 64 bits.
+    pub const MOST_TOKENS: u64 = 1 << 36;
+
+    /// Refuses empty and absurd sizes.
+    ///
+    /// # Errors
+    /// The flag at fault.
+    pub fn validate(&self) -> Result<()> {
+        let (batch, length, sizes) = match self.task {
+            Task::Forward { batch, seq, past, .. } => {
+                (batch, seq.checked_add(past), [("--batch", batch), ("--seq", seq)])
+            }
+            Task::Generate {
+                batch, prompt_tokens, new_tokens, max_new_tokens, sampling, ..
+            } => {
+                sampling.validate()?;
+                if new_tokens == 0 {
+                    return Err(Error::flag("--new-tokens", "must be at least 1").into());
+                }
+                let most = max_new_tokens.max(new_tokens);
+                let sizes = [("--batch", batch), ("--prompt-tokens", prompt_tokens)];
+                (batch, prompt_tokens.checked_add(most), sizes)
+            }
+        };
+        if let Some((flag, _)) = sizes.iter().find(|(_, size)| *size == 0) {
+            return Err(Error::flag(*flag, "must be at least 1").into());
+        }
+        match length.and_then(|l| l.checked_mul(batch)) {
+            Some(tokens) if tokens <= Self::MOST_TOKENS => Ok(()),
+            _ => {
+                let why = format!("batch × context is above {} tokens", Self::MOST_TOKENS);
+                Err(Error::flag("--batch", why).into())
+            }
+        }
+    }
+
+    /// Bytes of all parameters, adapters included.
+    pub fn weights_bytes(&self) -> u128 {
+        let parameters = self.model.parameters() + self.lora.parameters(&self.model);
+        parameters * u128::from(self.dtype.bytes())
+    }
+
+    /// Bytes of the preallocated cache: keys and values, K·d wide, of every layer and token.
+    pub fn kv_cache_bytes(&self) -> u128 {
+        let (batch, tokens) = match self.task {
+            Task::Forward { batch, seq, past, .. } => (batch, past + seq),
+            Task::Generate { batch, prompt_tokens, max_new_tokens, .. } => {
+                (batch, prompt_tokens + max_new_tokens - 1)
+            }
+        };
+        let width = 2 * self.model.num_hidden_layers * self.model.kv_width();
+        u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
+    }
+}

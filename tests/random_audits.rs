@@ -1,0 +1,127 @@
+//! The audit balances on random small models and workloads, executed for real.
+
+use std::cell::RefCell;
+
+use candle_core::Device;
+use flopaudit::{
+    audit::Audit,
+    config::{LoraConfig, ModelConfig, Projection},
+    generate::{Request, generate},
+    ledger::{Dtype, Ledger, Phase},
+    meter::Meter,
+    model::{AdapterSource, Qwen2},
+    weights::Weights,
+    workload::{Logits, Sampling, Task, Workload},
+};
+use proptest::prelude::*;
+
+prop_compose! {
+    fn models()(
+        kv in 1usize..4, group in 1usize..4, half in 1usize..5, explicit_head in any::<bool>(),
+        hidden_extra in 0usize..9, inner in 1usize..40, layers in 1usize..4,
+        vocab in 2usize..60, tied in any::<bool>(),
+    ) -> ModelConfig {
+        let heads = kv * group;
+        // Either D = H·d, or a head_dim of its own beside another D.
+        let hidden_size = if explicit_head { heads * 2 * half + hidden_extra } else { heads * 2 * half };
+        ModelConfig {
+            vocab_size: vocab,
+            hidden_size,
+            intermediate_size: inner,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_key_value_heads: kv,
+            head_dim: explicit_head.then_some(2 * half),
+            max_position_embeddings: 128,
+            tie_word_embeddings: tied,
+            ..ModelConfig::preset("tiny").unwrap()
+        }
+    }
+}
+
+prop_compose! {
+    fn adapted()(model in models())(
+        rank in 0usize..4, mask in 1u8..128, model in Just(model),
+    ) -> (ModelConfig, LoraConfig) {
+        let targets: Vec<_> =
+            Projection::ALL.into_iter().filter(|p| mask >> (*p as u8) & 1 == 1).collect();
+        let widest = targets.iter().map(|t| { let (k, n) = t.widths(&model); k.min(n) }).min().unwrap();
+        let lora = LoraConfig::new(&model, rank.min(widest), 8.0, &targets).unwrap();
+        (model, lora)
+    }
+}
+
+fn samplings() -> impl Strategy<Value = Sampling> {
+    let stochastic =
+        (0.1f64..3.0, proptest::option::of(1usize..70), proptest::option::of(0.05f64..1.0));
+    (proptest::option::of(stochastic), prop_oneof![Just(1.0), Just(1.3)]).prop_map(
+        |(s, repeat_penalty)| match s {
+            None => Sampling { repeat_penalty, ..Sampling::GREEDY },
+            Some((temperature, top_k, top_p)) => {
+                Sampling { temperature, top_k, top_p, repeat_penalty }
+            }
+        },
+    )
+}
+
+fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Qwen2 {
+    let weights = Weights::synthetic(model, 1);
+    let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
+    Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| {}).unwrap()
+}
+
+fn assert_balanced(workload: &Workload, ledger: &Ledger) {
+    let audit = Audit::new(std::slice::from_ref(workload), ledger).unwrap();
+    assert!(audit.balanced(), "{:#?}\n{:#?}", audit.key_differences, audit.sum_differences);
+    let [closed, predicted, executed] =
+        audit.totals(&flopaudit::prices::Prices::coursework()).unwrap();
+    assert!(closed == executed && predicted == executed && executed > 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+
+    #[test]
+    fn forward_balances(
+        (model, lora) in adapted(), batch in 1usize..4, seq in 1usize..9, past in 0usize..9,
+        all in any::<bool>(), half_precision in any::<bool>(),
+    ) {
+        let dtype = if half_precision { Dtype::BF16 } else { Dtype::F32 };
+        let logits = if all { Logits::All } else { Logits::Last };
+        let qwen = load(&model, &lora, dtype);
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let mut cache = qwen.cache(meter, batch, past + seq).unwrap();
+        cache.set_past(past).unwrap();
+        let ids: Vec<u32> = (0..batch * seq).map(|i| (i % model.vocab_size) as u32).collect();
+        let out = qwen.forward(meter.phase(Phase::Forward), &ids, batch, &mut cache, logits).unwrap();
+        let rows = if all { seq } else { 1 };
+        prop_assert_eq!(out.dims(), [batch, rows, model.vocab_size]);
+        let (batch, seq, past) = (batch as u64, seq as u64, past as u64);
+        let task = Task::Forward { batch, seq, past, logits };
+        assert_balanced(&Workload { model, lora, dtype, task }, &ledger.into_inner());
+    }
+
+    #[test]
+    fn generation_balances(
+        (model, lora) in adapted(), batch in 1usize..3, prompt in 1usize..7, new in 1usize..7,
+        kv_cache in any::<bool>(), sampling in samplings(), eos in any::<bool>(),
+    ) {
+        let qwen = load(&model, &lora, Dtype::F32);
+        let prompts = (0..batch).map(|b| (0..prompt).map(|i| ((b + 3 * i) % model.vocab_size) as u32).collect());
+        let request = Request {
+            prompts: prompts.collect(),
+            max_new_tokens: new,
+            sampling,
+            seed: 7,
+            kv_cache,
+            eos: if eos { vec![0, 1] } else { vec![] },
+            timed: false,
+        };
+        let ledger = RefCell::new(Ledger::default());
+        let mut told = 0;
+        let out = generate(&qwen, &request, &ledger, |_, _| told += 1).unwrap();
+        prop_assert_eq!(told, out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>());
+        assert_balanced(&out.workload, &ledger.into_inner());
+    }
+}
