@@ -323,7 +323,7 @@ impl fmt::Display for Projection {
 impl FromStr for Projection {
     type Err = Error;
 
-    fn from_str(s: &str) -> Result<Self, Error> {
+    fn from_str(s: &str) -> std::result::Result<Self, Error> {
         Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| {
             let known = Self::ALL.map(Self::name).join(", ");
             Error::flag("--lora-targets", format!("no projection `{s}`; known: {known}"))
