@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 /// The crate's result: an [`Error`] where the input is at fault, anything else with context.
-pub type Result<T> = anyhow::Result<T>;
+pub type Result<T, E = anyhow::Error> = std::result::Result<T, E>;
 
 /// What the user gave and cannot be used.
 #[derive(Debug, thiserror::Error)]

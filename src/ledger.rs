@@ -294,7 +294,9 @@ impl fmt::Display for Op {
 }
 
 /// Element type that an op computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// IEEE single.
@@ -302,6 +304,7 @@ pub enum Dtype {
     /// IEEE half.
     F16,
     /// bfloat16.
+    #[value(name = "bf16")]
     BF16,
 }
 

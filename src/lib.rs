@@ -6,19 +6,25 @@
 //! config + workload ─> analytic: closed form, predicted ┘
 //! ```
 
-pub mod config;
 pub mod error;
-pub mod workload;
 
-pub mod ledger;
+pub mod config;
+pub mod weights;
+pub mod text;
+
+pub mod ops;
 pub mod meter;
 pub mod model;
-pub mod ops;
+pub mod generate;
 
-pub mod analytic;
+pub mod ledger;
 pub mod prices;
 pub mod tally;
-
-pub mod audit;
-pub mod generate;
 pub mod traffic;
+
+pub mod workload;
+pub mod analytic;
+pub mod audit;
+
+pub mod report;
+pub mod cli;

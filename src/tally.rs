@@ -105,7 +105,10 @@ impl Tally {
     /// # Errors
     /// A sum past 128 bits.
     pub fn extend(&mut self, other: Self) -> Result<()> {
-        other.0.into_iter().try_for_each(|((phase, component), sum)| self.add(phase, component, sum))
+        other
+            .0
+            .into_iter()
+            .try_for_each(|((phase, component), sum)| self.add(phase, component, sum))
     }
 
     /// Rows in order of phase and component.

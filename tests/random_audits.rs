@@ -10,7 +10,7 @@ use flopaudit::{
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
     model::{AdapterSource, Qwen2},
-    weights::Weights,
+    weights::synthetic,
     workload::{Logits, Sampling, Task, Workload},
 };
 use proptest::prelude::*;
@@ -65,7 +65,7 @@ fn samplings() -> impl Strategy<Value = Sampling> {
 }
 
 fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Qwen2 {
-    let weights = Weights::synthetic(model, 1);
+    let weights = synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
     Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| {}).unwrap()
 }

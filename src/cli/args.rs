@@ -37,9 +37,7 @@ impl ModelArgs {
     /// Opens the checkpoint, with tensors and tokenizer.
     pub fn open(&self) -> Result<Checkpoint> {
         match self.config()? {
-            Some((config, origin)) => {
-                Ok(Checkpoint::synthetic(config, 0, format!("synthetic weights of {origin}")))
-            }
+            Some((config, _)) => weights::synthetic(config, 0),
             None => weights::open(self.model.as_deref()),
         }
     }

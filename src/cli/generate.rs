@@ -113,11 +113,8 @@ impl Run {
 
     /// Sequences in the order of the prompts.
     fn sequences(&self) -> Vec<&Sequence> {
-        let mut indexed: Vec<_> = self
-            .batches
-            .iter()
-            .flat_map(|(indices, g)| indices.iter().zip(&g.sequences))
-            .collect();
+        let mut indexed: Vec<_> =
+            self.batches.iter().flat_map(|(indices, g)| indices.iter().zip(&g.sequences)).collect();
         indexed.sort_by_key(|(index, _)| **index);
         indexed.into_iter().map(|(_, sequence)| sequence).collect()
     }
@@ -268,7 +265,8 @@ fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<
         choices += generation.sequences.len() as u64;
     }
     // Choices all cost the same; the first of each sequence belongs to the time to first token.
-    let flops = |phase| Ok::<_, anyhow::Error>(prices.flops(&tally.sum(|p, _| p == phase)?)? as f64);
+    let flops =
+        |phase| Ok::<_, anyhow::Error>(prices.flops(&tally.sum(|p, _| p == phase)?)? as f64);
     let choice = flops(Phase::Sampling)? / (decoded + choices) as f64;
     let prefill_flops = flops(Phase::Prefill)? + choice * choices as f64;
     let decode_flops = flops(Phase::Decode)? + choice * decoded as f64;
@@ -288,10 +286,8 @@ fn bytes_per_decoded_token(run: &Run) -> Option<Traffic> {
     let decoded: u64 = run.batches.iter().map(|(_, g)| tokens(&g.workload).1).sum();
     let all = run.ledger.traffic(Phase::Decode);
     let per_token = |bytes: u128| bytes / u128::from(decoded);
-    (decoded > 0).then(|| Traffic {
-        weights: per_token(all.weights),
-        kv_cache: per_token(all.kv_cache),
-    })
+    (decoded > 0)
+        .then(|| Traffic { weights: per_token(all.weights), kv_cache: per_token(all.kv_cache) })
 }
 
 fn show(text: &str) -> Result<()> {

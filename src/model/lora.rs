@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// Where adapter weights come from.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum AdapterSource {
     /// As PEFT initialises: A uniform in ±1/sqrt(in) (Kaiming, a = √5), B zero.
     Fresh {

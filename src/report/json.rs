@@ -34,7 +34,8 @@ impl JsonOutput {
             return Err(bad("is a directory, not a file to write".into()).into());
         }
         let dir = target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let file = NamedTempFile::new_in(dir).map_err(|e| bad(format!("cannot be written: {e}")))?;
+        let file =
+            NamedTempFile::new_in(dir).map_err(|e| bad(format!("cannot be written: {e}")))?;
         Ok(Self::File(file, target.into()))
     }
 
@@ -52,7 +53,9 @@ impl JsonOutput {
             Self::File(mut file, target) => {
                 let name = target.display().to_string();
                 serde_json::to_writer_pretty(&mut file, report).with_context(|| name.clone())?;
-                writeln!(file).and_then(|()| file.as_file().sync_all()).with_context(|| name.clone())?;
+                writeln!(file)
+                    .and_then(|()| file.as_file().sync_all())
+                    .with_context(|| name.clone())?;
                 // NamedTempFile is private to its owner; a report need not be.
                 #[cfg(unix)]
                 {

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 
 use anstyle::{AnsiColor, Style};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{AuditReport, GenerationReport, Report};
 use crate::{error::Result, ledger::Phase, workload::Task};
@@ -50,11 +50,15 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
         };
         let lora = match workload.lora.rank {
             0 => String::new(),
-            r => format!(", LoRA rank {r} on {}", workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")),
+            r => format!(
+                ", LoRA rank {r} on {}",
+                workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
+            ),
         };
         writeln!(out, "workload  {what}{lora}")?;
     }
-    let (weights, cache) = (bytes(memory.weights_bytes as f64), bytes(memory.kv_cache_bytes as f64));
+    let (weights, cache) =
+        (bytes(memory.weights_bytes as f64), bytes(memory.kv_cache_bytes as f64));
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
     writeln!(out, "memory    {weights} of weights, {cache} of KV cache, {dtype}")?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
@@ -132,7 +136,11 @@ fn totals(out: &mut impl Write, report: &Report) -> Result<()> {
         .collect();
     writeln!(out, "primitives  {}", primitives.join(", "))?;
     if report.lora_flops > 0 {
-        writeln!(out, "LoRA        {} FLOPs, {share:.4} % of the total", digits(report.lora_flops))?;
+        writeln!(
+            out,
+            "LoRA        {} FLOPs, {share:.4} % of the total",
+            digits(report.lora_flops)
+        )?;
     }
     Ok(())
 }
@@ -142,8 +150,14 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
     let keys = digits(audit.keys_compared as u128);
     if audit.balanced {
         let flops = digits(audit.executed_flops);
-        writeln!(out, "\n{GOOD}{yes}the audit balances{GOOD:#}: closed form = predicted = executed = {flops} FLOPs")?;
-        return Ok(writeln!(out, "{FAINT}{keys} distinct ops compared by phase, scope, dimensions, dtype and calls{FAINT:#}")?);
+        writeln!(
+            out,
+            "\n{GOOD}{yes}the audit balances{GOOD:#}: closed form = predicted = executed = {flops} FLOPs"
+        )?;
+        return Ok(writeln!(
+            out,
+            "{FAINT}{keys} distinct ops compared by phase, scope, dimensions, dtype and calls{FAINT:#}"
+        )?);
     }
     writeln!(out, "\n{BAD}{no}the audit does not balance{BAD:#} ({keys} distinct ops compared)")?;
     for (name, flops) in [
@@ -154,7 +168,14 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
         writeln!(out, "  {name:<12}{:>28} FLOPs", digits(flops))?;
     }
     let mut table = new_table(unicode);
-    table.set_header(["phase", "scope", "op", "predicted calls", "executed calls", "FLOPs executed - predicted"]);
+    table.set_header([
+        "phase",
+        "scope",
+        "op",
+        "predicted calls",
+        "executed calls",
+        "FLOPs executed - predicted",
+    ]);
     const SHOWN: usize = 40;
     for d in audit.differences.iter().take(SHOWN) {
         let sign = if d.executed_flops < d.predicted_flops { "-" } else { "+" };
@@ -175,8 +196,9 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
 }
 
 fn new_table(unicode: bool) -> Table {
+    let line = if unicode { '─' } else { '-' };
     let mut table = Table::new();
-    table.load_preset(if unicode { presets::UTF8_HORIZONTAL_ONLY } else { presets::ASCII_MARKDOWN });
+    table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, line)));
     table
 }
 
@@ -208,7 +230,13 @@ pub fn human(n: f64) -> String {
     }
     let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
     let scaled = n / 1e3f64.powi(thousands as i32);
-    let decimals = if scaled < 10.0 { 3 } else if scaled < 100.0 { 2 } else { 1 };
+    let decimals = if scaled < 10.0 {
+        3
+    } else if scaled < 100.0 {
+        2
+    } else {
+        1
+    };
     format!("{scaled:.decimals$}{}", PREFIXES[thousands])
 }
 

@@ -1,0 +1,331 @@
+//! The text side of a checkpoint: tokenizer, end-of-sequence tokens, chat template.
+
+mod chat;
+
+use std::path::Path;
+
+use candle_core::quantized::{
+    gguf_file::{Content, Value},
+    tokenizer::TokenizerFromGguf,
+};
+use serde_json::Value as Json;
+use tokenizers::{AddedToken, Tokenizer};
+
+use crate::error::{Error, Result};
+
+/// Turns text into token ids and back as the checkpoint was trained to.
+#[derive(Debug)]
+pub struct Text {
+    model: Model,
+    chat: Option<chat::Template>,
+    eos: Vec<u32>,
+    vocab: usize,
+}
+
+#[derive(Debug)]
+enum Model {
+    Tokenizer(Box<Tokenizer>),
+    /// One token a byte: for weights that have no tokenizer.
+    Bytes,
+}
+
+impl Text {
+    /// The stand-in for a model of `vocab` tokens that has no tokenizer: one token a byte (its
+    /// value, modulo a `vocab` under 256), no end of sequence, and a chat that is the prompt.
+    pub fn bytes(vocab: usize) -> Self {
+        Self { model: Model::Bytes, chat: None, eos: vec![], vocab }
+    }
+
+    /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
+    /// generation_config.json and chat_template.jinja. `vocab` is the model's, in tokens.
+    ///
+    /// # Errors
+    /// No tokenizer.json, a malformed file, or more tokens than the model has.
+    pub fn from_directory(dir: &Path, vocab: usize) -> Result<Self> {
+        let file = dir.join("tokenizer.json");
+        let fail = |why: String| Error::File { file: file.clone(), why };
+        if !file.is_file() {
+            return Err(fail("no such file; the model has no tokenizer without it".into()).into());
+        }
+        let mut tokenizer = Tokenizer::from_file(&file)
+            .map_err(|e| fail(format!("not a tokenizer: {}", first_line(&e))))?;
+        // Lengths are ours to decide.
+        let _ = tokenizer.with_truncation(None);
+        tokenizer.with_padding(None);
+
+        let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let token = |key: &str| config.get(key).and_then(token_text).map(str::to_string);
+        let (bos, eos_token) = (token("bos_token"), token("eos_token"));
+        let jinja = dir.join("chat_template.jinja");
+        let template = match std::fs::read_to_string(&jinja) {
+            Ok(source) => Some(source),
+            Err(_) => config.get("chat_template").and_then(template_source),
+        };
+        let eos = eos_ids(dir)?.unwrap_or_else(|| {
+            eos_token.iter().filter_map(|token| tokenizer.token_to_id(token)).collect()
+        });
+        let chat = template.map(|source| chat::Template::new(source, bos, eos_token));
+        Self::from_tokenizer(tokenizer, chat, eos, vocab, &file)
+    }
+
+    /// Builds the tokenizer from a GGUF's metadata, whose token and merge lists it takes away.
+    ///
+    /// # Errors
+    /// Metadata that does not describe a byte-level BPE tokenizer, or more tokens than the model
+    /// has.
+    pub(crate) fn from_gguf(content: &mut Content, file: &Path, vocab: usize) -> Result<Self> {
+        let user_defined = untype_user_tokens(content);
+        let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| Error::File {
+            file: file.into(),
+            why: format!("holds no usable tokenizer: {}", first_line(&e)),
+        })?;
+        let user_defined =
+            user_defined.into_iter().map(|t| AddedToken::from(t, false).normalized(false));
+        tokenizer.add_tokens(user_defined).map_err(|e| Error::File {
+            file: file.into(),
+            why: format!("holds no usable tokenizer: {}", first_line(&e)),
+        })?;
+
+        let string = |key: &str| match content.metadata.get(key) {
+            Some(Value::String(text)) => Some(text.clone()),
+            _ => None,
+        };
+        let id = |key: &str| {
+            let value = content.metadata.get(&format!("tokenizer.ggml.{key}_token_id"))?;
+            value.to_u64().ok().and_then(|id| u32::try_from(id).ok())
+        };
+        let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+        // The metadata has room for one; a chat ends with either of these too.
+        let named = ["<|im_end|>", "<|endoftext|>"].map(|token| tokenizer.token_to_id(token));
+        let mut eos: Vec<u32> = [id("eos")].into_iter().chain(named).flatten().collect();
+        let mut seen = std::collections::HashSet::new();
+        eos.retain(|id| seen.insert(*id));
+        let chat = string("tokenizer.chat_template")
+            .map(|source| chat::Template::new(source, token(id("bos")), token(id("eos"))));
+        for list in ["tokens", "merges", "token_type", "scores"] {
+            content.metadata.remove(&format!("tokenizer.ggml.{list}"));
+        }
+        Self::from_tokenizer(tokenizer, chat, eos, vocab, file)
+    }
+
+    fn from_tokenizer(
+        tokenizer: Tokenizer,
+        chat: Option<chat::Template>,
+        eos: Vec<u32>,
+        vocab: usize,
+        file: &Path,
+    ) -> Result<Self> {
+        let tokens = tokenizer.get_vocab_size(true);
+        if tokens > vocab {
+            let why = format!("has {tokens} tokens, the model only {vocab}");
+            return Err(Error::File { file: file.into(), why }.into());
+        }
+        Ok(Self { model: Model::Tokenizer(Box::new(tokenizer)), chat, eos, vocab })
+    }
+
+    /// Token ids of `text`. Special tokens spelt out in it are recognised; nothing is added.
+    ///
+    /// # Errors
+    /// Text that the tokenizer cannot take.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        match &self.model {
+            Model::Tokenizer(tokenizer) => tokenizer
+                .encode_fast(text, false)
+                .map(|encoding| encoding.get_ids().to_vec())
+                .map_err(|e| {
+                    Error::Prompt(format!("cannot be tokenized: {}", first_line(&e))).into()
+                }),
+            Model::Bytes => {
+                let fold = |byte| (usize::from(byte) % self.vocab.max(1)) as u32;
+                Ok(text.bytes().map(fold).collect())
+            }
+        }
+    }
+
+    /// Text of `ids`; what is no valid UTF-8 becomes U+FFFD, an id without a token nothing.
+    /// `skip_special` leaves out special tokens such as `<|im_end|>`.
+    ///
+    /// # Errors
+    /// A decoder that fails.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        match &self.model {
+            Model::Tokenizer(tokenizer) => tokenizer
+                .decode(ids, skip_special)
+                .map_err(|e| anyhow::anyhow!("decoding tokens: {}", first_line(&e))),
+            Model::Bytes => {
+                let mut bytes = vec![];
+                for &id in ids {
+                    match u8::try_from(id) {
+                        Ok(byte) => bytes.push(byte),
+                        Err(_) => bytes.extend(format!("<{id}>").into_bytes()),
+                    }
+                }
+                Ok(String::from_utf8_lossy(&bytes).into_owned())
+            }
+        }
+    }
+
+    /// Decodes token by token, for output as it is generated.
+    pub fn stream(&self, skip_special: bool) -> Stream<'_> {
+        Stream { text: self, skip_special, ids: vec![], read: 0 }
+    }
+
+    /// The checkpoint's chat template applied to one user message, up to where the assistant's
+    /// answer begins. Without a `system` message the template's own default applies, if it has
+    /// one; a checkpoint without a template gives the message alone (and `system` before it).
+    ///
+    /// # Errors
+    /// A template that is malformed or refuses the messages.
+    pub fn chat(&self, system: Option<&str>, user: &str) -> Result<String> {
+        match &self.chat {
+            Some(template) => template.render(system, user),
+            None => Ok(system.map_or(user.into(), |system| format!("{system}\n{user}"))),
+        }
+    }
+
+    /// Whether the checkpoint brings a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat.is_some()
+    }
+
+    /// The tokens that end a generation.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// Rows of the model's embedding, in tokens: every encoded id is below it.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab
+    }
+
+    /// What the reports call it: the checkpoint's tokenizer, or the byte-level stand-in.
+    pub fn is_stand_in(&self) -> bool {
+        matches!(self.model, Model::Bytes)
+    }
+}
+
+/// Incremental decoding: text comes out as soon as it is whole characters.
+#[derive(Debug)]
+pub struct Stream<'a> {
+    text: &'a Text,
+    skip_special: bool,
+    /// The last ids put out (decoders may look back at them), then those that are pending.
+    ids: Vec<u32>,
+    /// Where the pending ones begin.
+    read: usize,
+}
+
+impl Stream<'_> {
+    /// Takes the next token; gives the text that is complete with it, if any.
+    ///
+    /// # Errors
+    /// A decoder that fails.
+    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
+        self.ids.push(id);
+        let text = self.pending()?;
+        // A character cut in two decodes to U+FFFD at the end: wait for the rest of it. No
+        // character has more than 4 bytes, so after as many tokens it is no cut but bad bytes.
+        let cut = text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.read < 4;
+        if cut || text.is_empty() {
+            return Ok(None);
+        }
+        self.ids.drain(..self.read);
+        self.read = self.ids.len();
+        Ok(Some(text))
+    }
+
+    /// What is left when no more tokens come, cut characters as U+FFFD.
+    ///
+    /// # Errors
+    /// A decoder that fails.
+    pub fn finish(self) -> Result<Option<String>> {
+        Ok(Some(self.pending()?).filter(|text| !text.is_empty()))
+    }
+
+    fn pending(&self) -> Result<String> {
+        let shown = self.text.decode(&self.ids[..self.read], self.skip_special)?;
+        let all = self.text.decode(&self.ids, self.skip_special)?;
+        Ok(all.strip_prefix(shown.as_str()).unwrap_or_default().to_string())
+    }
+}
+
+/// Takes the user-defined tokens (type 4, `<tool_call>`) and the unused ones (type 5, padding of
+/// the vocabulary) out of what candle would mark special, and returns the former: they are
+/// recognised in text but, unlike special ones, belong to it.
+fn untype_user_tokens(content: &mut Content) -> Vec<String> {
+    const NORMAL: i32 = 1;
+    const USER_DEFINED: u64 = 4;
+    const UNUSED: u64 = 5;
+    let Some(Value::Array(tokens)) = content.metadata.get("tokenizer.ggml.tokens") else {
+        return vec![];
+    };
+    let tokens = tokens.clone();
+    let Some(Value::Array(types)) = content.metadata.get_mut("tokenizer.ggml.token_type") else {
+        return vec![];
+    };
+    let mut found = vec![];
+    for (kind, token) in types.iter_mut().zip(&tokens) {
+        let number = match &*kind {
+            Value::I32(n) => u64::try_from(*n).unwrap_or(0),
+            other => other.to_u64().unwrap_or(0),
+        };
+        if let (USER_DEFINED, Value::String(text)) = (number, token) {
+            found.push(text.clone());
+        }
+        if matches!(number, USER_DEFINED | UNUSED) {
+            *kind = Value::I32(NORMAL);
+        }
+    }
+    found
+}
+
+/// The end-of-sequence ids that generation_config.json, else config.json, names.
+fn eos_ids(dir: &Path) -> Result<Option<Vec<u32>>> {
+    for name in ["generation_config.json", "config.json"] {
+        let file = dir.join(name);
+        let Some(json) = read_json(&file)? else { continue };
+        let ids = match json.get("eos_token_id") {
+            None | Some(Json::Null) => continue,
+            Some(Json::Array(ids)) => ids.clone(),
+            Some(id) => vec![id.clone()],
+        };
+        let ids = ids.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
+        let why = || "`eos_token_id` is neither a token id nor a list of them".to_string();
+        let ids: Option<Vec<u32>> = ids.collect();
+        return ids.map(Some).ok_or_else(|| Error::File { file, why: why() }.into());
+    }
+    Ok(None)
+}
+
+/// A JSON file's value; `None` if there is no such file.
+fn read_json(file: &Path) -> Result<Option<Json>> {
+    let fail = |why: String| Error::File { file: file.into(), why };
+    if !file.is_file() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(file).map_err(|e| fail(e.to_string()))?;
+    let json = serde_json::from_str(&text).map_err(|e| fail(format!("not valid JSON: {e}")))?;
+    Ok(Some(json))
+}
+
+/// A token as tokenizer_config.json spells it: a string, or an object with its content.
+fn token_text(json: &Json) -> Option<&str> {
+    json.as_str().or_else(|| json.get("content")?.as_str())
+}
+
+/// A chat template: a string, or the one named `default` (else the first) of a list.
+fn template_source(json: &Json) -> Option<String> {
+    let source = match json {
+        Json::Array(list) => {
+            let default = list.iter().find(|t| t.get("name").is_some_and(|n| n == "default"));
+            default.or(list.first())?.get("template")?
+        }
+        other => other,
+    };
+    source.as_str().map(str::to_string)
+}
+
+/// A library's message, cut to one line.
+fn first_line(error: &impl ToString) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}

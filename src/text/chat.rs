@@ -1,0 +1,201 @@
+//! The checkpoint's own chat template, rendered as the transformers library renders it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::{Environment, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs};
+use minijinja_contrib::pycompat::unknown_method_callback;
+
+use crate::error::{Error, Result};
+
+/// A Jinja template and the tokens that it may ask for.
+#[derive(Debug)]
+pub(super) struct Template {
+    source: String,
+    bos: Option<String>,
+    eos: Option<String>,
+}
+
+impl Template {
+    pub(super) fn new(source: String, bos: Option<String>, eos: Option<String>) -> Self {
+        Self { source, bos, eos }
+    }
+
+    /// One user message, after a `system` one where given, ready for the assistant's answer.
+    pub(super) fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
+        let message = |role: &str, content: &str| context! { role, content };
+        let mut messages: Vec<Value> =
+            system.map(|text| message("system", text)).into_iter().collect();
+        messages.push(message("user", user));
+        let context = context! {
+            messages,
+            add_generation_prompt => true,
+            bos_token => self.bos.as_deref(),
+            eos_token => self.eos.as_deref(),
+            tools => (),
+            documents => (),
+        };
+        environment().render_str(&self.source, context).map_err(|e| {
+            let why = e.detail().map_or_else(|| e.kind().to_string(), str::to_string);
+            let why = why.lines().next().unwrap_or_default();
+            let line = e.line().map_or_else(String::new, |line| format!(" (its line {line})"));
+            Error::Prompt(format!("the checkpoint's chat template fails: {why}{line}")).into()
+        })
+    }
+}
+
+/// What transformers gives a template beyond plain Jinja.
+fn environment() -> Environment<'static> {
+    let mut env = Environment::new();
+    if let Ok(syntax) = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build() {
+        env.set_syntax(syntax);
+    }
+    env.set_unknown_method_callback(unknown_method_callback);
+    env.add_function("raise_exception", |message: String| -> Result<(), minijinja::Error> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_function("strftime_now", |format: String| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        strftime(&format, now.as_secs())
+    });
+    env.add_filter("tojson", tojson);
+    env
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False, indent=…)`: minijinja's own filter, without
+/// its escapes for HTML.
+fn tojson(
+    value: &Value,
+    indent: Option<Value>,
+    options: Kwargs,
+) -> Result<String, minijinja::Error> {
+    let json = minijinja::filters::tojson(value, indent, options)?.to_string();
+    let mut out = String::with_capacity(json.len());
+    let mut rest = json.as_str();
+    while let Some(at) = rest.find('\\') {
+        let (before, escape) = rest.split_at(at);
+        out += before;
+        // JSON of our own: a backslash is never the last character.
+        let (length, text) = match escape.get(..6) {
+            Some("\\u003c") => (6, "<"),
+            Some("\\u003e") => (6, ">"),
+            Some("\\u0026") => (6, "&"),
+            Some("\\u0027") => (6, "'"),
+            _ => (2, &escape[..2]),
+        };
+        out += text;
+        rest = &escape[length..];
+    }
+    Ok(out + rest)
+}
+
+/// The parts of `strftime` that chat templates use, in UTC; `seconds` since 1970.
+fn strftime(format: &str, seconds: u64) -> String {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] =
+        ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
+    let (year, month, day) = date(seconds / 86_400);
+    let (month_name, day_name) = (MONTHS[month - 1], DAYS[(seconds / 86_400 % 7) as usize]);
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        match chars.next() {
+            Some('Y') => out += &year.to_string(),
+            Some('m') => out += &format!("{month:02}"),
+            Some('d') => out += &format!("{day:02}"),
+            Some('B') => out += month_name,
+            Some('b') => out += &month_name[..3],
+            Some('A') => out += day_name,
+            Some('a') => out += &day_name[..3],
+            Some('H') => out += &format!("{:02}", seconds / 3600 % 24),
+            Some('M') => out += &format!("{:02}", seconds / 60 % 60),
+            Some('S') => out += &format!("{:02}", seconds % 60),
+            Some(other) => out.extend(['%', other].iter().skip(usize::from(other == '%'))),
+            None => out.push('%'),
+        }
+    }
+    out
+}
+
+/// (year, month, day) of a day counted from 1970-01-01, Gregorian.
+fn date(mut days: u64) -> (u64, usize, u64) {
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let february = 28 + u64::from(leap(year));
+    let mut month = 1;
+    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str) -> Result<String> {
+        Template::new(source.into(), Some("<s>".into()), None).render(Some("Be brief."), "Hi")
+    }
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(
+            strftime("%d %b %Y, %A, %H:%M:%S %% %q", 0),
+            "01 Jan 1970, Thursday, 00:00:00 % %q"
+        );
+        // 2024-02-29T23:59:58Z, a Thursday.
+        assert_eq!(
+            strftime("%Y-%m-%d %a %B %H:%M:%S", 1_709_251_198),
+            "2024-02-29 Thu February 23:59:58"
+        );
+    }
+
+    #[test]
+    fn templates_see_what_transformers_gives_them() {
+        let source = "{{ bos_token }}{% for m in messages %}\n  {% if m['role'].startswith('s') %}\n\
+                      [{{ m.content.strip() | tojson }}]{% endif %}\n{% endfor %}\
+                      {% if tools is none and add_generation_prompt %}>{% endif %}";
+        assert_eq!(render(source).unwrap(), "<s>[\"Be brief.\"]\n\n>".replace("\n\n", ""));
+        let year = render("{{ strftime_now('%Y') }}").unwrap();
+        assert!(year.parse::<u32>().unwrap() >= 2024, "{year}");
+        let json = render("{{ {'a': [1, '<é\\\\u003c>'], 'b': none} | tojson }}").unwrap();
+        assert_eq!(json, r#"{"a": [1, "<é\\u003c>"], "b": null}"#);
+    }
+
+    #[test]
+    fn a_template_that_refuses_or_is_malformed_is_one_line() {
+        let error = render("a\n{{ raise_exception('no system role') }}").unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "prompt: the checkpoint's chat template fails: no system role (its line 2)"
+        );
+        let error = render("{% if %}").unwrap_err().to_string();
+        assert!(!error.contains('\n') && error.contains("template fails"), "{error}");
+    }
+}

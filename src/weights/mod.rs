@@ -1,0 +1,269 @@
+//! Where weights come from: the hub, a directory of safetensors, a GGUF file, or a seed.
+//!
+//! [`open`] turns `--model` into a [`Checkpoint`] whose tensors all exist with the shapes that
+//! the config asks for; [`Weights::tensor`] then loads one, converted, placed and finite.
+
+mod directory;
+mod gguf;
+mod header;
+mod hub;
+mod peft;
+mod place;
+mod synthetic;
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+
+pub use self::{peft::PeftAdapter, synthetic::synthetic};
+use crate::{
+    config::{ModelConfig, Projection},
+    error::{Error, Result},
+    text::Text,
+};
+
+/// The checkpoint that `--model` stands for where it is not given.
+pub const DEFAULT_MODEL: &str = "Qwen/Qwen2.5-0.5B-Instruct";
+
+/// Looked at before the hub where `--model` is not given.
+const LOCAL: &str = "weights";
+
+/// A checkpoint opened and checked: what the model is, its tensors, its text side.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The model's widths and counts.
+    pub config: ModelConfig,
+    /// Its tensors, loaded on demand.
+    pub weights: Weights,
+    /// Its tokenizer and chat template.
+    pub text: Text,
+    /// One line for reports, for example `weights/model.gguf (GGUF, …)`.
+    pub origin: String,
+    /// Random weights of the true shapes: the same FLOPs, meaningless text.
+    pub synthetic: bool,
+}
+
+/// The tensors of a checkpoint, by the names of its Hugging Face layout. Shared freely between
+/// threads.
+#[derive(Debug)]
+pub struct Weights {
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Safetensors(directory::Shards),
+    Gguf(gguf::Gguf),
+    Synthetic(synthetic::Synthetic),
+}
+
+/// Opens what `--model` names; `None` is `./weights` if it holds any, else [`DEFAULT_MODEL`].
+///
+/// `spec` is a directory (config.json, *.safetensors, tokenizer.json, or one .gguf), a `.gguf`
+/// file, `synthetic[:preset][:seed]`, or a hub id, `owner/name`. What exists on disk wins.
+///
+/// # Errors
+/// No such file, an unreachable hub, a malformed file, or a tensor that is missing or misshapen.
+/// Values are read, and found not finite, only by [`Weights::tensor`].
+pub fn open(spec: Option<&str>) -> Result<Checkpoint> {
+    let Some(spec) = spec else {
+        return match Path::new(LOCAL) {
+            local if directory::holds_weights(local) => open_path(local),
+            _ => open_hub(DEFAULT_MODEL),
+        };
+    };
+    let path = Path::new(spec);
+    if spec == "synthetic" || spec.starts_with("synthetic:") {
+        synthetic::open(spec)
+    } else if path.exists() {
+        open_path(path)
+    } else if looks_like_path(spec) {
+        let why = "no such file or directory".into();
+        Err(Error::Weights { file: path.into(), why }.into())
+    } else if is_hub_id(spec) {
+        open_hub(spec)
+    } else {
+        let why = format!(
+            "`{spec}` is neither a file nor a directory, nor a hub id (owner/name), nor \
+             synthetic[:preset][:seed]"
+        );
+        Err(Error::flag("--model", why).into())
+    }
+}
+
+fn open_path(path: &Path) -> Result<Checkpoint> {
+    if path.is_dir() {
+        return match directory::only_gguf(path)? {
+            Some(file) => gguf::open(&file),
+            None => directory::open(path, None),
+        };
+    }
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("safetensors") => {
+            let why = "is one file of a checkpoint; give its directory, which also holds \
+                       config.json and tokenizer.json";
+            Err(Error::Weights { file: path.into(), why: why.into() }.into())
+        }
+        _ => gguf::open(path),
+    }
+}
+
+fn open_hub(id: &str) -> Result<Checkpoint> {
+    let snapshot = hub::snapshot(id)?;
+    directory::open(&snapshot, Some(id))
+}
+
+/// A spec that can only have been meant as a file, so that its absence is no hub failure.
+fn looks_like_path(spec: &str) -> bool {
+    spec.starts_with(['.', '/', '~', '\\'])
+        || spec.matches('/').count() >= 2
+        || spec.ends_with('/')
+        || [".gguf", ".safetensors", ".json"].iter().any(|end| spec.ends_with(end))
+}
+
+fn is_hub_id(spec: &str) -> bool {
+    let valid = |part: &str| {
+        !part.is_empty()
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+    };
+    spec.split_once('/').is_some_and(|(owner, name)| valid(owner) && valid(name))
+}
+
+impl Weights {
+    /// The tensor `name` as a contiguous `dtype` tensor on `device`, every element finite.
+    ///
+    /// Names are the Hugging Face checkpoint's (`model.layers.0.self_attn.q_proj.weight`,
+    /// `model.embed_tokens.weight`, `lm_head.weight`), whatever the file calls them.
+    ///
+    /// # Errors
+    /// A tensor that is missing, of another shape than `shape`, truncated, or not finite in the
+    /// file or, where narrower, in `dtype`.
+    pub fn tensor(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let origin = self.origin(name);
+        self.check_shape(name, shape)?;
+        let tensor = match &self.source {
+            Source::Safetensors(shards) => shards.load(name)?,
+            Source::Gguf(gguf) => gguf.load(name)?,
+            Source::Synthetic(synthetic) => synthetic.load(name, shape)?,
+        };
+        place::place(tensor, &origin, name, dtype, device)
+    }
+
+    /// Whether the checkpoint holds a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    /// The shape that the file declares, outermost dimension first.
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        match &self.source {
+            Source::Safetensors(shards) => shards.shape(name),
+            Source::Gguf(gguf) => gguf.shape(name),
+            Source::Synthetic(synthetic) => synthetic.shape(name),
+        }
+    }
+
+    /// The file that holds `name`, or should.
+    fn origin(&self, name: &str) -> String {
+        match &self.source {
+            Source::Safetensors(shards) => shards.origin(name),
+            Source::Gguf(gguf) => gguf.origin(),
+            Source::Synthetic(_) => "synthetic".into(),
+        }
+    }
+
+    fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
+        let why = match self.shape(name) {
+            Some(found) if found == expected => return Ok(()),
+            Some(found) => format!("has shape {found:?}; the config asks for {expected:?}"),
+            None => format!("is missing; the config asks for it with shape {expected:?}"),
+        };
+        Err(Error::tensor(self.origin(name), name, why).into())
+    }
+
+    /// Names the first tensor that the config asks for and the file does not hold as such.
+    fn check(&self, config: &ModelConfig) -> Result<()> {
+        tensor_shapes(config).iter().try_for_each(|(name, shape)| self.check_shape(name, shape))
+    }
+}
+
+/// Every tensor that a model of this config has: checkpoint name and shape, in file order.
+///
+/// A tied head is the embedding and has no tensor of its own.
+pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (v, d) = (config.vocab_size, config.hidden_size);
+    let mut all = vec![("model.embed_tokens.weight".to_string(), vec![v, d])];
+    for layer in 0..config.num_hidden_layers {
+        let layer = format!("model.layers.{layer}");
+        all.push((format!("{layer}.input_layernorm.weight"), vec![d]));
+        for p in Projection::ALL {
+            let (k, n) = p.widths(config);
+            let name = format!("{layer}.{}.{p}", p.parent());
+            all.push((format!("{name}.weight"), vec![n, k]));
+            if p.has_bias() {
+                all.push((format!("{name}.bias"), vec![n]));
+            }
+        }
+        all.push((format!("{layer}.post_attention_layernorm.weight"), vec![d]));
+    }
+    all.push(("model.norm.weight".into(), vec![d]));
+    if !config.tie_word_embeddings {
+        all.push(("lm_head.weight".into(), vec![v, d]));
+    }
+    all
+}
+
+/// `24 layers, 494.0M parameters`: the size of a model, for origins.
+fn size(config: &ModelConfig) -> String {
+    let millions = config.parameters() as f64 / 1e6;
+    format!("{} layers, {millions:.1}M parameters", config.num_hidden_layers)
+}
+
+/// A backend error's own message: no path that the caller names anyway, no backtrace, one line.
+fn cause(error: &candle_core::Error) -> String {
+    use candle_core::Error as E;
+    match error {
+        E::WithPath { inner, .. } | E::WithBacktrace { inner, .. } | E::Context { inner, .. } => {
+            cause(inner)
+        }
+        other => other.to_string().lines().next().unwrap_or_default().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listed_tensors_hold_exactly_the_parameters() {
+        for name in ModelConfig::preset_names() {
+            let config = ModelConfig::preset(name).unwrap();
+            let listed: u128 = tensor_shapes(&config)
+                .iter()
+                .map(|(_, shape)| shape.iter().product::<usize>() as u128)
+                .sum();
+            assert_eq!(listed, config.parameters(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_can_only_be_a_path_is_not_asked_of_the_hub() {
+        for spec in ["./a", "/a/b", "a/b/c", "model.gguf", "a/model.gguf", "~/x", "../up", "dir/"] {
+            assert!(looks_like_path(spec), "{spec}");
+            let error = open(Some(spec)).unwrap_err().to_string();
+            assert!(error.contains("no such file or directory"), "{error}");
+        }
+        assert!(!looks_like_path(DEFAULT_MODEL) && is_hub_id(DEFAULT_MODEL));
+        for spec in ["gpt2", "a/b?c", "", "owner/"] {
+            assert!(!is_hub_id(spec), "{spec}");
+        }
+        let error = open(Some("gpt2")).unwrap_err().to_string();
+        assert!(error.starts_with("--model: `gpt2` is neither"), "{error}");
+    }
+}
