@@ -284,7 +284,7 @@ impl Prices {
         let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
         let mut prices: Self = toml::from_str(&text).map_err(|e| {
             let line =
-                e.span().map_or(0, |s| text[..s.start.min(text.len())].lines().count().max(1));
+                e.span().map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
             bad(format!("line {line}: {}", e.message().replace('\n', " ")))
         })?;
         if prices.name.is_empty() {
@@ -355,7 +355,7 @@ mod tests {
             op: huge,
             dtype: crate::ledger::Dtype::F32,
         };
-        ledger.add(key, 2, Default::default());
+        ledger.add(key, 3, Default::default());
         assert!(ledger.cost().unwrap_err().to_string().contains("128 bits"));
     }
 

@@ -75,7 +75,7 @@ pub struct LoraArgs {
     #[arg(long, value_name = "R", default_value_t = 0)]
     pub lora_rank: usize,
     /// The adapters' output is scaled by alpha / rank
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0)]
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
     pub lora_alpha: f64,
     /// Adapted projections
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
@@ -299,16 +299,16 @@ impl GenerationArgs {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArgs {
     /// 0 is greedy; above 0, draw from softmax(logits / temperature)
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Draw among the K likeliest
     #[arg(long, value_name = "K")]
     pub top_k: Option<usize>,
     /// Draw among the likeliest that together hold probability P
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f64>,
     /// Factor against tokens already in the context; 1 is off
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repeat_penalty: f64,
 }
 

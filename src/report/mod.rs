@@ -4,7 +4,7 @@ mod json;
 mod table;
 
 pub use json::JsonOutput;
-pub use table::print;
+pub use table::{print, render};
 
 use std::time::Duration;
 

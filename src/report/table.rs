@@ -18,15 +18,22 @@ const FAINT: Style = Style::new().dimmed();
 /// A closed pipe.
 pub fn print(report: &Report) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
-    let mut out = anstream::stdout().lock();
-    header(&mut out, report)?;
+    render(&mut anstream::stdout().lock(), report, unicode)
+}
+
+/// Writes `report`, with ANSI colour, to `out`.
+///
+/// # Errors
+/// What `out` reports.
+pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()> {
+    header(out, report)?;
     if let Some(generation) = &report.generation {
-        speeds(&mut out, report, generation)?;
+        speeds(out, report, generation)?;
     }
-    writeln!(out, "\n{}", components(report, unicode))?;
-    totals(&mut out, report)?;
+    writeln!(out, "\n{}\n", components(report, unicode).trim_fmt())?;
+    totals(out, report)?;
     if let Some(audit) = &report.audit {
-        verdict(&mut out, audit, unicode)?;
+        verdict(out, audit, unicode)?;
     }
     Ok(())
 }
@@ -107,7 +114,8 @@ fn components(report: &Report, unicode: bool) -> Table {
         let flops: u128 = rows().map(|r| r.flops).sum();
         let mut cells = vec![name, digits(rows().map(|r| r.calls).sum())];
         cells.extend(phases.iter().map(|phase| {
-            human(rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>() as f64)
+            let of_phase = rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>();
+            if of_phase == 0 { "-".into() } else { human(of_phase as f64) }
         }));
         let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
         cells.extend([digits(flops), format!("{share:.2} %")]);
@@ -188,7 +196,7 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
             format!("{sign}{}", digits(d.executed_flops.abs_diff(d.predicted_flops))),
         ]);
     }
-    writeln!(out, "{table}")?;
+    writeln!(out, "{}", table.trim_fmt())?;
     if audit.differences.len() > SHOWN {
         writeln!(out, "… and {} more; --json lists all", audit.differences.len() - SHOWN)?;
     }

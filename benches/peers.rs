@@ -1,0 +1,134 @@
+//! flopaudit and candle-transformers' qwen2 on the same tensors, side by side: prefill of 512
+//! tokens and one decoded token after them; and what metering costs.
+//!
+//! `cargo bench --bench peers`; `PEERS_DTYPE=bf16` for another dtype.
+
+use std::{cell::RefCell, collections::HashMap, time::Duration};
+
+use candle_core::{Device, Tensor};
+use candle_transformers::models::qwen2::{Config, ModelForCausalLM};
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use flopaudit::{
+    analytic::predict,
+    config::{LoraConfig, ModelConfig},
+    ledger::{Dtype, Ledger, Phase},
+    meter::{Meter, Observer},
+    model::{AdapterSource, Qwen2},
+    weights::{self, Checkpoint},
+    workload::{Logits, Task, Workload},
+};
+
+const PROMPT: usize = 512;
+
+fn dtype() -> Dtype {
+    match std::env::var("PEERS_DTYPE").as_deref() {
+        Ok("bf16") => Dtype::BF16,
+        Ok("f16") => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+fn ours(checkpoint: &Checkpoint) -> Qwen2 {
+    let Checkpoint { config, weights, .. } = checkpoint;
+    let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
+    Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| {}).unwrap()
+}
+
+fn theirs(checkpoint: &Checkpoint) -> ModelForCausalLM {
+    let Checkpoint { config: c, weights, .. } = checkpoint;
+    let dtype = dtype().to_candle();
+    let tensors: HashMap<String, Tensor> = weights::tensor_shapes(c)
+        .into_iter()
+        .map(|(name, shape)| {
+            let tensor = weights.tensor(&name, &shape, dtype, &Device::Cpu).unwrap();
+            (name, tensor)
+        })
+        .collect();
+    let config = Config {
+        vocab_size: c.vocab_size,
+        hidden_size: c.hidden_size,
+        intermediate_size: c.intermediate_size,
+        num_hidden_layers: c.num_hidden_layers,
+        num_attention_heads: c.num_attention_heads,
+        num_key_value_heads: c.num_key_value_heads,
+        max_position_embeddings: c.max_position_embeddings,
+        sliding_window: c.max_position_embeddings,
+        max_window_layers: c.num_hidden_layers,
+        tie_word_embeddings: c.tie_word_embeddings,
+        rope_theta: c.rope_theta,
+        rms_norm_eps: c.rms_norm_eps,
+        use_sliding_window: false,
+        hidden_act: candle_nn::Activation::Silu,
+    };
+    let builder = candle_nn::VarBuilder::from_tensors(tensors, dtype, &Device::Cpu);
+    ModelForCausalLM::new(&config, builder).unwrap()
+}
+
+fn peers(c: &mut Criterion) {
+    let config = ModelConfig::preset("qwen2.5-0.5b").unwrap();
+    let checkpoint = weights::synthetic(config, 0).unwrap();
+    let ids: Vec<u32> = (0..PROMPT as u32).collect();
+    let name = dtype().name();
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Forward);
+
+    let model = ours(&checkpoint);
+    let mut cache = model.cache(meter, 1, PROMPT + 1).unwrap();
+    let mut peer = theirs(&checkpoint);
+    let prompt = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let next = Tensor::new(&[[1u32]], &Device::Cpu).unwrap();
+
+    let mut group = c.benchmark_group(format!("prefill {PROMPT} {name}"));
+    group.sample_size(10).measurement_time(Duration::from_secs(30));
+    group.bench_function("flopaudit", |b| {
+        b.iter(|| {
+            cache.set_past(0).unwrap();
+            model.forward(meter, &ids, 1, &mut cache, Logits::Last).unwrap()
+        })
+    });
+    group.bench_function("candle-transformers", |b| {
+        b.iter(|| {
+            peer.clear_kv_cache();
+            peer.forward(&prompt, 0).unwrap()
+        })
+    });
+    group.finish();
+
+    let mut group = c.benchmark_group(format!("decode after {PROMPT} {name}"));
+    group.sample_size(30).measurement_time(Duration::from_secs(10));
+    group.bench_function("flopaudit", |b| {
+        b.iter(|| {
+            cache.set_past(PROMPT).unwrap();
+            model.forward(meter, &[1], 1, &mut cache, Logits::Last).unwrap()
+        })
+    });
+    // Their cache grows by concatenation: cloned, so that each sample starts after the prompt.
+    group.bench_function("candle-transformers", |b| {
+        b.iter_batched(
+            || peer.clone(),
+            |mut peer| peer.forward(&next, PROMPT).unwrap(),
+            BatchSize::LargeInput,
+        )
+    });
+    group.finish();
+}
+
+/// One decode step's ops told to a ledger: to be compared with the decode step itself.
+fn metering(c: &mut Criterion) {
+    let model = ModelConfig::preset("qwen2.5-0.5b").unwrap();
+    let task = Task::Forward { batch: 1, seq: 1, past: PROMPT as u64, logits: Logits::Last };
+    let lora = LoraConfig::none();
+    let step = predict(&Workload { model, lora, dtype: dtype(), task }).unwrap();
+    c.bench_function("metering of one decode step", |b| {
+        b.iter(|| {
+            let mut ledger = Ledger::default();
+            for (key, entry) in step.iter() {
+                (0..entry.calls).for_each(|_| ledger.op(key, None));
+            }
+            ledger
+        })
+    });
+}
+
+criterion_group!(benches, metering, peers);
+criterion_main!(benches);

@@ -1,0 +1,252 @@
+//! The command line as a user meets it.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use predicates::prelude::*;
+use predicates::str::contains;
+use serde_json::Value;
+
+/// The program in an empty directory, with no hub to reach and no colour.
+fn flopaudit(dir: &Path, args: &str) -> Command {
+    let mut command = Command::cargo_bin("flopaudit").unwrap();
+    command.current_dir(dir).args(args.split_whitespace());
+    command.env("HF_HOME", dir.join("hf")).env("HF_ENDPOINT", "http://127.0.0.1:9");
+    command.env_remove("HF_HUB_CACHE").env_remove("HF_TOKEN").env_remove("RUST_BACKTRACE");
+    command
+}
+
+fn tmp() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn stdout(args: &str) -> String {
+    let out = flopaudit(tmp().path(), args).assert().success().get_output().stdout.clone();
+    String::from_utf8(out).unwrap()
+}
+
+fn json(args: &str) -> Value {
+    serde_json::from_str(&stdout(args)).unwrap()
+}
+
+/// Status 2 and exactly one line on stderr, which holds `parts`.
+fn refused(dir: &Path, args: &str, parts: &[&str]) {
+    let assert = flopaudit(dir, args).assert().code(2).stdout("");
+    let stderr = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
+    // Only the word that synthetic weights are synthetic may come before it.
+    let stderr: String = stderr
+        .lines()
+        .filter(|l| !l.starts_with("warning: synthetic"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    assert_eq!(stderr.lines().count(), 1, "{args}: {stderr}");
+    assert!(stderr.starts_with("error: "), "{args}: {stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "{args}: {stderr} lacks {part}");
+    }
+}
+
+#[test]
+fn help_lists_the_commands() {
+    insta::assert_snapshot!(stdout("--help"));
+}
+
+#[test]
+fn count_forward_prints_a_table() {
+    insta::assert_snapshot!(stdout(
+        "count forward --preset qwen2.5-0.5b --seq 512 --lora-rank 8 --prices coursework"
+    ));
+}
+
+#[test]
+fn count_generate_prints_phases() {
+    insta::assert_snapshot!(stdout(
+        "count generate --preset tiny --prompt-tokens 8 --new-tokens 4 --temperature 0.7 --top-k 40 --top-p 0.9"
+    ));
+}
+
+#[test]
+fn audit_prints_its_verdict() {
+    let line = "audit forward --preset tiny --seq 5 --batch 2 --past 3 --lora-rank 2";
+    insta::assert_snapshot!(stdout(line));
+}
+
+#[test]
+fn counts_are_exact_integers() {
+    let count = json("count forward --preset qwen2.5-0.5b --seq 512 --prices matmul --json");
+    assert_eq!(count["schema_version"], 1);
+    assert_eq!(count["total_flops"], 528_364_863_488u64);
+    assert_eq!(count["lora_flops"], 0);
+    assert_eq!(count["workload"]["kind"], "forward");
+    let rows = count["rows"].as_array().unwrap();
+    let sum: u64 = rows.iter().map(|r| r["flops"].as_u64().unwrap()).sum();
+    assert_eq!(sum, 528_364_863_488);
+    for name in ["add", "mul", "div", "exp", "log", "sqrt", "trig", "cmp", "neg"] {
+        assert!(count["primitives"][name].as_u64().is_some(), "{name}");
+    }
+    // A million tokens without a cache: past 64 bits, still an exact integer.
+    let long = stdout(
+        "count generate --preset qwen2.5-72b --prompt-tokens 1000 --new-tokens 1000000 --no-kv-cache --json",
+    );
+    let total = long.lines().find(|l| l.contains("\"total_flops\"")).unwrap();
+    let digits: String = total.chars().filter(char::is_ascii_digit).collect();
+    assert!(digits.len() > 22, "{total}");
+}
+
+#[test]
+fn audits_carry_all_three_countings() {
+    for what in [
+        "forward --seq 4",
+        "forward --seq 1 --past 6 --batch 3 --logits last --dtype bf16",
+        "generate --prompt-tokens 5 --new-tokens 4 --lora-rank 3 --lora-targets o_proj,down_proj",
+        "generate --prompt-tokens 5 --new-tokens 4 --no-kv-cache --temperature 0.9 --dtype f16",
+    ] {
+        let audit = json(&format!("audit {what} --preset tiny --json"));
+        assert_eq!(audit["balanced"], true, "{what}");
+        let executed = audit["executed_flops"].as_u64().unwrap();
+        assert!(executed > 0);
+        for side in ["closed_form_flops", "predicted_flops", "total_flops"] {
+            assert_eq!(audit[side], executed, "{what}: {side}");
+        }
+        assert!(audit["keys_compared"].as_u64().unwrap() > 30);
+        assert_eq!(audit["differences"], Value::Array(vec![]));
+        // What ran is what `count` says without running.
+        let count =
+            json(&format!("count {} --preset tiny --json", what.replace("--dtype f16", "")));
+        assert_eq!(count["total_flops"], executed, "{what}");
+    }
+}
+
+#[test]
+fn generate_reports_text_tokens_and_times() {
+    let dir = tmp();
+    let line =
+        "generate --model synthetic:tiny:3 --max-new-tokens 6 --ignore-eos --json run.json Hello";
+    let assert = flopaudit(dir.path(), line).assert().success();
+    assert.stdout(contains("the audit balances")).stderr(contains("synthetic weights"));
+    let run: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("run.json")).unwrap()).unwrap();
+    assert_eq!(run["token_ids"].as_array().unwrap().len(), 6);
+    assert_eq!(run["balanced"], true);
+    assert_eq!(run["workload"]["prompt_tokens"], 5);
+    assert!(run["timings"]["time_to_first_token_s"].as_f64().unwrap() > 0.0);
+    assert!(run["timings"]["decode_flops_per_s"].as_f64().unwrap() > 0.0);
+    assert!(run["bytes_per_decoded_token"]["weights"].as_u64().unwrap() > 0);
+    // Without a file, stdout holds the JSON and nothing else; the same seed gives the same tokens.
+    let again =
+        json("generate Hello --model synthetic:tiny:3 --max-new-tokens 6 --ignore-eos --json");
+    assert_eq!(again["token_ids"], run["token_ids"]);
+    let sampled = |seed| {
+        json(&format!(
+            "generate Hello --model synthetic:tiny:3 --new-tokens 16 --ignore-eos --temperature 5 --seed {seed} --json"
+        ))["token_ids"]
+            .clone()
+    };
+    assert_eq!(sampled(1), sampled(1));
+    assert_ne!(sampled(1), sampled(2));
+}
+
+#[test]
+fn quiet_prints_the_text_alone() {
+    let text = stdout("generate Hello --preset tiny --max-new-tokens 4 --ignore-eos --quiet");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    let unaudited = json("generate Hello --preset tiny --max-new-tokens 4 --no-audit --json");
+    assert!(unaudited.get("balanced").is_none());
+}
+
+#[test]
+fn prompts_of_a_file_run_in_batches_of_equal_length() {
+    let dir = tmp();
+    std::fs::write(dir.path().join("prompts.txt"), "abcd\nxy\n\nefgh\n").unwrap();
+    let line = "generate --prompts prompts.txt --preset tiny --max-new-tokens 3 --ignore-eos --op-times --json out.json";
+    flopaudit(dir.path(), line).assert().success().stdout(contains("[3]"));
+    let run: Value =
+        serde_json::from_slice(&std::fs::read(dir.path().join("out.json")).unwrap()).unwrap();
+    let prompt_lengths: Vec<_> = run["sequences"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["prompt_tokens"].as_u64().unwrap())
+        .collect();
+    assert_eq!(prompt_lengths, [4, 2, 4]);
+    let batches: Vec<_> =
+        run["workload"].as_array().unwrap().iter().map(|w| w["batch"].clone()).collect();
+    assert_eq!(batches, [1, 2]);
+    assert_eq!(run["balanced"], true);
+    assert!(run["rows"][1]["seconds"].as_f64().is_some());
+}
+
+#[test]
+fn user_prices_are_applied() {
+    let dir = tmp();
+    std::fs::write(dir.path().join("mine.toml"), "# mine\nexp = 7\nmac = 3\n").unwrap();
+    let line = "count forward --preset tiny --seq 4 --prices mine.toml --json -";
+    let out = flopaudit(dir.path(), line).assert().success().get_output().stdout.clone();
+    let count: Value = serde_json::from_slice(&out).unwrap();
+    let macs = {
+        let all = json("count forward --preset tiny --seq 4 --prices matmul --json");
+        all["total_flops"].as_u64().unwrap() / 2
+    };
+    let exps = count["primitives"]["exp"].as_u64().unwrap();
+    // The table of rotary angles has exps of its own, among the primitives too.
+    assert_eq!(count["total_flops"], 3 * macs + 7 * exps);
+    assert_eq!(count["prices"]["name"], "mine");
+}
+
+#[test]
+fn bad_input_is_one_clear_line() {
+    let dir = tmp();
+    let path = dir.path();
+    let write = |name: &str, text: &str| std::fs::write(path.join(name), text).unwrap();
+    refused(path, "generate hi", &["scripts/fetch-weights.sh", "--model", "synthetic"]);
+    refused(path, "generate hi --model ./nowhere", &["./nowhere", "no such file"]);
+    refused(path, "generate hi --model no/such.gguf", &["no/such.gguf"]);
+    refused(path, "count forward --preset qwen9", &["--preset", "qwen9", "qwen2.5-0.5b"]);
+    refused(path, "count forward --preset tiny --seq 0", &["--seq", "at least 1"]);
+    refused(path, "count generate --preset tiny --new-tokens 0", &["--new-tokens"]);
+    refused(path, "count forward --preset tiny --batch 99999999999999", &["--batch"]);
+    refused(path, "count forward --preset tiny --seq 18446744073709551615 --past 9", &["--batch"]);
+    refused(path, "count forward --preset tiny --lora-rank 33", &["--lora-rank", "33"]);
+    refused(path, "count generate --preset tiny --temperature -1", &["temperature"]);
+    refused(path, "count generate --preset tiny --top-k 4", &["--temperature"]);
+    refused(path, "count forward --preset tiny --prices dear", &["--prices", "dear", "coursework"]);
+    refused(path, "count forward --preset tiny --json no/such/dir/x.json", &["no/such/dir/x.json"]);
+    refused(path, "audit forward --preset tiny --device cuda:x", &["--device", "x"]);
+    refused(path, "audit forward --preset tiny --device tpu", &["--device", "tpu"]);
+    refused(
+        path,
+        "generate hi --preset tiny --max-new-tokens 40000",
+        &["32768", "--max-new-tokens"],
+    );
+    refused(path, "generate hi --preset tiny --adapter nowhere", &["nowhere"]);
+    write("long.txt", &"a".repeat(40_000));
+    refused(path, "generate --prompts long.txt --preset tiny", &["40000 tokens", "32768"]);
+    write("empty.txt", "\n\n");
+    refused(path, "generate --prompts empty.txt --preset tiny", &["prompt", "empty"]);
+    write("bad.toml", "add = 1\nmul = 1\nsine = 4\n");
+    refused(path, "count forward --prices bad.toml", &["bad.toml", "line 3", "sine"]);
+    write("neg.toml", "add = 1\nexp = -4\n");
+    refused(path, "count forward --prices neg.toml", &["neg.toml", "line 2"]);
+    write("cut.json", "{\"vocab_size\": 3,");
+    refused(path, "count forward --config cut.json", &["cut.json", "line 1"]);
+    write("lacks.json", "{\"vocab_size\": 3}");
+    refused(path, "count forward --config lacks.json", &["lacks.json", "hidden_size"]);
+    write("llama.json", "{\"model_type\": \"llama\"}");
+    refused(path, "count forward --config llama.json", &["llama.json", "model_type"]);
+}
+
+#[test]
+fn an_empty_prompt_is_refused() {
+    let dir = tmp();
+    flopaudit(dir.path(), "generate --preset tiny --raw")
+        .arg("")
+        .assert()
+        .code(2)
+        .stderr(predicate::str::diff("error: prompt: is empty\n"));
+}
+
+#[test]
+fn no_color_and_pipes_are_plain() {
+    let text = stdout("audit forward --preset tiny --seq 3");
+    assert!(!text.contains('\u{1b}') && text.is_ascii(), "{text}");
+}

@@ -1,0 +1,216 @@
+//! The audit catches what it is there to catch, and says where.
+
+use std::{cell::RefCell, time::Duration};
+
+use candle_core::Device;
+use flopaudit::{
+    analytic::{closed_form, predict},
+    audit::Audit,
+    config::{LoraConfig, ModelConfig, Projection},
+    error::Error,
+    ledger::{Dtype, Key, Ledger, Module, Op, Phase},
+    meter::{Meter, Observer},
+    model::{AdapterSource, Qwen2},
+    ops::{self, Tensor},
+    prices::Prices,
+    report::{Report, render},
+    weights,
+    workload::{Logits, Task, Workload},
+};
+
+const TASK: Task = Task::Forward { batch: 2, seq: 5, past: 3, logits: Logits::All };
+
+fn workload() -> Workload {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::QProj]).unwrap();
+    Workload { model, lora, dtype: Dtype::F32, task: TASK }
+}
+
+/// Runs the workload, each op's key passed through `fault`, then whatever `more` runs.
+fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledger {
+    struct Faulty<F>(Ledger, F);
+    impl<F: Fn(&Key) -> Vec<Key>> Observer for Faulty<F> {
+        fn op(&mut self, key: &Key, time: Option<Duration>) {
+            for key in self.1(key) {
+                self.0.op(&key, time);
+            }
+        }
+    }
+    let Workload { model, lora, dtype, .. } = workload();
+    let weights = weights::synthetic(model.clone(), 1).unwrap().weights;
+    let adapters = AdapterSource::Fresh { lora, seed: 2 };
+    let qwen = Qwen2::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| {}).unwrap();
+    let observer = RefCell::new(Faulty(Ledger::default(), fault));
+    let meter = Meter::new(&observer, Phase::Setup);
+    let mut cache = qwen.cache(meter, 2, 8).unwrap();
+    cache.set_past(3).unwrap();
+    let meter = meter.phase(Phase::Forward);
+    qwen.forward(meter, &[1; 10], 2, &mut cache, Logits::All).unwrap();
+    more(meter);
+    observer.into_inner().0
+}
+
+fn audit(ledger: &Ledger) -> Audit {
+    Audit::new(&[workload()], ledger).unwrap()
+}
+
+/// (scope, predicted, executed) of each difference, and the components whose sums differ.
+fn located(audit: &Audit) -> (Vec<(String, u64, u64)>, Vec<String>) {
+    assert!(!audit.balanced());
+    let error = audit.verdict().unwrap_err();
+    assert_eq!(Error::exit_code(&error), 1);
+    let keys = audit.key_differences.iter();
+    let keys = keys.map(|d| (d.key.scope.to_string(), d.predicted, d.executed)).collect();
+    (keys, audit.sum_differences.iter().map(|d| d.component.to_string()).collect())
+}
+
+fn at(key: &Key, scope: &str, op: &str) -> bool {
+    key.scope.to_string() == scope && key.op.name() == op
+}
+
+#[test]
+fn without_a_fault_it_balances() {
+    let audit = audit(&run(|key| vec![*key], |_| ()));
+    assert!(audit.balanced());
+    audit.verdict().unwrap();
+}
+
+#[test]
+fn a_doubled_op() {
+    let again = |meter: Meter| {
+        let x = Tensor::zeros((2, 5, 32), Dtype::F32, &Device::Cpu).unwrap();
+        let w = Tensor::zeros((32, 32), Dtype::F32, &Device::Cpu).unwrap();
+        ops::linear(meter.layer(1).at(Module::Proj(Projection::OProj)), &x, &w).unwrap();
+    };
+    let (keys, sums) = located(&audit(&run(|key| vec![*key], again)));
+    assert_eq!(keys, [("layers.1.self_attn.o_proj".into(), 1, 2)]);
+    assert_eq!(sums, ["o_proj"]);
+}
+
+#[test]
+fn a_skipped_bias() {
+    let skip = |key: &Key| match at(key, "layers.2.self_attn.k_proj", "bias") {
+        true => vec![],
+        false => vec![*key],
+    };
+    let (keys, sums) = located(&audit(&run(skip, |_| ())));
+    assert_eq!(keys, [("layers.2.self_attn.k_proj".into(), 1, 0)]);
+    assert_eq!(sums, ["k_proj"]);
+}
+
+#[test]
+fn an_unmetered_shortcut() {
+    let skip = |key: &Key| if at(key, "layers.0.mlp", "silu") { vec![] } else { vec![*key] };
+    let (keys, sums) = located(&audit(&run(skip, |_| ())));
+    assert_eq!(keys, [("layers.0.mlp".into(), 1, 0)]);
+    assert_eq!(sums, ["SwiGLU"]);
+}
+
+#[test]
+fn an_op_of_the_wrong_shape() {
+    let reshape = |key: &Key| {
+        let mut key = *key;
+        if at(&key, "lm_head", "matmul") {
+            key.op = Op::Matmul { b: 2, m: 5, k: 32, n: 321 };
+        }
+        vec![key]
+    };
+    let (keys, sums) = located(&audit(&run(reshape, |_| ())));
+    assert_eq!(keys, [("lm_head".into(), 1, 0), ("lm_head".into(), 0, 1)]);
+    assert_eq!(sums, ["lm_head"]);
+}
+
+#[test]
+fn the_same_flops_in_another_shape() {
+    // b·m·k·n alone would not tell: the keys do.
+    let reshape = |key: &Key| {
+        let mut key = *key;
+        if let (true, Op::Matmul { b, m, k, n }) = (at(&key, "lm_head", "matmul"), key.op) {
+            key.op = Op::Matmul { b: m, m: b, k, n };
+        }
+        vec![key]
+    };
+    let (keys, sums) = located(&audit(&run(reshape, |_| ())));
+    assert_eq!(keys.len(), 2);
+    assert!(sums.is_empty());
+}
+
+#[test]
+fn a_wrong_kv_head_count_in_the_config() {
+    let ledger = run(|key| vec![*key], |_| ());
+    let mut wrong = workload();
+    wrong.model.num_key_value_heads = 4;
+    let audit = Audit::new(&[wrong], &ledger).unwrap();
+    let (keys, sums) = located(&audit);
+    let scopes: Vec<&str> = keys.iter().map(|(scope, ..)| &scope[9..]).collect();
+    assert!(
+        scopes.iter().all(|s| ["self_attn", "self_attn.k_proj", "self_attn.v_proj"].contains(s))
+    );
+    assert_eq!(sums, ["k_proj", "v_proj", "attention"]);
+}
+
+#[test]
+fn an_op_missing_from_the_prediction() {
+    let ledger = run(|key| vec![*key], |_| ());
+    let mut predicted = Ledger::default();
+    for (key, entry) in predict(&workload()).unwrap().iter() {
+        if !at(key, "layers.1", "add") {
+            predicted.add(*key, entry.calls, Duration::ZERO);
+        }
+    }
+    let closed = closed_form(&workload()).unwrap();
+    let audit = Audit::compare(closed, &predicted, &ledger).unwrap();
+    assert_eq!(located(&audit), (vec![("layers.1".into(), 0, 2)], vec![]));
+}
+
+#[test]
+fn a_wrong_closed_form() {
+    let ledger = run(|key| vec![*key], |_| ());
+    let mut other = workload();
+    other.lora = LoraConfig::new(&other.model, 3, 4.0, &[Projection::QProj]).unwrap();
+    let closed = closed_form(&other).unwrap();
+    let audit = Audit::compare(closed, &predict(&workload()).unwrap(), &ledger).unwrap();
+    assert_eq!(located(&audit), (vec![], vec!["q_proj LoRA".into()]));
+}
+
+#[test]
+fn another_dtype_is_another_op() {
+    let mut half = workload();
+    half.dtype = Dtype::BF16;
+    let audit = Audit::new(&[half], &run(|key| vec![*key], |_| ())).unwrap();
+    assert!(audit.sum_differences.is_empty() && !audit.balanced());
+}
+
+#[test]
+fn the_report_shows_where() {
+    let double = |key: &Key| match at(key, "layers.1.mlp.up_proj", "matmul") {
+        true => vec![*key; 2],
+        false => vec![*key],
+    };
+    let audit = audit(&run(double, |_| ()));
+    let report = Report::new("audit", "tiny", vec![workload()], &Prices::matmul(), &audit.executed);
+    let report = report.unwrap().with_audit(&audit).unwrap();
+    let mut out = vec![];
+    render(&mut anstream::StripStream::new(&mut out), &report, false).unwrap();
+    let text = String::from_utf8(out).unwrap();
+    insta::assert_snapshot!(&text[text.find("the audit").unwrap()..]);
+}
+
+#[test]
+fn the_analytic_side_imports_nothing_that_executes() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/src/analytic");
+    let mut files = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        let code: String = text.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
+        let code: String = code.split_whitespace().collect();
+        for banned in ["ops::", "model::", "meter::", "generate::", "weights::", "candle"] {
+            // In `use crate::{…}` groups a path starts after `{`, `,` or `::`.
+            for start in ["{", ",", "::", "use"] {
+                assert!(!code.contains(&format!("{start}{banned}")), "{banned} in src/analytic");
+            }
+        }
+        files += 1;
+    }
+    assert!(files >= 3);
+}
