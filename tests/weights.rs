@@ -271,3 +271,50 @@ fn synthetic_takes_a_config_file_too() {
     assert_eq!(checkpoint.config, tiny());
     assert!(checkpoint.synthetic && checkpoint.origin.contains(":5 (random weights"));
 }
+
+/// Runs this test again in a process of its own, where the environment can be set.
+fn child(test: &str, dir: &Path, env: &[(&str, &Path)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env("FLOPAUDIT_TEST_CHILD", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("HF_HUB_CACHE")
+        .env_remove("HUGGINGFACE_HUB_CACHE")
+        .envs(env.iter().copied())
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn without_a_spec_comes_what_lies_in_weights_then_the_hub_cache() {
+    if std::env::var_os("FLOPAUDIT_TEST_CHILD").is_some() {
+        match weights::open(None) {
+            Ok(checkpoint) => println!("origin: {}", checkpoint.origin),
+            Err(error) => println!("{error}"),
+        }
+        return;
+    }
+    let name = "without_a_spec_comes_what_lies_in_weights_then_the_hub_cache";
+    let (home, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let run = || child(name, work.path(), &[("HF_HOME", home.path())]);
+    assert_says(&run(), &["Qwen/Qwen2.5-0.5B-Instruct: not cached", "--model synthetic"]);
+
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let repo = home.path().join("hub/models--Qwen--Qwen2.5-0.5B-Instruct");
+    let snapshot = repo.join("snapshots").join(commit);
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::write(repo.join("refs/main"), commit).unwrap();
+    write_text_side(&snapshot, &tiny());
+    write_single(&snapshot, &tensors(&tiny()));
+    assert_says(&run(), &["origin: Qwen/Qwen2.5-0.5B-Instruct from the hub (safetensors, 1 file,"]);
+
+    fs::create_dir(work.path().join("weights")).unwrap();
+    assert_says(&run(), &["origin: Qwen/"]);
+    let file = work.path().join("weights/model.gguf");
+    write_gguf(&file, &metadata(&tiny()), &tensors(&tiny()), GgmlDType::Q8_0);
+    assert_says(&run(), &["origin: weights/model.gguf (GGUF, 3 layers", "F32/Q8_0)"]);
+}
