@@ -167,7 +167,7 @@ impl Text {
 
     /// Decodes token by token, for output as it is generated.
     pub fn stream(&self, skip_special: bool) -> Stream<'_> {
-        Stream { text: self, skip_special, ids: vec![], read: 0 }
+        Stream { text: self, skip_special, ids: vec![], read: 0, shown: 0 }
     }
 
     /// The checkpoint's chat template applied to one user message, up to where the assistant's
@@ -209,10 +209,12 @@ impl Text {
 pub struct Stream<'a> {
     text: &'a Text,
     skip_special: bool,
-    /// The last ids put out (decoders may look back at them), then those that are pending.
+    /// The last ids put out whole (decoders may look back at them), then those since.
     ids: Vec<u32>,
-    /// Where the pending ones begin.
+    /// Where the latter begin.
     read: usize,
+    /// How many bytes of the text of `ids` are out.
+    shown: usize,
 }
 
 impl Stream<'_> {
@@ -222,30 +224,29 @@ impl Stream<'_> {
     /// A decoder that fails.
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.ids.push(id);
-        let text = self.pending()?;
-        // A character cut in two decodes to U+FFFD at the end: wait for the rest of it. No
-        // character has more than 4 bytes, so after as many tokens it is no cut but bad bytes.
-        let cut = text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.read < 4;
-        if cut || text.is_empty() {
+        let text = self.text.decode(&self.ids, self.skip_special)?;
+        // A character that is cut decodes to one U+FFFD at the end, until the rest of it comes.
+        let settled = text.strip_suffix(char::REPLACEMENT_CHARACTER).unwrap_or(&text);
+        let new = settled.get(self.shown..).unwrap_or_default().to_string();
+        if new.is_empty() {
             return Ok(None);
         }
-        self.ids.drain(..self.read);
-        self.read = self.ids.len();
-        Ok(Some(text))
+        self.shown = settled.len();
+        if settled.len() == text.len() {
+            self.ids.drain(..self.read);
+            self.read = self.ids.len();
+            self.shown = self.text.decode(&self.ids, self.skip_special)?.len();
+        }
+        Ok(Some(new))
     }
 
-    /// What is left when no more tokens come, cut characters as U+FFFD.
+    /// What is left when no more tokens come: a character that stayed cut, as U+FFFD.
     ///
     /// # Errors
     /// A decoder that fails.
     pub fn finish(self) -> Result<Option<String>> {
-        Ok(Some(self.pending()?).filter(|text| !text.is_empty()))
-    }
-
-    fn pending(&self) -> Result<String> {
-        let shown = self.text.decode(&self.ids[..self.read], self.skip_special)?;
-        let all = self.text.decode(&self.ids, self.skip_special)?;
-        Ok(all.strip_prefix(shown.as_str()).unwrap_or_default().to_string())
+        let text = self.text.decode(&self.ids, self.skip_special)?;
+        Ok(text.get(self.shown..).filter(|rest| !rest.is_empty()).map(str::to_string))
     }
 }
 

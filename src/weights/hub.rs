@@ -171,7 +171,7 @@ mod online {
                 fail(id, "the hub has no such repository, or it needs HF_TOKEN")
             }
             HFError::EntryNotFound { path, .. } => {
-                fail(id, format!("has no {path}: not a checkpoint in safetensors"))
+                fail(id, format!("the hub has no {path} of it: is it a checkpoint in safetensors?"))
             }
             HFError::Io(e) => fail(id, format!("the hub cache cannot be written: {e}")),
             other => unreachable(id, other.to_string().lines().next().unwrap_or_default()),
@@ -213,7 +213,8 @@ mod online {
 mod tests {
     use std::{
         fs,
-        net::TcpListener,
+        io::{BufRead, BufReader, Write},
+        net::{TcpListener, TcpStream},
         path::Path,
         time::{Duration, Instant},
     };
@@ -288,5 +289,52 @@ mod tests {
                 assert!(error.contains(part), "{error}");
             }
         }
+    }
+
+    /// Serves these files as the hub does, from a thread; returns the endpoint.
+    fn serve(files: &'static [(&'static str, &'static str)]) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            listener.incoming().flatten().for_each(|stream| answer(stream, files));
+        });
+        endpoint
+    }
+
+    fn answer(mut stream: TcpStream, files: &[(&str, &str)]) {
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+        let Some(request) = lines.next() else { return };
+        lines.take_while(|line| !line.is_empty()).for_each(drop);
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let found = files.iter().find(|file| file.0 == name && path.starts_with("/owner/name/"));
+        let (status, text) = found.map_or(("404 Not Found", ""), |file| ("200 OK", file.1));
+        let body = if request.starts_with("HEAD") { "" } else { text };
+        let length = text.len();
+        let _ = write!(
+            stream,
+            "HTTP/1.1 {status}\r\nETag: \"{name}\"\r\nX-Repo-Commit: {COMMIT}\r\n\
+             Content-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        );
+    }
+
+    #[test]
+    fn what_is_not_cached_is_downloaded_once() {
+        const INDEX: &str = r#"{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}"#;
+        let endpoint = serve(&[
+            ("config.json", "{}"),
+            ("tokenizer.json", "{}"),
+            ("model.safetensors.index.json", INDEX),
+            ("1.safetensors", "first"),
+            ("2.safetensors", "second"),
+        ]);
+        let cache = tempfile::tempdir().unwrap();
+        let dir = hub(cache.path(), &endpoint, false).snapshot(ID).unwrap();
+        assert_eq!(fs::read_to_string(dir.join("2.safetensors")).unwrap(), "second");
+        let offline = hub(cache.path(), "http://127.0.0.1:1", true);
+        assert_eq!(offline.snapshot(ID).unwrap(), dir);
+
+        let error = hub(cache.path(), &endpoint, false).snapshot("owner/other").unwrap_err();
+        assert!(error.to_string().contains("owner/other: the hub has no config.json"), "{error}");
     }
 }

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
-/// Elements that one thread scans at a time.
+/// Elements that one thread scans or converts at a time.
 const CHUNK: usize = 1 << 16;
 
 /// Checks a CPU tensor's elements, converts it to `dtype` and moves it to `device`.
@@ -23,12 +23,24 @@ pub(super) fn place(
     let converted = if tensor.dtype() == dtype {
         tensor
     } else {
-        let converted = tensor.to_dtype(dtype)?;
+        let converted = convert(&tensor, dtype)?;
         // Finite values may leave the range of a narrower type.
         check_finite(&converted, origin, name, &format!(" as {}", dtype.as_str()))?;
         converted
     };
     Ok(converted.to_device(device)?)
+}
+
+/// `to_dtype` on all threads.
+fn convert(tensor: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    let flat = tensor.flatten_all()?;
+    let n = flat.elem_count();
+    let convert = |start| flat.narrow(0, start, CHUNK.min(n - start))?.to_dtype(dtype);
+    let starts: Vec<usize> = (0..n).step_by(CHUNK).collect();
+    match starts.into_par_iter().map(convert).collect::<candle_core::Result<Vec<_>>>()?.as_slice() {
+        [] => tensor.to_dtype(dtype),
+        parts => Tensor::cat(parts, 0)?.reshape(tensor.shape()),
+    }
 }
 
 fn check_finite(tensor: &Tensor, origin: &str, name: &str, how: &str) -> Result<()> {

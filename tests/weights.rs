@@ -1,0 +1,320 @@
+//! Checkpoints as files: each layout opens to the same tensors, each defect is one clear line.
+
+mod checkpoints;
+
+use std::{fs, path::Path};
+
+use candle_core::{DType, Device, Tensor, quantized::GgmlDType, quantized::gguf_file::Value};
+use checkpoints::*;
+use flopaudit::weights;
+
+#[track_caller]
+fn assert_says(error: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(error.contains(part), "`{part}` is not in: {error}");
+    }
+}
+
+fn load(path: &Path, name: &str, shape: &[usize], dtype: DType) -> anyhow::Result<Tensor> {
+    open(path).unwrap().weights.tensor(name, shape, dtype, &Device::Cpu)
+}
+
+#[test]
+fn one_file_shards_and_gguf_hold_the_same_tensors() {
+    for tied in [true, false] {
+        let config = flopaudit::config::ModelConfig { tie_word_embeddings: tied, ..tiny() };
+        let tensors = tensors(&config);
+        let (one, two) = (directory(&config, &tensors), sharded(&config, &tensors));
+        let gguf = tempfile::tempdir().unwrap();
+        write_gguf(&gguf.path().join("m.gguf"), &metadata(&config), &tensors, GgmlDType::F32);
+        for path in [one.path(), two.path(), gguf.path(), &gguf.path().join("m.gguf")] {
+            let checkpoint = open(path).unwrap();
+            assert_eq!(checkpoint.config, config, "{}", checkpoint.origin);
+            assert_eq!(checkpoint.weights.contains("lm_head.weight"), !tied);
+            for (name, tensor) in &tensors {
+                let found = checkpoint
+                    .weights
+                    .tensor(name, tensor.dims(), DType::F32, &Device::Cpu)
+                    .unwrap();
+                assert_eq!(values(&found), values(tensor), "{name} of {}", checkpoint.origin);
+            }
+        }
+    }
+}
+
+#[test]
+fn tensors_come_in_the_dtype_asked_for() {
+    let (config, tensors) = (tiny(), tensors(&tiny()));
+    let narrow = tensors.iter().map(|(n, t)| (n.clone(), t.to_dtype(DType::BF16).unwrap()));
+    let dir = directory(&config, &narrow.collect());
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let found = load(dir.path(), EMBEDDING, &[320, 32], dtype).unwrap();
+        assert_eq!(found.dtype(), dtype);
+        let exact = values(&tensors[EMBEDDING].to_dtype(DType::BF16).unwrap());
+        // f16 is narrower than bf16 in range: the smallest values round.
+        let near = values(&found).iter().zip(&exact).all(|(a, b)| (a - b).abs() < 1e-6);
+        assert!(near, "{dtype:?}");
+    }
+}
+
+#[test]
+fn quantized_tensors_are_dequantized() {
+    let (config, tensors) = (tiny(), tensors(&tiny()));
+    let dir = tempfile::tempdir().unwrap();
+    for dtype in [GgmlDType::Q8_0, GgmlDType::Q5_0, GgmlDType::F16, GgmlDType::BF16] {
+        let file = dir.path().join("m.gguf");
+        write_gguf(&file, &metadata(&config), &tensors, dtype);
+        let found = values(&load(&file, EMBEDDING, &[320, 32], DType::F32).unwrap());
+        let worst = found
+            .iter()
+            .zip(values(&tensors[EMBEDDING]))
+            .fold(0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        assert!(worst > 0.0 && worst < 5e-3, "{dtype:?}: {worst}");
+    }
+}
+
+#[test]
+fn a_tied_head_ignores_a_tensor_of_its_own() {
+    let mut tensors = tensors(&tiny());
+    tensors.insert("lm_head.weight".into(), Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap());
+    let dir = directory(&tiny(), &tensors);
+    assert!(open(dir.path()).unwrap().config.tie_word_embeddings);
+}
+
+#[test]
+fn missing_and_misshapen_tensors_are_named() {
+    let name = "model.layers.2.mlp.up_proj.weight";
+    let mut broken = tensors(&tiny());
+    broken.remove(name);
+    let dir = directory(&tiny(), &broken);
+    let why = "is missing; the config asks for it with shape [48, 32]";
+    assert_says(&error(dir.path()), &["model.safetensors: tensor", name, why]);
+
+    broken.insert(name.into(), Tensor::zeros((32, 48), DType::F32, &Device::Cpu).unwrap());
+    let dir = directory(&tiny(), &broken);
+    let why = "has shape [32, 48]; the config asks for [48, 32]";
+    assert_says(&error(dir.path()), &["model.safetensors: tensor", name, why]);
+
+    let file = dir.path().join("m.gguf");
+    write_gguf(&file, &metadata(&tiny()), &broken, GgmlDType::F32);
+    assert_says(&error(&file), &["m.gguf: tensor", name, why]);
+}
+
+#[test]
+fn values_that_are_not_finite_are_located() {
+    for (dtype, bad) in
+        [(DType::F32, f32::NAN), (DType::F16, f32::INFINITY), (DType::BF16, f32::NAN)]
+    {
+        let mut tensors = tensors(&tiny());
+        let mut data = values(&tensors[EMBEDDING]);
+        (data[77], data[9000]) = (bad, f32::NAN);
+        let data = Tensor::from_vec(data, (320, 32), &Device::Cpu).unwrap();
+        tensors.insert(EMBEDDING.into(), data.to_dtype(dtype).unwrap());
+        let dir = directory(&tiny(), &tensors);
+        let error = one_line(&load(dir.path(), EMBEDDING, &[320, 32], DType::F32).unwrap_err());
+        let why = "holds 2 NaN or infinite values, the first at flat index 77";
+        assert_says(&error, &["model.safetensors", EMBEDDING, why]);
+    }
+    let mut tensors = tensors(&tiny());
+    tensors.insert(EMBEDDING.into(), Tensor::zeros((320, 32), DType::U8, &Device::Cpu).unwrap());
+    let dir = directory(&tiny(), &tensors);
+    let error = one_line(&load(dir.path(), EMBEDDING, &[320, 32], DType::F32).unwrap_err());
+    assert_says(&error, &[EMBEDDING, "holds u8; weights are f32"]);
+}
+
+#[test]
+fn broken_safetensors_are_named() {
+    let dir = directory(&tiny(), &tensors(&tiny()));
+    let file = dir.path().join("model.safetensors");
+    let whole = fs::read(&file).unwrap();
+    for length in [0, 4, 8, 100, whole.len() / 2, whole.len() - 1] {
+        fs::write(&file, &whole[..length]).unwrap();
+        assert_says(&error(dir.path()), &["model.safetensors: truncated or not a safetensors"]);
+    }
+    fs::write(&file, "version https://git-lfs.github.com/spec/v1\noid sha256:0\n").unwrap();
+    assert_says(&error(dir.path()), &["model.safetensors: is a Git LFS pointer"]);
+    fs::remove_file(&file).unwrap();
+    assert_says(&error(dir.path()), &["holds no weights: no model.safetensors"]);
+    fs::remove_file(dir.path().join("config.json")).unwrap();
+    assert_says(&error(dir.path()), &["holds no config.json"]);
+    let error = error(&file);
+    assert_says(&error, &["model.safetensors: no such file or directory"]);
+}
+
+#[test]
+fn broken_shards_are_named() {
+    let fresh = || sharded(&tiny(), &tensors(&tiny()));
+    let (first, index) = ("model-1-of-00002.safetensors", "model.safetensors.index.json");
+
+    let dir = fresh();
+    fs::remove_file(dir.path().join(first)).unwrap();
+    assert_says(&error(dir.path()), &[first, "missing, though", index, "names it"]);
+    fs::write(dir.path().join(first), "garbage, and more than eight bytes of it").unwrap();
+    assert_says(&error(dir.path()), &[first, "truncated or not a safetensors file"]);
+    fs::copy(dir.path().join("model-2-of-00002.safetensors"), dir.path().join(first)).unwrap();
+    assert_says(&error(dir.path()), &[first, "tensor `", "is missing, though", "places it there"]);
+
+    let dir = fresh();
+    for (text, why) in [
+        ("{", "not a valid shard index: EOF while parsing"),
+        ("{\"weight_map\": 3}", "not a valid shard index: invalid type"),
+        ("{\"weight_map\": {\"a\": \"../b\"}}", "names the shard `../b`"),
+    ] {
+        fs::write(dir.path().join(index), text).unwrap();
+        assert_says(&error(dir.path()), &[index, why]);
+    }
+    fs::write(dir.path().join(index), r#"{"weight_map": {}}"#).unwrap();
+    assert_says(&error(dir.path()), &[EMBEDDING, "is missing"]);
+}
+
+#[test]
+fn broken_gguf_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    fs::write(&file, "").unwrap();
+    assert_says(&error(&file), &["m.gguf: is empty"]);
+    fs::write(&file, "no weights at all").unwrap();
+    assert_says(&error(&file), &["m.gguf: is not a GGUF file"]);
+
+    write_gguf(&file, &metadata(&tiny()), &tensors(&tiny()), GgmlDType::F32);
+    let whole = fs::read(&file).unwrap();
+    fs::write(&file, &whole[..300]).unwrap();
+    assert_says(&error(&file), &["m.gguf: truncated or malformed GGUF header"]);
+    fs::write(&file, &whole[..whole.len() - 1000]).unwrap();
+    assert_says(&error(&file), &["m.gguf: tensor `", "reaches past the file's end", "truncated?"]);
+
+    fs::write(dir.path().join("second.gguf"), "").unwrap();
+    assert_says(&error(dir.path()), &["holds 2 .gguf files"]);
+    let error = one_line(&weights::open(Some("no/such/model.gguf")).unwrap_err());
+    assert_eq!(error, "no/such/model.gguf: no such file or directory");
+}
+
+#[test]
+fn gguf_metadata_is_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    let tensors = tensors(&tiny());
+    let heads = "qwen2.attention.head_count";
+    let text = |s: &str| Some(Value::String(s.into()));
+    let cases = [
+        ("general.architecture", text("llama"), "is `llama`; only qwen2"),
+        ("general.architecture", None, "is missing"),
+        (heads, None, "is missing"),
+        (heads, text("4"), "is not a count"),
+        (heads, Some(Value::I32(-4)), "is not a count"),
+        (heads, Some(Value::U32(0)), "`num_attention_heads` is 0"),
+        (heads, Some(Value::U32(3)), "does not divide 3 heads"),
+        ("qwen2.embedding_length", Some(Value::U64(u64::MAX)), "`hidden_size` is"),
+        ("qwen2.block_count", Some(Value::U32(4)), "`model.layers.3.input_layernorm.weight` is"),
+        ("qwen2.rope.freq_base", text("x"), "is not a float"),
+        ("qwen2.rope.scaling.type", text("yarn"), "`yarn` RoPE scaling"),
+        ("qwen2.attention.sliding_window", Some(Value::U32(128)), "sliding-window"),
+        ("split.count", Some(Value::U16(2)), "merge the parts"),
+        ("general.alignment", Some(Value::U32(0)), "`general.alignment` is 0"),
+        ("tokenizer.ggml.model", text("llama"), "unsupported tokenizer model `llama`"),
+        ("tokenizer.ggml.tokens", None, "holds no usable tokenizer: missing GGUF metadata key"),
+        ("tokenizer.ggml.merges", Some(Value::Array(vec![Value::String("a".into())])), "merge"),
+    ];
+    for (key, value, why) in cases {
+        let mut metadata = metadata(&tiny());
+        match value {
+            Some(value) => metadata.insert(key.into(), value),
+            None => metadata.remove(key),
+        };
+        write_gguf(&file, &metadata, &tensors, GgmlDType::F32);
+        assert_says(&error(&file), &["m.gguf", why]);
+    }
+    let long = flopaudit::config::ModelConfig { vocab_size: 200, ..tiny() };
+    write_gguf(&file, &metadata(&long), &checkpoints::tensors(&long), GgmlDType::F32);
+    assert_says(&error(&file), &["m.gguf: has 260 tokens, the model only 200"]);
+}
+
+#[test]
+fn no_corruption_of_a_gguf_header_panics() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    let config = flopaudit::config::ModelConfig { num_hidden_layers: 1, ..tiny() };
+    write_gguf(&file, &metadata(&config), &tensors(&config), GgmlDType::F32);
+    let whole = fs::read(&file).unwrap();
+    let name = b"token_embd.weight";
+    let infos = whole.windows(name.len()).position(|window| window == name).unwrap();
+    // The counts at the start, then one tensor's dimensions, type and offset.
+    for at in (4..48).chain(infos - 8..infos + 56) {
+        for byte in [0x00, 0x7f, 0x80, 0xff] {
+            let mut bad = whole.clone();
+            bad[at] = byte;
+            fs::write(&file, &bad).unwrap();
+            if let Err(error) = open(&file) {
+                one_line(&error);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_invalid_config_is_named() {
+    let dir = directory(&tiny(), &tensors(&tiny()));
+    let file = dir.path().join("config.json");
+    fs::write(&file, "{ not json").unwrap();
+    assert_says(&error(dir.path()), &["config.json: not valid JSON", "line 1"]);
+    let config = flopaudit::config::ModelConfig { num_attention_heads: 0, ..tiny() };
+    fs::write(&file, serde_json::to_string(&config).unwrap()).unwrap();
+    assert_says(&error(dir.path()), &["config.json: `num_attention_heads` is 0"]);
+}
+
+#[test]
+fn synthetic_takes_a_config_file_too() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text_side(dir.path(), &tiny());
+    let spec = format!("synthetic:{}:5", dir.path().join("config.json").display());
+    let checkpoint = weights::open(Some(&spec)).unwrap();
+    assert_eq!(checkpoint.config, tiny());
+    assert!(checkpoint.synthetic && checkpoint.origin.contains(":5 (random weights"));
+}
+
+/// Runs this test again in a process of its own, where the environment can be set.
+fn child(test: &str, dir: &Path, env: &[(&str, &Path)]) -> String {
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env("FLOPAUDIT_TEST_CHILD", "1")
+        .env("HF_HUB_OFFLINE", "1")
+        .env_remove("HF_HUB_CACHE")
+        .env_remove("HUGGINGFACE_HUB_CACHE")
+        .envs(env.iter().copied())
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[cfg(feature = "hub")]
+#[test]
+fn without_a_spec_comes_what_lies_in_weights_then_the_hub_cache() {
+    if std::env::var_os("FLOPAUDIT_TEST_CHILD").is_some() {
+        match weights::open(None) {
+            Ok(checkpoint) => println!("origin: {}", checkpoint.origin),
+            Err(error) => println!("{error}"),
+        }
+        return;
+    }
+    let name = "without_a_spec_comes_what_lies_in_weights_then_the_hub_cache";
+    let (home, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let run = || child(name, work.path(), &[("HF_HOME", home.path())]);
+    assert_says(&run(), &["Qwen/Qwen2.5-0.5B-Instruct: not cached", "--model synthetic"]);
+
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let repo = home.path().join("hub/models--Qwen--Qwen2.5-0.5B-Instruct");
+    let snapshot = repo.join("snapshots").join(commit);
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::write(repo.join("refs/main"), commit).unwrap();
+    write_text_side(&snapshot, &tiny());
+    write_single(&snapshot, &tensors(&tiny()));
+    assert_says(&run(), &["origin: Qwen/Qwen2.5-0.5B-Instruct from the hub (safetensors, 1 file,"]);
+
+    fs::create_dir(work.path().join("weights")).unwrap();
+    assert_says(&run(), &["origin: Qwen/"]);
+    let file = work.path().join("weights/model.gguf");
+    write_gguf(&file, &metadata(&tiny()), &tensors(&tiny()), GgmlDType::Q8_0);
+    assert_says(&run(), &["origin: weights/model.gguf (GGUF, 3 layers", "F32/Q8_0)"]);
+}
