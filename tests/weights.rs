@@ -272,7 +272,15 @@ fn synthetic_takes_a_config_file_too() {
     assert!(checkpoint.synthetic && checkpoint.origin.contains(":5 (random weights"));
 }
 
+#[cfg(not(feature = "hub"))]
+#[test]
+fn a_build_without_the_hub_says_so() {
+    let error = one_line(&weights::open(Some("owner/name")).unwrap_err());
+    assert_says(&error, &["owner/name: this build has no hub support", "--model synthetic"]);
+}
+
 /// Runs this test again in a process of its own, where the environment can be set.
+#[cfg(feature = "hub")]
 fn child(test: &str, dir: &Path, env: &[(&str, &Path)]) -> String {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
@@ -287,8 +295,8 @@ fn child(test: &str, dir: &Path, env: &[(&str, &Path)]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-#[cfg(feature = "hub")]
 #[test]
+#[cfg(feature = "hub")]
 fn without_a_spec_comes_what_lies_in_weights_then_the_hub_cache() {
     if std::env::var_os("FLOPAUDIT_TEST_CHILD").is_some() {
         match weights::open(None) {

@@ -25,7 +25,9 @@ pub(super) fn place(
     } else {
         let converted = convert(&tensor, dtype)?;
         // Finite values may leave the range of a narrower type.
-        check_finite(&converted, origin, name, &format!(" as {}", dtype.as_str()))?;
+        if matches!(dtype, DType::F16 | DType::BF16) {
+            check_finite(&converted, origin, name, &format!(" as {}", dtype.as_str()))?;
+        }
         converted
     };
     Ok(converted.to_device(device)?)
