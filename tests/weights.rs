@@ -324,5 +324,5 @@ fn without_a_spec_comes_what_lies_in_weights_then_the_hub_cache() {
     assert_says(&run(), &["origin: Qwen/"]);
     let file = work.path().join("weights/model.gguf");
     write_gguf(&file, &metadata(&tiny()), &tensors(&tiny()), GgmlDType::Q8_0);
-    assert_says(&run(), &["origin: weights/model.gguf (GGUF, 3 layers", "F32/Q8_0)"]);
+    assert_says(&run(), &["origin: weights/model.gguf (GGUF, F32/Q8_0)", "F32/Q8_0)"]);
 }

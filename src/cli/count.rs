@@ -11,9 +11,9 @@ use crate::{analytic, error::Result, report::Report, workload::Workload};
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// One forward pass.
-    Forward(Count<ForwardArgs>),
+    Forward(Box<Count<ForwardArgs>>),
     /// A generation, in time independent of its length.
-    Generate(Count<GenerationArgs>),
+    Generate(Box<Count<GenerationArgs>>),
 }
 
 /// A workload's dimensions and how to count it.
