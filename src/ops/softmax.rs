@@ -2,21 +2,26 @@
 
 use candle_core::Device;
 
-use super::Tensor;
+use super::{Tensor, exp};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
     meter::At,
 };
 
-/// exp(x − max) / sum over the last dimension, by candle's fused kernel.
+/// exp(x − max) / sum over the last dimension, in one fused kernel.
 ///
 /// # Errors
 /// The device's.
 pub fn softmax(at: At, x: &Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Softmax { rows, width };
-    at.run(op, x.dtype()?, x.device(), || Ok(Tensor(candle_nn::ops::softmax_last_dim(&x.0)?)))
+    at.run(op, x.dtype()?, x.device(), || {
+        Ok(Tensor(match x.is_dense_f32_on_cpu() {
+            true => x.0.apply_op1_no_bwd(&exp::Softmax)?,
+            false => candle_nn::ops::softmax_last_dim(&x.0)?,
+        }))
+    })
 }
 
 /// The additive causal mask (seq, past + seq): 0 where a query may look, −∞ after it. Filled by
