@@ -1,23 +1,32 @@
 //! Softmax and SiLU on the CPU in f32, with an exponential that vectorizes: candle's call the C
 //! library for each element, which took a fifth of a prefill.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp1, InplaceOp1, Layout, Result, Shape, bail};
 use rayon::prelude::*;
 
-/// exp(x − max) / sum over the last dimension.
+/// exp(x − max) / sum over the last dimension, in place: scores are as large as a layer's other
+/// activations together.
 pub(super) struct Softmax;
 
 /// x / (1 + exp(−x)).
 pub(super) struct Silu;
 
-impl CustomOp1 for Softmax {
+impl InplaceOp1 for Softmax {
     fn name(&self) -> &'static str {
         "softmax"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(&self, x: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let width = layout.dims().last().copied().unwrap_or(1).max(1);
-        map(x, layout, width, softmax_row)
+        let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
+            bail!("takes dense f32");
+        };
+        let x = &mut x[start..end];
+        match x.len() < FEW {
+            true => x.chunks_mut(width).for_each(softmax_row),
+            false => x.par_chunks_mut(width).for_each(softmax_row),
+        }
+        Ok(())
     }
 }
 
@@ -27,43 +36,32 @@ impl CustomOp1 for Silu {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        const CHUNK: usize = 4096;
-        map(x, layout, CHUNK, |x, out| {
+        let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
+            bail!("takes dense f32");
+        };
+        let x = &x[start..end];
+        let mut out = vec![0f32; x.len()];
+        let silu = |(x, out): (&[f32], &mut [f32])| {
             for (out, &x) in out.iter_mut().zip(x) {
                 *out = x / (1.0 + exp(-x));
             }
-        })
+        };
+        match x.len() < FEW {
+            true => silu((x, &mut out)),
+            false => x.par_chunks(4096).zip(out.par_chunks_mut(4096)).for_each(silu),
+        }
+        Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }
 
-/// `f` over pieces of `length` elements, in parallel.
-fn map(
-    x: &CpuStorage,
-    layout: &Layout,
-    length: usize,
-    f: impl Fn(&[f32], &mut [f32]) + Sync,
-) -> Result<(CpuStorage, Shape)> {
-    let (CpuStorage::F32(x), Some((start, end))) = (x, layout.contiguous_offsets()) else {
-        bail!("takes dense f32");
-    };
-    let x = &x[start..end];
-    let mut out = vec![0f32; x.len()];
-    // Small tensors are not worth waking a thread for.
-    if x.len() < 1 << 14 {
-        x.chunks(length).zip(out.chunks_mut(length)).for_each(|(x, out)| f(x, out));
-    } else {
-        x.par_chunks(length).zip(out.par_chunks_mut(length)).for_each(|(x, out)| f(x, out));
-    }
-    Ok((CpuStorage::F32(out), layout.shape().clone()))
-}
+/// Fewer elements than this are not worth waking a thread for.
+const FEW: usize = 1 << 14;
 
-fn softmax_row(x: &[f32], out: &mut [f32]) {
-    let max = reduce(x, f32::NEG_INFINITY, f32::max);
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = exp(x - max);
-    }
-    let sum = reduce(out, 0.0, |a, b| a + b);
-    out.iter_mut().for_each(|out| *out /= sum);
+fn softmax_row(row: &mut [f32]) {
+    let max = reduce(row, f32::NEG_INFINITY, f32::max);
+    row.iter_mut().for_each(|x| *x = exp(*x - max));
+    let sum = reduce(row, 0.0, |a, b| a + b);
+    row.iter_mut().for_each(|x| *x /= sum);
 }
 
 /// A fold in independent lanes, which the compiler turns into vector registers.
@@ -140,8 +138,9 @@ mod tests {
                 assert!(worst.to_scalar::<f32>().unwrap() < 1e-6, "{rows} × {width}");
             };
             let theirs = candle_nn::ops::softmax_last_dim(&x).unwrap();
-            close(x.apply_op1_no_bwd(&Softmax).unwrap(), theirs);
             close(x.apply_op1_no_bwd(&Silu).unwrap(), x.silu().unwrap());
+            x.inplace_op1(&Softmax).unwrap();
+            close(x, theirs);
         }
     }
 }
