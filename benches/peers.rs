@@ -31,7 +31,7 @@ fn dtype() -> Dtype {
 fn ours(checkpoint: &Checkpoint) -> Qwen2 {
     let Checkpoint { config, weights, .. } = checkpoint;
     let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
-    Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| {}).unwrap()
+    Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn theirs(checkpoint: &Checkpoint) -> ModelForCausalLM {

@@ -123,6 +123,9 @@ impl ModelConfig {
             serde_json::from_str(text).map_err(|e| bad(format!("not valid JSON: {e}")))?;
         let fail =
             |key: &str, why: String| Error::Config { origin: origin.into(), key: key.into(), why };
+        if !json.is_object() {
+            return Err(bad("is no JSON object".into()).into());
+        }
         match json.get("model_type").and_then(|t| t.as_str()) {
             None | Some("qwen2") => {}
             Some(other) => {
@@ -142,7 +145,13 @@ impl ModelConfig {
                 json["rope_theta"] = theta;
             }
         }
-        let config: Self = serde_json::from_value(json).map_err(|e| bad(e.to_string()))?;
+        let config: Self = serde_path_to_error::deserialize(json).map_err(|e| {
+            match e.path().to_string().as_str() {
+                // A missing key is named by the message itself.
+                "." => anyhow::Error::from(bad(e.inner().to_string())),
+                key => fail(key, format!("is not what it should be: {}", e.inner())).into(),
+            }
+        })?;
         config.validate(origin)?;
         Ok(config)
     }

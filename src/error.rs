@@ -46,6 +46,9 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A command line that does not parse.
+    #[error("{0}; see --help")]
+    Usage(String),
     /// A file of the user's (prices, prompts) that cannot be read as what it should be.
     #[error("{}: {why}", file.display())]
     File {
@@ -60,6 +63,12 @@ pub enum Error {
     /// A count that does not fit 128 bits.
     #[error("the count of {0} does not fit 128 bits; use smaller lengths")]
     Overflow(String),
+    /// More memory than there is.
+    #[error("out of memory: {0}; use smaller lengths, a smaller model or --dtype bf16")]
+    Memory(String),
+    /// Ctrl-C.
+    #[error("interrupted")]
+    Interrupted,
     /// An audit whose sides differ. The only error that exits with 1.
     #[error("the audit does not balance: {0}")]
     Unbalanced(String),
@@ -80,10 +89,12 @@ impl Error {
         Self::Tensor { origin: origin.into(), tensor: tensor.into(), why: why.into() }
     }
 
-    /// The process's exit status: 1 for an audit that does not balance, 2 for usage and input.
+    /// The process's exit status: 1 for an audit that does not balance, 130 for an
+    /// interrupt, 2 for usage and input.
     pub fn exit_code(error: &anyhow::Error) -> u8 {
         match error.downcast_ref() {
             Some(Self::Unbalanced(_)) => 1,
+            Some(Self::Interrupted) => 130,
             _ => 2,
         }
     }

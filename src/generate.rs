@@ -6,8 +6,9 @@ use std::{
 };
 
 use crate::{
+    config::{LoraConfig, ModelConfig},
     error::{Error, Result},
-    ledger::{Module, Phase},
+    ledger::{Dtype, Module, Phase},
     meter::{Meter, Observer},
     model::Qwen2,
     ops::Sampler,
@@ -23,8 +24,8 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
-    /// Seed of the draws.
-    pub seed: u64,
+    /// Seed of each prompt's draws.
+    pub seeds: Vec<u64>,
     /// Without a cache, every step runs over the whole context.
     pub kv_cache: bool,
     /// Tokens that end a sequence; none: every sequence runs to `max_new_tokens`.
@@ -55,7 +56,8 @@ pub struct Generation {
     pub decode: Duration,
 }
 
-/// Generates, reporting each op to `observer` and each token, with its sequence, to `on_token`.
+/// Generates, reporting each op to `observer` and each token, with its sequence, to `on_token`,
+/// whose error ends the run.
 ///
 /// # Errors
 /// A prompt that is empty, of another length, too long for the model or outside its vocabulary;
@@ -64,29 +66,17 @@ pub fn generate(
     model: &Qwen2,
     request: &Request,
     observer: &RefCell<dyn Observer>,
-    mut on_token: impl FnMut(usize, u32),
+    mut on_token: impl FnMut(usize, u32) -> Result<()>,
 ) -> Result<Generation> {
     let Request { prompts, max_new_tokens, sampling, .. } = request;
     let (batch, length) = (prompts.len(), prompts.first().map_or(0, Vec::len));
-    let workload = |new_tokens: usize| Workload {
-        model: model.config().clone(),
-        lora: model.lora().clone(),
-        dtype: model.dtype(),
-        task: Task::Generate {
-            batch: batch as u64,
-            prompt_tokens: length as u64,
-            new_tokens: new_tokens as u64,
-            max_new_tokens: *max_new_tokens as u64,
-            kv_cache: request.kv_cache,
-            sampling: *sampling,
-        },
-    };
-    check(model, request)?;
-    workload(*max_new_tokens).validate()?;
+    let workload = request.workload(model.config(), model.lora(), model.dtype());
+    request.check(model.config())?;
+    workload.validate()?;
 
     let meter = Meter::new(observer, Phase::Setup).timed(request.timed);
     let mut cache = model.cache(meter, batch, length + max_new_tokens - 1)?;
-    let mut sampler = Sampler::new(*sampling, request.seed);
+    let mut sampler = Sampler::new(*sampling, &request.seeds);
     let mut contexts = prompts.clone();
     let mut sequences = vec![Sequence { tokens: vec![], stopped: false }; batch];
 
@@ -115,40 +105,69 @@ pub fn generate(
             if !sequence.stopped {
                 sequence.tokens.push(id);
                 sequence.stopped = request.eos.contains(&id);
-                on_token(row, id);
+                on_token(row, id)?;
             }
         }
     }
     let decode = start.elapsed() - first_token;
-    Ok(Generation { sequences, workload: workload(steps), first_token, decode })
+    let workload = workload.with_new_tokens(steps as u64);
+    Ok(Generation { sequences, workload, first_token, decode })
 }
 
-fn check(model: &Qwen2, request: &Request) -> Result<()> {
-    let Request { prompts, max_new_tokens, .. } = request;
-    let fail = |why: String| Err(Error::Prompt(why).into());
-    let Some(first) = prompts.first().filter(|p| !p.is_empty()) else {
-        return fail("is empty".into());
-    };
-    if let Some((i, p)) = prompts.iter().enumerate().find(|(_, p)| p.len() != first.len()) {
-        let (n, m) = (p.len(), first.len());
-        return fail(format!(
-            "number {} has {n} tokens, the first has {m}; a batch needs equal lengths",
-            i + 1
-        ));
+impl Request {
+    /// What runs if no sequence ends early.
+    pub fn workload(&self, model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Workload {
+        let task = Task::Generate {
+            batch: self.prompts.len() as u64,
+            prompt_tokens: self.prompts.first().map_or(0, Vec::len) as u64,
+            new_tokens: self.max_new_tokens as u64,
+            max_new_tokens: self.max_new_tokens as u64,
+            kv_cache: self.kv_cache,
+            sampling: self.sampling,
+        };
+        Workload { model: model.clone(), lora: lora.clone(), dtype, task }
     }
-    let most = model.config().max_position_embeddings;
-    if first.len() > most {
-        return fail(format!("{} tokens are past the model's {most} positions", first.len()));
-    }
-    match first.len().checked_add(*max_new_tokens) {
-        Some(all) if all <= most => Ok(()),
-        _ => {
-            let why = format!(
-                "{} prompt tokens and {max_new_tokens} new ones are past the model's {most} positions; \
+
+    /// Refuses what `model` cannot run, before anything runs.
+    ///
+    /// # Errors
+    /// A prompt that is empty, of another length or too long.
+    pub fn check(&self, model: &ModelConfig) -> Result<()> {
+        let Request { prompts, max_new_tokens, seeds, .. } = self;
+        let fail = |why: String| Err(Error::Prompt(why).into());
+        let Some(first) = prompts.first().filter(|p| !p.is_empty()) else {
+            return fail("is empty".into());
+        };
+        if let Some((i, p)) = prompts.iter().enumerate().find(|(_, p)| p.len() != first.len()) {
+            let (n, m) = (p.len(), first.len());
+            return fail(format!(
+                "number {} has {n} tokens, the first has {m}; a batch needs equal lengths",
+                i + 1
+            ));
+        }
+        anyhow::ensure!(
+            seeds.len() == prompts.len(),
+            "{} seeds for {} prompts",
+            seeds.len(),
+            prompts.len()
+        );
+        if *max_new_tokens == 0 {
+            return Err(Error::flag("--max-new-tokens", "must be at least 1").into());
+        }
+        let most = model.max_position_embeddings;
+        if first.len() > most {
+            return fail(format!("{} tokens are past the model's {most} positions", first.len()));
+        }
+        match first.len().checked_add(*max_new_tokens) {
+            Some(all) if all <= most => Ok(()),
+            _ => {
+                let why = format!(
+                    "{} prompt tokens and {max_new_tokens} new ones are past the model's {most} positions; \
                  lower --max-new-tokens",
-                first.len()
-            );
-            fail(why)
+                    first.len()
+                );
+                fail(why)
+            }
         }
     }
 }

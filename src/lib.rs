@@ -21,19 +21,19 @@
 //! let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
 //! let device = candle_core::Device::Cpu;
 //! let (config, weights) = (&checkpoint.config, &checkpoint.weights);
-//! let model = Qwen2::load(config, weights, &adapters, Dtype::F32, &device, |_| {})?;
+//! let model = Qwen2::load(config, weights, &adapters, Dtype::F32, &device, |_| Ok(()))?;
 //!
 //! let request = Request {
 //!     prompts: vec![checkpoint.text.encode("Hello")?],
 //!     max_new_tokens: 4,
 //!     sampling: Sampling::GREEDY,
-//!     seed: 0,
+//!     seeds: vec![0],
 //!     kv_cache: true,
 //!     eos: vec![],
 //!     timed: false,
 //! };
 //! let ledger = RefCell::new(Ledger::default());
-//! let generation = generate(&model, &request, &ledger, |_sequence, _token| {})?;
+//! let generation = generate(&model, &request, &ledger, |_sequence, _token| Ok(()))?;
 //!
 //! let audit = Audit::new(&[generation.workload], &ledger.into_inner())?;
 //! let [closed_form, predicted, executed] = audit.totals(&Prices::matmul())?;

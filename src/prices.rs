@@ -287,10 +287,19 @@ impl Prices {
                 e.span().map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
             bad(format!("line {line}: {}", e.message().replace('\n', " ")))
         })?;
+        if prices.listed().iter().all(|price| *price == 0) && prices.mac.unwrap_or(0) == 0 {
+            return Err(bad("prices nothing: every primitive would be free".into()).into());
+        }
         if prices.name.is_empty() {
             prices.name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         }
         Ok(prices)
+    }
+
+    /// The primitives' prices, in the order of [`Primitives::named`].
+    fn listed(&self) -> [u64; 9] {
+        let Self { add, mul, div, exp, log, sqrt, trig, cmp, neg, .. } = *self;
+        [add, mul, div, exp, log, sqrt, trig, cmp, neg]
     }
 
     /// FLOPs of `cost` under these prices.
@@ -302,12 +311,11 @@ impl Prices {
             Some(price) => (cost.other, cost.macs.checked_mul(price.into())),
             None => (cost.primitives(), Some(0)),
         };
-        let prices = [
-            self.add, self.mul, self.div, self.exp, self.log, self.sqrt, self.trig, self.cmp,
-            self.neg,
-        ];
-        let priced =
-            primitives.named().into_iter().zip(prices).try_fold(macs, |sum, ((_, n), price)| {
+        let priced = primitives
+            .named()
+            .into_iter()
+            .zip(self.listed())
+            .try_fold(macs, |sum, ((_, n), price)| {
                 Some(Some(sum?.checked_add(n.checked_mul(price.into())?)?))
             });
         priced.flatten().ok_or_else(|| Error::Overflow("priced FLOPs".into()).into())

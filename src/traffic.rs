@@ -1,6 +1,9 @@
 //! Bytes of weights and cache that ops read and write, from the ledger's dimensions.
 
-use crate::ledger::{Key, Ledger, Module, Op, Phase};
+use crate::{
+    config::Projection,
+    ledger::{Key, Ledger, Module, Op, Phase},
+};
 
 /// Bytes touched, each tensor once a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
@@ -15,7 +18,8 @@ impl Key {
     /// Bytes of parameters and cache that one call touches.
     ///
     /// A product with a weight reads its k·n elements; attention's products read the keys or the
-    /// values held, b·k·n elements; RoPE on k, and the values beside it, are written to the cache.
+    /// values held, b·k·n elements; what the projections of k and v give, bias added, is written
+    /// to the cache.
     pub fn traffic(&self) -> Traffic {
         let weights = |n: u128| Traffic { weights: n, kv_cache: 0 };
         let elements = match (self.scope.module, self.op) {
@@ -24,6 +28,9 @@ impl Key {
             }
             (Module::Proj(_) | Module::Lora(..) | Module::LmHead, Op::Matmul { k, n, .. }) => {
                 weights(u128::from(k) * u128::from(n))
+            }
+            (Module::Proj(Projection::KProj | Projection::VProj), Op::Bias { rows, width }) => {
+                Traffic { weights: width.into(), kv_cache: u128::from(rows) * u128::from(width) }
             }
             (_, Op::Bias { width, .. } | Op::RmsNorm { width, .. }) => weights(width.into()),
             (_, Op::Embed { rows, width }) => weights(u128::from(rows) * u128::from(width)),

@@ -42,8 +42,11 @@ impl Sampling {
     /// The flag at fault.
     pub fn validate(&self) -> Result<()> {
         let fail = |flag: &str, why: String| Err(Error::flag(flag, why).into());
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return fail("--temperature", format!("{} is not 0 or above", self.temperature));
+        // Draws are computed in f32, with the reciprocals of both.
+        let usable = |x: f64| x > 0.0 && (x as f32).is_normal() && (1.0 / x as f32).is_normal();
+        if self.temperature != 0.0 && !usable(self.temperature) {
+            let why = format!("{} is neither 0 nor a usable positive number", self.temperature);
+            return fail("--temperature", why);
         }
         if self.top_k == Some(0) {
             return fail("--top-k", "must be at least 1".into());
@@ -51,8 +54,9 @@ impl Sampling {
         if let Some(p) = self.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
             return fail("--top-p", format!("{p} is not in (0, 1]"));
         }
-        if !(self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0) {
-            return fail("--repeat-penalty", format!("{} is not above 0", self.repeat_penalty));
+        if !usable(self.repeat_penalty) {
+            let why = format!("{} is not a usable positive number", self.repeat_penalty);
+            return fail("--repeat-penalty", why);
         }
         if self.temperature == 0.0 && (self.top_k.is_some() || self.top_p.is_some()) {
             return fail("--top-k, --top-p", "need a --temperature above 0".into());
@@ -102,15 +106,10 @@ pub struct Workload {
     /// Its adapters.
     pub lora: LoraConfig,
     /// Element type of weights and activations.
-    #[serde(skip, default = "f32_dtype")]
     pub dtype: Dtype,
     /// What is run.
     #[serde(flatten)]
     pub task: Task,
-}
-
-fn f32_dtype() -> Dtype {
-    Dtype::F32
 }
 
 impl Workload {
@@ -151,6 +150,14 @@ impl Workload {
         }
     }
 
+    /// The same generation, ended after `steps` tokens; any other task as it is.
+    pub fn with_new_tokens(mut self, steps: u64) -> Self {
+        if let Task::Generate { new_tokens, .. } = &mut self.task {
+            *new_tokens = steps;
+        }
+        self
+    }
+
     /// Bytes of all parameters, adapters included.
     pub fn weights_bytes(&self) -> u128 {
         let parameters = self.model.parameters() + self.lora.parameters(&self.model);
@@ -167,5 +174,30 @@ impl Workload {
         };
         let width = 2 * self.model.num_hidden_layers * self.model.kv_width();
         u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
+    }
+
+    /// Bytes that the largest pass needs at once beside weights and cache, about: scores before
+    /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
+    /// logits with their f32 copy.
+    pub fn activations_bytes(&self) -> u128 {
+        let (batch, seq, held, head_rows) = match self.task {
+            Task::Forward { batch, seq, past, logits: Logits::All } => {
+                (batch, seq, past + seq, batch * seq)
+            }
+            Task::Forward { batch, seq, past, .. } => (batch, seq, past + seq, batch),
+            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache: false, .. } => {
+                (batch, prompt_tokens + new_tokens - 1, prompt_tokens + new_tokens - 1, batch)
+            }
+            Task::Generate { batch, prompt_tokens, .. } => {
+                (batch, prompt_tokens, prompt_tokens, batch)
+            }
+        };
+        let [batch, seq, held, head_rows] = [batch, seq, held, head_rows].map(u128::from);
+        let model = &self.model;
+        let scores = (2 * batch * model.num_attention_heads as u128 + 1) * seq * held;
+        let wide = 3 * model.intermediate_size as u128 + 4 * model.hidden_size as u128;
+        let bytes = u128::from(self.dtype.bytes());
+        let logits = head_rows * model.vocab_size as u128 * (bytes + 4);
+        (scores + batch * seq * wide) * bytes + logits
     }
 }

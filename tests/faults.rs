@@ -39,7 +39,7 @@ fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledg
     let Workload { model, lora, dtype, .. } = workload();
     let weights = weights::synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora, seed: 2 };
-    let qwen = Qwen2::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| {}).unwrap();
+    let qwen = Qwen2::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
     let observer = RefCell::new(Faulty(Ledger::default(), fault));
     let meter = Meter::new(&observer, Phase::Setup);
     let mut cache = qwen.cache(meter, 2, 8).unwrap();

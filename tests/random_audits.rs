@@ -67,7 +67,7 @@ fn samplings() -> impl Strategy<Value = Sampling> {
 fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Qwen2 {
     let weights = synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
-    Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| {}).unwrap()
+    Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn assert_balanced(workload: &Workload, ledger: &Ledger) {
@@ -113,14 +113,17 @@ proptest! {
             prompts: prompts.collect(),
             max_new_tokens: new,
             sampling,
-            seed: 7,
+            seeds: (7..).take(batch).collect(),
             kv_cache,
             eos: if eos { vec![0, 1] } else { vec![] },
             timed: false,
         };
         let ledger = RefCell::new(Ledger::default());
         let mut told = 0;
-        let out = generate(&qwen, &request, &ledger, |_, _| told += 1).unwrap();
+        let out = generate(&qwen, &request, &ledger, |_, _| {
+            told += 1;
+            Ok(())
+        }).unwrap();
         prop_assert_eq!(told, out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>());
         assert_balanced(&out.workload, &ledger.into_inner());
     }

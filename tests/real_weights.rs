@@ -35,7 +35,7 @@ fn fresh(rank: usize) -> AdapterSource {
 
 fn load(adapters: &AdapterSource) -> Qwen2 {
     let Checkpoint { config, weights, .. } = &*CHECKPOINT;
-    Qwen2::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| {}).unwrap()
+    Qwen2::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn golden(name: &str) -> serde_json::Value {
@@ -122,16 +122,16 @@ fn run(
     sampling: Sampling,
 ) -> (Vec<Vec<u32>>, Audit) {
     let request = Request {
+        seeds: (3..).take(prompts.len()).collect(),
         prompts,
         max_new_tokens: new,
         sampling,
-        seed: 3,
         kv_cache,
         eos: vec![],
         timed: false,
     };
     let ledger = RefCell::new(Ledger::default());
-    let out = generate(model, &request, &ledger, |_, _| {}).unwrap();
+    let out = generate(model, &request, &ledger, |_, _| Ok(())).unwrap();
     let audit = Audit::new(&[out.workload], &ledger.into_inner()).unwrap();
     assert!(audit.balanced(), "{:#?}", audit.key_differences);
     (out.sequences.into_iter().map(|s| s.tokens).collect(), audit)

@@ -6,6 +6,7 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::interrupt::Interrupt;
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
@@ -126,7 +127,7 @@ pub struct ExecutionArgs {
     #[command(flatten)]
     pub dtype: DtypeArg,
     /// CPU threads [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// A trained adapter in PEFT's format
     #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_targets"])]
@@ -148,13 +149,17 @@ pub struct DtypeArg {
 }
 
 impl ExecutionArgs {
-    /// Prepares the threads, opens the device.
-    pub fn device(&self) -> Result<Device> {
+    /// Sets the number of threads. To be called before anything else runs.
+    pub fn set_threads(&self) {
         if let Some(threads) = self.threads {
             // candle and rayon read it once, at their first parallel operation.
-            // SAFETY: called before any other thread exists.
+            // SAFETY: called from main's thread before any other thread exists.
             unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
         }
+    }
+
+    /// Opens the device.
+    pub fn open_device(&self) -> Result<Device> {
         let fail = |why: String| Error::flag("--device", why);
         let (kind, index) = self.device.split_once(':').unwrap_or((&self.device, "0"));
         let index: usize = match (kind, index.parse()) {
@@ -181,19 +186,31 @@ impl ExecutionArgs {
         opened.map_err(|e| fail(format!("cannot open {}: {e}", self.device)).into())
     }
 
-    /// Loads the model with its adapters, behind a progress bar.
-    pub fn load(&self, checkpoint: &Checkpoint, lora: &LoraArgs) -> Result<Qwen2> {
-        let device = self.device()?;
-        let Checkpoint { config, weights, .. } = checkpoint;
-        let adapters = match &self.adapter {
+    /// The adapters that `checkpoint` is to carry.
+    pub fn adapters(&self, config: &ModelConfig, lora: &LoraArgs) -> Result<AdapterSource> {
+        Ok(match &self.adapter {
             Some(dir) => AdapterSource::Peft(PeftAdapter::open(dir, config)?),
             None => AdapterSource::Fresh { lora: lora.config(config)?, seed: self.seed },
-        };
+        })
+    }
+
+    /// Loads the model with its adapters, behind a progress bar.
+    pub fn load(
+        &self,
+        checkpoint: &Checkpoint,
+        adapters: &AdapterSource,
+        device: &Device,
+        interrupt: &Interrupt,
+    ) -> Result<Qwen2> {
+        let Checkpoint { config, weights, .. } = checkpoint;
         let bar = ProgressBar::new(config.num_hidden_layers as u64);
         let style = ProgressStyle::with_template("loading weights {bar:30} {pos}/{len} layers");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let progress = |layer| bar.set_position(layer as u64 + 1);
-        let model = Qwen2::load(config, weights, &adapters, self.dtype.dtype, &device, progress);
+        let progress = |layer| {
+            bar.set_position(layer as u64);
+            interrupt.check()
+        };
+        let model = Qwen2::load(config, weights, adapters, self.dtype.dtype, device, progress);
         bar.finish_and_clear();
         model
     }

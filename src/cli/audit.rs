@@ -5,8 +5,12 @@ use std::cell::RefCell;
 use clap::{Args, Subcommand};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::args::{
-    CountingArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
+use super::{
+    args::{
+        CountingArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
+    },
+    interrupt::Interrupt,
+    memory,
 };
 use crate::{
     audit::Audit,
@@ -54,32 +58,43 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
+    let execution = &args.execution;
+    execution.set_threads();
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
+    let device = execution.open_device()?;
+    let interrupt = Interrupt::listen()?;
     let checkpoint = args.model.open()?;
-    let model = args.execution.load(&checkpoint, &args.lora)?;
+    let adapters = execution.adapters(&checkpoint.config, &args.lora)?;
     let workload = Workload {
-        model: model.config().clone(),
-        lora: model.lora().clone(),
-        dtype: model.dtype(),
+        model: checkpoint.config.clone(),
+        lora: adapters.lora().clone(),
+        dtype: execution.dtype.dtype,
         task,
     };
     workload.validate()?;
-    let ledger = execute(&model, task, &args.execution)?;
+    memory::check(&workload)?;
+    let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+    let ledger = execute(&model, task, execution, &interrupt)?;
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
-    let report = Report::new("audit", &checkpoint.origin, workloads, &prices, &audit.executed)?;
-    let report = match args.execution.op_times {
-        true => report.with_times(&ledger),
-        false => report,
-    };
+    let mut report = Report::new("audit", &checkpoint.origin, workloads, &prices, &audit.executed)?;
+    report.device = Some(execution.device.clone());
+    if execution.op_times {
+        report = report.with_times(&ledger);
+    }
     output.write(&report.with_audit(&audit)?, false)?;
     audit.verdict()
 }
 
 /// Runs `task` on random tokens; cached tokens before a forward pass are zeros, which cost the
 /// same.
-fn execute(model: &Qwen2, task: Task, execution: &ExecutionArgs) -> Result<Ledger> {
+fn execute(
+    model: &Qwen2,
+    task: Task,
+    execution: &ExecutionArgs,
+    interrupt: &Interrupt,
+) -> Result<Ledger> {
     let ledger = RefCell::new(Ledger::default());
     let mut rng = StdRng::seed_from_u64(execution.seed);
     let vocab = model.config().vocab_size as u32;
@@ -97,13 +112,14 @@ fn execute(model: &Qwen2, task: Task, execution: &ExecutionArgs) -> Result<Ledge
                 prompts: (0..batch).map(|_| tokens(prompt_tokens)).collect(),
                 max_new_tokens: new_tokens as usize,
                 sampling,
-                seed: execution.seed,
+                seeds: (0..batch).map(|row| execution.seed.wrapping_add(row)).collect(),
                 kv_cache,
                 eos: vec![],
                 timed: execution.op_times,
             };
-            generate(model, &request, &ledger, |_, _| {})?;
+            generate(model, &request, &ledger, |_, _| interrupt.check())?;
         }
     }
+    interrupt.check()?;
     Ok(ledger.into_inner())
 }

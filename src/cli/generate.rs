@@ -8,14 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::args::{
-    CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
+use super::{
+    args::{CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs},
+    interrupt::Interrupt,
+    memory,
 };
 use crate::{
     audit::Audit,
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
-    ledger::{Ledger, Phase},
+    ledger::{Dtype, Ledger, Phase},
     model::Qwen2,
     prices::Prices,
     report::{GenerationReport, Report, SequenceReport, Timings},
@@ -23,7 +25,7 @@ use crate::{
     text::Text,
     traffic::Traffic,
     weights::Checkpoint,
-    workload::Workload,
+    workload::{Sampling, Workload},
 };
 
 /// Flags of `generate`.
@@ -32,6 +34,9 @@ pub struct Args {
     /// The prompt; `-` reads it from stdin
     #[arg(required_unless_present = "prompts")]
     prompt: Option<String>,
+    /// Copies of the prompt, run as one batch
+    #[arg(long, value_name = "B", default_value_t = 1, conflicts_with = "prompts")]
+    batch: usize,
     /// A file of prompts, one a line; prompts of equal length run as one batch
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
@@ -72,23 +77,35 @@ pub struct Args {
 
 /// Generates, reports, audits.
 pub fn run(args: Args) -> Result<()> {
+    args.execution.set_threads();
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
-    args.sampling.sampling()?;
+    let sampling = args.sampling.sampling()?;
+    let device = args.execution.open_device()?;
     let prompts = args.read_prompts()?;
+    let interrupt = Interrupt::listen()?;
+
     let start = Instant::now();
     let checkpoint = args.model.open()?;
+    let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
+    let encoded = args.encode(&checkpoint.text, &prompts)?;
+    let batches = args.batches(&checkpoint, &encoded, sampling);
+    for (_, request) in &batches {
+        request.check(&checkpoint.config)?;
+        let workload = request.workload(&checkpoint.config, adapters.lora(), args.dtype());
+        workload.validate()?;
+        memory::check(&workload)?;
+    }
     if checkpoint.synthetic {
         let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
         anstream::eprintln!(
             "{yellow}warning:{yellow:#} synthetic weights: the FLOPs are real, the text is noise"
         );
     }
-    let encoded = args.encode(&checkpoint.text, &prompts)?;
-    let model = args.execution.load(&checkpoint, &args.lora)?;
+    let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let load = start.elapsed();
 
-    let run = args.generate_all(&model, &checkpoint.text, &encoded, &output)?;
+    let run = args.generate_all(&model, &checkpoint.text, batches, &output, &interrupt)?;
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
     let audit = match args.no_audit {
         true => None,
@@ -136,6 +153,7 @@ impl Args {
             }
             (None, prompt) => vec![prompt.unwrap_or_default().to_string()],
         };
+        let prompts = vec![prompts; self.batch].concat();
         match prompts.iter().all(|p| p.is_empty()) {
             true => Err(Error::Prompt("is empty".into()).into()),
             false => Ok(prompts),
@@ -154,42 +172,56 @@ impl Args {
         prompts.iter().map(encode).collect()
     }
 
-    /// Runs prompts of equal length together, the others in turn.
-    fn generate_all(
+    fn dtype(&self) -> Dtype {
+        self.execution.dtype.dtype
+    }
+
+    /// Prompts of equal length together, each with its index.
+    fn batches(
         &self,
-        model: &Qwen2,
-        text: &Text,
+        checkpoint: &Checkpoint,
         prompts: &[Vec<u32>],
-        output: &Output,
-    ) -> Result<Run> {
+        sampling: Sampling,
+    ) -> Vec<(Vec<usize>, Request)> {
         let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for (index, prompt) in prompts.iter().enumerate() {
             by_length.entry(prompt.len()).or_default().push(index);
         }
-        let streamed = prompts.len() == 1 && output.is_human();
+        let eos = if self.ignore_eos { vec![] } else { checkpoint.text.eos_ids().to_vec() };
+        let request = |indices: &[usize]| Request {
+            prompts: indices.iter().map(|&i| prompts[i].clone()).collect(),
+            max_new_tokens: self.max_new_tokens,
+            sampling,
+            // A prompt draws alike whatever else is in the file.
+            seeds: indices.iter().map(|&i| self.execution.seed.wrapping_add(i as u64)).collect(),
+            kv_cache: !self.no_kv_cache,
+            eos: eos.clone(),
+            timed: self.execution.op_times,
+        };
+        by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
+    }
+
+    /// Runs batch after batch.
+    fn generate_all(
+        &self,
+        model: &Qwen2,
+        text: &Text,
+        requests: Vec<(Vec<usize>, Request)>,
+        output: &Output,
+        interrupt: &Interrupt,
+    ) -> Result<Run> {
+        let streamed = output.is_human() && matches!(&requests[..], [(one, _)] if one.len() == 1);
         let ledger = RefCell::new(Ledger::default());
         let mut batches = vec![];
-        for indices in by_length.into_values() {
-            let request = Request {
-                prompts: indices.iter().map(|&i| prompts[i].clone()).collect(),
-                max_new_tokens: self.max_new_tokens,
-                sampling: self.sampling.sampling()?,
-                seed: self.execution.seed,
-                kv_cache: !self.no_kv_cache,
-                eos: if self.ignore_eos { vec![] } else { text.eos_ids().to_vec() },
-                timed: self.execution.op_times,
-            };
+        for (indices, request) in requests {
             let mut stream = text.stream(true);
-            let mut failed = None;
             let generation = generate(model, &request, &ledger, |_, id| {
-                if streamed && failed.is_none() {
-                    let shown = stream.push(id).and_then(|piece| show(&piece.unwrap_or_default()));
-                    failed = shown.err();
+                interrupt.check()?;
+                match streamed {
+                    true => show(&stream.push(id)?.unwrap_or_default()),
+                    false => Ok(()),
                 }
             })?;
-            if let Some(error) = failed {
-                return Err(error);
-            }
             if streamed {
                 show(&format!("{}\n", stream.finish()?.unwrap_or_default()))?;
             }
@@ -218,6 +250,7 @@ impl Args {
         let tally = run.ledger.tally()?;
         let origin = &checkpoint.origin;
         let mut report = Report::new("generate", origin, run.workloads(), prices, &tally)?;
+        report.device = Some(self.execution.device.clone());
         if self.execution.op_times {
             report = report.with_times(&run.ledger);
         }
@@ -258,11 +291,13 @@ fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<
         run.batches.iter().map(|(_, g)| of(g).as_secs_f64()).sum()
     };
     let (prefill, decode) = (seconds(|g| g.first_token), seconds(|g| g.decode));
-    let (mut fed, mut decoded, mut choices) = (0, 0, 0);
+    let (mut fed, mut decoded, mut choices, mut kept) = (0, 0, 0, 0);
     for (_, generation) in &run.batches {
         let (prompt, later) = tokens(&generation.workload);
         (fed, decoded) = (fed + prompt, decoded + later);
         choices += generation.sequences.len() as u64;
+        // A sequence that has ended is still computed, but gives no tokens.
+        kept += generation.sequences.iter().map(|s| s.tokens.len() as u64 - 1).sum::<u64>();
     }
     // Choices all cost the same; the first of each sequence belongs to the time to first token.
     let flops =
@@ -276,7 +311,7 @@ fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<
         time_to_first_token_s: first,
         decode_s: decode,
         prefill_tokens_per_s: fed as f64 / prefill,
-        decode_tokens_per_s: (decoded > 0).then(|| decoded as f64 / decode),
+        decode_tokens_per_s: (decoded > 0).then(|| kept as f64 / decode),
         prefill_flops_per_s: prefill_flops / prefill,
         decode_flops_per_s: (decoded > 0).then(|| decode_flops / decode),
     })

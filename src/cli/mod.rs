@@ -1,13 +1,15 @@
-//! The command line: one file a subcommand, flags shared by all in [`args`].
+//! The command line: one file a subcommand, flags shared by all in `args`.
 
 mod args;
 mod audit;
 mod count;
 mod generate;
+mod interrupt;
+mod memory;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Runs a real LLM and audits its FLOP count: closed form, predicted ledger and executed ledger
 /// must agree to the last FLOP.
@@ -28,6 +30,14 @@ enum Command {
     /// Count a workload from its config alone; no weights needed.
     #[command(subcommand)]
     Count(count::Command),
+}
+
+/// clap's message in one line: what is wrong, without the usage that `--help` prints.
+pub fn usage_error(error: &clap::Error) -> Error {
+    let text = error.to_string();
+    let wrong: Vec<&str> = text.lines().map(str::trim).take_while(|l| !l.is_empty()).collect();
+    let wrong = wrong.join(" ");
+    Error::Usage(wrong.strip_prefix("error: ").unwrap_or(&wrong).to_string())
 }
 
 /// Runs one parsed command line.

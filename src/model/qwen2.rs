@@ -13,7 +13,7 @@ use candle_core::Device;
 use super::{Adapter, AdapterSource, KvCache};
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
-    error::Result,
+    error::{Error, Result},
     ledger::{Dtype, Module},
     meter::Meter,
     ops::{self, Tensor},
@@ -124,7 +124,8 @@ impl Loader<'_> {
 }
 
 impl Qwen2 {
-    /// Loads every tensor, checked against `config`; `progress` hears of each finished layer.
+    /// Loads every tensor, checked against `config`; `progress` hears of each finished layer, and
+    /// its error ends the loading.
     ///
     /// # Errors
     /// A tensor that is missing, misshapen or not finite, or a device out of memory.
@@ -134,13 +135,16 @@ impl Qwen2 {
         adapters: &AdapterSource,
         dtype: Dtype,
         device: &Device,
-        progress: impl Fn(usize),
+        progress: impl Fn(usize) -> Result<()>,
     ) -> Result<Self> {
         let loader = Loader { config, weights, adapters, dtype, device };
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = loader.tensor("model.embed_tokens.weight", &table)?;
         let layers = (0..config.num_hidden_layers)
-            .map(|i| loader.layer(i).inspect(|_| progress(i)))
+            .map(|i| {
+                progress(i)?;
+                loader.layer(i)
+            })
             .collect::<Result<_>>()?;
         let lm_head = match config.tie_word_embeddings {
             true => embed_tokens.clone(),
@@ -181,8 +185,13 @@ impl Qwen2 {
     /// An empty cache for this model.
     ///
     /// # Errors
-    /// As [`KvCache::new`].
+    /// A capacity past the model's positions; else as [`KvCache::new`].
     pub fn cache(&self, meter: Meter, batch: usize, capacity: usize) -> Result<KvCache> {
+        let most = self.config.max_position_embeddings;
+        if capacity > most {
+            let why = format!("{capacity} tokens are past the model's {most} positions");
+            return Err(Error::Prompt(why).into());
+        }
         KvCache::new(meter, &self.config, batch, capacity, self.dtype, &self.device)
     }
 

@@ -34,13 +34,23 @@ pub fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
 #[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
-    rng: StdRng,
+    /// One a row, so that what a row draws does not depend on its neighbours.
+    rngs: Vec<StdRng>,
+    /// Factors on logits of seen tokens, positive and negative: constants of the run, as 1/√d is.
+    penalties: (f32, f32),
+    inverse_temperature: f32,
 }
 
 impl Sampler {
-    /// A sampler whose draws depend on `seed` alone.
-    pub fn new(sampling: Sampling, seed: u64) -> Self {
-        Self { sampling, rng: StdRng::seed_from_u64(seed) }
+    /// A sampler for as many rows as `seeds`; a row's draws depend on its seed alone.
+    pub fn new(sampling: Sampling, seeds: &[u64]) -> Self {
+        let penalty = sampling.repeat_penalty as f32;
+        Self {
+            sampling,
+            rngs: seeds.iter().map(|&seed| StdRng::seed_from_u64(seed)).collect(),
+            penalties: (1.0 / penalty, penalty),
+            inverse_temperature: 1.0 / sampling.temperature as f32,
+        }
     }
 
     /// One token for each row of `logits` (…, V); `seen[row]` holds the row's tokens so far.
@@ -51,17 +61,19 @@ impl Sampler {
         let Sampling { temperature, top_k, top_p, repeat_penalty } = self.sampling;
         let mut logits = Tensor(logits.0.to_dtype(DType::F32)?);
         if repeat_penalty != 1.0 {
-            logits = penalize(at, &logits, seen, repeat_penalty as f32)?;
+            logits = penalize(at, &logits, seen, self.penalties)?;
         }
         if temperature == 0.0 {
             return argmax(at, &logits);
         }
-        let factor =
-            Tensor::from_vec(vec![1.0 / temperature as f32], 1, Dtype::F32, logits.device())?;
+        let factor = vec![self.inverse_temperature];
+        let factor = Tensor::from_vec(factor, 1, Dtype::F32, logits.device())?;
         let weights = softmax(at, scale(at, &logits, &factor)?)?;
         let (rows, width) = weights.rows_width()?;
         let weights = weights.to_vec()?;
-        anyhow::ensure!(weights[0].is_finite(), "the logits are not finite; try --dtype f32");
+        // One NaN or infinity in a row of logits makes all its weights NaN.
+        let finite = weights.chunks_exact(width as usize).all(|row| row[0].is_finite());
+        anyhow::ensure!(finite, "the logits are not finite; try --dtype f32");
 
         let rows_of = |width: usize| weights.chunks_exact(width);
         let candidates = |row: &[f32]| -> Vec<(u32, f32)> {
@@ -84,7 +96,8 @@ impl Sampler {
             })?;
         }
         at.run(Op::Draw { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
-            Ok(chosen.iter().map(|row| draw(row, self.rng.random())).collect())
+            let draws = chosen.iter().zip(&mut self.rngs);
+            Ok(draws.map(|(row, rng)| draw(row, rng.random())).collect())
         })
     }
 }
@@ -119,7 +132,7 @@ fn running_sums(row: &[(u32, f32)]) -> Vec<f32> {
 
 /// CTRL's repetition penalty (Keskar et al. 2019), dense: every logit is multiplied, by 1 where
 /// its token was not seen, so that the op's size does not depend on the text.
-fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], penalty: f32) -> Result<Tensor> {
+fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> Result<Tensor> {
     let (rows, width) = logits.rows_width()?;
     anyhow::ensure!(seen.len() as u64 == rows, "{} contexts for {rows} rows", seen.len());
     let mut values = logits.to_vec()?;
@@ -129,7 +142,7 @@ fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], penalty: f32) -> Result<
             let mut is_seen = vec![false; row.len()];
             seen.iter().for_each(|&id| is_seen[id as usize] = true);
             for (logit, is_seen) in row.iter_mut().zip(is_seen) {
-                let towards_less = if *logit > 0.0 { 1.0 / penalty } else { penalty };
+                let towards_less = if *logit > 0.0 { factors.0 } else { factors.1 };
                 *logit *= if is_seen { towards_less } else { 1.0 };
             }
         }

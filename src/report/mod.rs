@@ -4,7 +4,7 @@ mod json;
 mod table;
 
 pub use json::JsonOutput;
-pub use table::{print, render};
+pub use table::{bytes, digits, human, print, render};
 
 use std::time::Duration;
 
@@ -34,6 +34,9 @@ pub struct Report {
     pub model: String,
     /// Parameters of the base model.
     pub parameters: u128,
+    /// Where it ran; absent where it was only counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// What was run or counted: one object, or a list where several ran in turn.
     #[serde(serialize_with = "one_or_many")]
     pub workload: Vec<Workload>,
@@ -82,6 +85,8 @@ pub struct Memory {
     pub weights_bytes: u128,
     /// Preallocated keys and values.
     pub kv_cache_bytes: u128,
+    /// What the largest pass needs beside them, about.
+    pub activations_bytes: u128,
 }
 
 /// The audit's outcome.
@@ -202,10 +207,14 @@ impl Report {
             schema_version: SCHEMA_VERSION,
             command: command.into(),
             model: model.into(),
+            device: None,
             parameters: workload.first().map_or(0, |w| w.model.parameters()),
             memory: Memory {
                 weights_bytes: workload.first().map_or(0, Workload::weights_bytes),
                 kv_cache_bytes: workload.iter().map(Workload::kv_cache_bytes).max().unwrap_or(0),
+                activations_bytes: {
+                    workload.iter().map(Workload::activations_bytes).max().unwrap_or(0)
+                },
             },
             workload,
             structure: "exact".into(),

@@ -64,10 +64,14 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
         };
         writeln!(out, "workload  {what}{lora}")?;
     }
-    let (weights, cache) =
-        (bytes(memory.weights_bytes as f64), bytes(memory.kv_cache_bytes as f64));
+    let [weights, cache, activations] =
+        [memory.weights_bytes, memory.kv_cache_bytes, memory.activations_bytes]
+            .map(|n| bytes(n as f64));
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
-    writeln!(out, "memory    {weights} of weights, {cache} of KV cache, {dtype}")?;
+    writeln!(
+        out,
+        "memory    {weights} of weights, {cache} of KV cache, {activations} of activations, {dtype}"
+    )?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
 }
 
@@ -254,7 +258,8 @@ fn rate(flops_per_s: f64) -> String {
     format!("{text}{space}FLOP/s")
 }
 
-fn bytes(n: f64) -> String {
+/// Bytes with an SI prefix.
+pub fn bytes(n: f64) -> String {
     let text = human(n);
     let space = if text.contains(' ') { "" } else { " " };
     format!("{text}{space}B")

@@ -1,0 +1,36 @@
+//! Refuses what cannot fit, before the operating system ends it.
+
+use crate::{
+    error::{Error, Result},
+    report::bytes,
+    workload::Workload,
+};
+
+/// Compares what `workload` needs with the memory that this machine has free.
+///
+/// # Errors
+/// A workload that needs more. Where the system does not tell, nothing is refused.
+pub fn check(workload: &Workload) -> Result<()> {
+    let parts = [
+        ("weights", workload.weights_bytes()),
+        ("KV cache", workload.kv_cache_bytes()),
+        ("activations", workload.activations_bytes()),
+    ];
+    let needed: u128 = parts.iter().map(|(_, n)| n).sum();
+    match available() {
+        Some(free) if needed > free => {
+            let parts = parts.map(|(name, n)| format!("{} of {name}", bytes(n as f64))).join(", ");
+            let (needed, free) = (bytes(needed as f64), bytes(free as f64));
+            Err(Error::Memory(format!("{needed} needed ({parts}), {free} free")).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that programs can still take, as Linux estimates them.
+fn available() -> Option<u128> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u128 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
