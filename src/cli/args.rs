@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{
+    analytic::Structure,
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::Dtype,
@@ -89,13 +90,19 @@ impl LoraArgs {
     }
 }
 
-/// What counts, and for how much.
+/// Which operations count.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Counting")]
+pub struct StructureArg {
+    /// Which operations are counted: what this program executes, or somebody's formula
+    #[arg(long, value_enum, default_value_t = Structure::Exact)]
+    pub structure: Structure,
+}
+
+/// For how much each primitive counts.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Counting")]
 pub struct CountingArgs {
-    /// Which ops are counted: exact is what this program executes
-    #[arg(long, value_enum, default_value_t = Structure::Exact)]
-    pub structure: Structure,
     /// What a primitive costs: unit, coursework (exp, log, sqrt, trig 10), matmul (2mnk, all else
     /// free), or a TOML file
     #[arg(long, value_name = "PRICES", default_value = "unit")]
@@ -107,13 +114,6 @@ impl CountingArgs {
     pub fn prices(&self) -> Result<Prices> {
         Prices::named(&self.prices)
     }
-}
-
-/// A list of ops.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Structure {
-    /// As executed.
-    Exact,
 }
 
 /// Where and in which precision.
@@ -227,10 +227,19 @@ impl Output {
 
     /// Prints the report, for people (unless `quiet`) and as JSON where asked for.
     pub fn write(self, report: &Report, quiet: bool) -> Result<()> {
-        if self.is_human() && !quiet {
-            report::print(report)?;
+        self.write_with(report, || if quiet { Ok(()) } else { report::print(report) })
+    }
+
+    /// The same for any value that has a JSON form: `print` is for people.
+    pub fn write_with(
+        self,
+        value: &impl serde::Serialize,
+        print: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if self.is_human() {
+            print()?;
         }
-        self.0.map_or(Ok(()), |json| json.write(report))
+        self.0.map_or(Ok(()), |json| json.write(value))
     }
 }
 
@@ -319,5 +328,54 @@ impl SamplingArgs {
         let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
         sampling.validate()?;
         Ok(sampling)
+    }
+}
+
+/// The dimensions of a training.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct TrainingArgs {
+    /// Tokens of each sequence
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: u64,
+    /// Sequences of one micro-step
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+    /// Micro-steps whose gradients are summed into one step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub accumulate: u64,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub steps: u64,
+    /// Train every weight, not the adapters alone
+    #[arg(long)]
+    pub full: bool,
+}
+
+impl TrainingArgs {
+    /// The task.
+    pub fn task(&self) -> Task {
+        let &Self { batch, seq, accumulate, steps, full } = self;
+        Task::Train { batch, seq, accumulate, steps, full }
+    }
+}
+
+/// The dimensions of an evaluation.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct EvaluationArgs {
+    /// Tokens of each sequence
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: u64,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+}
+
+impl EvaluationArgs {
+    /// The task.
+    pub fn task(&self) -> Task {
+        let &Self { batch, seq } = self;
+        Task::Evaluate { batch, seq }
     }
 }

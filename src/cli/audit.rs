@@ -9,6 +9,7 @@ use super::args::{
     CountingArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
 };
 use crate::{
+    analytic::Structure,
     audit::Audit,
     error::Result,
     generate::{Request, generate},
@@ -68,7 +69,8 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let ledger = execute(&model, task, &args.execution)?;
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
-    let report = Report::new("audit", &checkpoint.origin, workloads, &prices, &audit.executed)?;
+    let (origin, exact) = (&checkpoint.origin, Structure::Exact);
+    let report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?;
     let report = match args.execution.op_times {
         true => report.with_times(&ledger),
         false => report,
@@ -103,6 +105,9 @@ fn execute(model: &Qwen2, task: Task, execution: &ExecutionArgs) -> Result<Ledge
                 timed: execution.op_times,
             };
             generate(model, &request, &ledger, |_, _| {})?;
+        }
+        Task::Train { .. } | Task::Evaluate { .. } => {
+            anyhow::bail!("{} is not executed yet", task.name())
         }
     }
     Ok(ledger.into_inner())

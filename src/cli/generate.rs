@@ -12,6 +12,7 @@ use super::args::{
     CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
 };
 use crate::{
+    analytic::Structure,
     audit::Audit,
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
@@ -217,7 +218,8 @@ impl Args {
     ) -> Result<Report> {
         let tally = run.ledger.tally()?;
         let origin = &checkpoint.origin;
-        let mut report = Report::new("generate", origin, run.workloads(), prices, &tally)?;
+        let (workloads, exact) = (run.workloads(), Structure::Exact);
+        let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?;
         if self.execution.op_times {
             report = report.with_times(&run.ledger);
         }
@@ -249,7 +251,9 @@ fn tokens(workload: &Workload) -> (u64, u64) {
         Task::Generate { batch, prompt_tokens, new_tokens, .. } => {
             (batch * prompt_tokens, batch * (new_tokens - 1))
         }
-        Task::Forward { batch, seq, .. } => (batch * seq, 0),
+        Task::Forward { batch, seq, .. }
+        | Task::Train { batch, seq, .. }
+        | Task::Evaluate { batch, seq } => (batch * seq, 0),
     }
 }
 

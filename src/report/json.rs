@@ -8,7 +8,6 @@ use std::{
 use anyhow::Context;
 use tempfile::NamedTempFile;
 
-use super::Report;
 use crate::error::{Error, Result};
 
 /// Where the JSON goes; opened before the work starts, so that a bad path fails at once.
@@ -39,11 +38,11 @@ impl JsonOutput {
         Ok(Self::File(file, target.into()))
     }
 
-    /// Writes the report.
+    /// Writes `report`, or any other value.
     ///
     /// # Errors
     /// A full disk, or a closed pipe.
-    pub fn write(self, report: &Report) -> Result<()> {
+    pub fn write(self, report: &impl serde::Serialize) -> Result<()> {
         match self {
             Self::Stdout => {
                 let mut out = std::io::stdout().lock();

@@ -1,16 +1,19 @@
 //! One value that every command fills and every format prints.
 
+mod figures;
 mod json;
 mod table;
 
+pub use figures::{digits, human, signed, three_digits};
 pub use json::JsonOutput;
-pub use table::{print, render};
+pub use table::{describe, print, render};
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::{
+    analytic::Structure,
     audit::Audit,
     error::Result,
     ledger::{Key, Ledger, Phase},
@@ -37,8 +40,8 @@ pub struct Report {
     /// What was run or counted: one object, or a list where several ran in turn.
     #[serde(serialize_with = "one_or_many")]
     pub workload: Vec<Workload>,
-    /// Which ops were counted.
-    pub structure: String,
+    /// Which operations were counted.
+    pub structure: Structure,
     /// What each primitive costs.
     pub prices: Prices,
     /// FLOPs under these prices.
@@ -176,7 +179,7 @@ fn one_or_many<S: serde::Serializer>(workloads: &[Workload], s: S) -> Result<S::
 }
 
 impl Report {
-    /// A report of `workload`, whose sums are `tally`.
+    /// A report of `workload`, whose sums are `tally` as `structure` counts them.
     ///
     /// # Errors
     /// Totals past 128 bits.
@@ -184,6 +187,7 @@ impl Report {
         command: &str,
         model: &str,
         workload: Vec<Workload>,
+        structure: Structure,
         prices: &Prices,
         tally: &Tally,
     ) -> Result<Self> {
@@ -208,7 +212,7 @@ impl Report {
                 kv_cache_bytes: workload.iter().map(Workload::kv_cache_bytes).max().unwrap_or(0),
             },
             workload,
-            structure: "exact".into(),
+            structure,
             prices: prices.clone(),
             total_flops: prices.flops(&total)?,
             lora_flops: prices.flops(&lora)?,

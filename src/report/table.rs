@@ -5,8 +5,15 @@ use std::io::{IsTerminal, Write};
 use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::{AuditReport, GenerationReport, Report};
-use crate::{error::Result, ledger::Phase, workload::Task};
+use super::{
+    AuditReport, GenerationReport, Report,
+    figures::{bytes, digits, human, rate},
+};
+use crate::{
+    error::Result,
+    ledger::Phase,
+    workload::{Task, Workload},
+};
 
 const GOOD: Style = AnsiColor::Green.on_default().bold();
 const BAD: Style = AnsiColor::Red.on_default().bold();
@@ -42,33 +49,43 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
     for workload in &report.workload {
-        let what = match workload.task {
-            Task::Forward { batch, seq, past, .. } => {
-                format!("forward, batch {batch}, {seq} tokens after {past} cached")
-            }
-            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
-                "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
-                if kv_cache { "KV cache" } else { "no KV cache" },
-                match sampling.temperature {
-                    0.0 => "greedy".into(),
-                    t => format!("temperature {t}"),
-                }
-            ),
-        };
-        let lora = match workload.lora.rank {
-            0 => String::new(),
-            r => format!(
-                ", LoRA rank {r} on {}",
-                workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
-            ),
-        };
-        writeln!(out, "workload  {what}{lora}")?;
+        writeln!(out, "workload  {}", describe(workload))?;
     }
     let (weights, cache) =
         (bytes(memory.weights_bytes as f64), bytes(memory.kv_cache_bytes as f64));
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
     writeln!(out, "memory    {weights} of weights, {cache} of KV cache, {dtype}")?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+}
+
+/// A workload in one line.
+pub fn describe(workload: &Workload) -> String {
+    let lora = match workload.lora.rank {
+        0 => String::new(),
+        r => format!(
+            ", LoRA rank {r} on {}",
+            workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
+        ),
+    };
+    let what = match workload.task {
+        Task::Forward { batch, seq, past, .. } => {
+            format!("forward, batch {batch}, {seq} tokens after {past} cached")
+        }
+        Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
+            "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
+            if kv_cache { "KV cache" } else { "no KV cache" },
+            match sampling.temperature {
+                0.0 => "greedy".into(),
+                t => format!("temperature {t}"),
+            }
+        ),
+        Task::Train { batch, seq, accumulate, steps, full } => format!(
+            "train {}, {steps} steps of {accumulate} × batch {batch} × {seq} tokens",
+            if full { "every weight" } else { "the adapters" }
+        ),
+        Task::Evaluate { batch, seq } => format!("evaluate {batch} × {seq} tokens"),
+    };
+    what + &lora
 }
 
 fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) -> Result<()> {
@@ -214,66 +231,5 @@ fn new_table(unicode: bool) -> Table {
 fn align(table: &mut Table) {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
-    }
-}
-
-/// An exact integer with thousands separators.
-pub fn digits(n: u128) -> String {
-    let plain = n.to_string();
-    let mut out = String::with_capacity(plain.len() * 4 / 3);
-    for (i, c) in plain.chars().enumerate() {
-        if i > 0 && (plain.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
-}
-
-/// A figure with an SI prefix, four significant digits.
-pub fn human(n: f64) -> String {
-    const PREFIXES: [&str; 9] = ["", " k", " M", " G", " T", " P", " E", " Z", " Y"];
-    if n < 1e3 {
-        return format!("{n:.0}");
-    }
-    let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
-    let scaled = n / 1e3f64.powi(thousands as i32);
-    let decimals = if scaled < 10.0 {
-        3
-    } else if scaled < 100.0 {
-        2
-    } else {
-        1
-    };
-    format!("{scaled:.decimals$}{}", PREFIXES[thousands])
-}
-
-fn rate(flops_per_s: f64) -> String {
-    let text = human(flops_per_s);
-    let space = if text.contains(' ') { "" } else { " " };
-    format!("{text}{space}FLOP/s")
-}
-
-fn bytes(n: f64) -> String {
-    let text = human(n);
-    let space = if text.contains(' ') { "" } else { " " };
-    format!("{text}{space}B")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn figures_for_people() {
-        assert_eq!(digits(0), "0");
-        assert_eq!(digits(528_364_863_488), "528,364,863,488");
-        assert_eq!(digits(100), "100");
-        assert_eq!(human(999.0), "999");
-        assert_eq!(human(1e3), "1.000 k");
-        assert_eq!(human(996_610_048.0), "996.6 M");
-        assert_eq!(human(1e12), "1.000 T");
-        assert_eq!(rate(12.0), "12 FLOP/s");
-        assert_eq!(bytes(1.976e9), "1.976 GB");
     }
 }
