@@ -60,9 +60,19 @@ pub enum Error {
     /// A count that does not fit 128 bits.
     #[error("the count of {0} does not fit 128 bits; use smaller lengths")]
     Overflow(String),
-    /// An audit whose sides differ. The only error that exits with 1.
+    /// An audit whose sides differ. Exits with 1.
     #[error("the audit does not balance: {0}")]
     Unbalanced(String),
+    /// A plan that costs more than there is to spend. Exits with 1.
+    #[error("over budget: `{item}` needs {needed} FLOPs, {left} are left for it")]
+    OverBudget {
+        /// The first experiment, or finished run, that the budget does not cover.
+        item: String,
+        /// What it needs, in FLOPs.
+        needed: u128,
+        /// What was left for it, in FLOPs.
+        left: u128,
+    },
 }
 
 impl Error {
@@ -80,10 +90,11 @@ impl Error {
         Self::Tensor { origin: origin.into(), tensor: tensor.into(), why: why.into() }
     }
 
-    /// The process's exit status: 1 for an audit that does not balance, 2 for usage and input.
+    /// The process's exit status: 1 for an audit that does not balance or a budget that
+    /// does not suffice, 2 for usage and input.
     pub fn exit_code(error: &anyhow::Error) -> u8 {
         match error.downcast_ref() {
-            Some(Self::Unbalanced(_)) => 1,
+            Some(Self::Unbalanced(_) | Self::OverBudget { .. }) => 1,
             _ => 2,
         }
     }

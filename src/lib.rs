@@ -25,6 +25,8 @@ pub mod traffic;
 pub mod workload;
 pub mod analytic;
 pub mod audit;
+pub mod plan;
+pub mod sweep;
 
 pub mod report;
 pub mod cli;

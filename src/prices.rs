@@ -77,6 +77,14 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// The cost whose primitives are `all`, `macs` and `outputs` being of matmuls; none where
+    /// `all` cannot hold them.
+    pub fn of(all: Primitives, macs: u128, outputs: u128) -> Option<Self> {
+        let add = all.add.checked_sub(macs.checked_sub(outputs)?)?;
+        let mul = all.mul.checked_sub(macs)?;
+        Some(Self { macs, outputs, other: Primitives { add, mul, ..all } })
+    }
+
     /// All primitives, the matmuls' among them.
     pub fn primitives(&self) -> Primitives {
         let matmul =

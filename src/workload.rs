@@ -198,6 +198,15 @@ impl Workload {
         }
     }
 
+    /// Most tokens that attention reaches over.
+    pub fn context(&self) -> u64 {
+        match self.task {
+            Task::Forward { seq, past, .. } => past + seq,
+            Task::Generate { prompt_tokens, max_new_tokens, .. } => prompt_tokens + max_new_tokens,
+            Task::Train { seq, .. } | Task::Evaluate { seq, .. } => seq,
+        }
+    }
+
     /// Bytes of all parameters, adapters included.
     pub fn weights_bytes(&self) -> u128 {
         let parameters = self.model.parameters() + self.lora.parameters(&self.model);

@@ -13,7 +13,7 @@ use crate::{
     ledger::Dtype,
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    report::{self, JsonOutput, Report},
+    report::{self, Report, Target},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
 };
@@ -210,19 +210,19 @@ pub struct OutputArgs {
 
 /// An opened output.
 #[derive(Debug)]
-pub struct Output(Option<JsonOutput>);
+pub struct Output(Option<Target>);
 
 impl OutputArgs {
     /// Opens the output before the work starts.
     pub fn open(&self) -> Result<Output> {
-        Ok(Output(self.json.as_deref().map(JsonOutput::open).transpose()?))
+        Ok(Output(self.json.as_deref().map(Target::open).transpose()?))
     }
 }
 
 impl Output {
     /// Whether stdout is for people.
     pub fn is_human(&self) -> bool {
-        !matches!(self.0, Some(JsonOutput::Stdout))
+        !matches!(self.0, Some(Target::Stdout))
     }
 
     /// Prints the report, for people (unless `quiet`) and as JSON where asked for.

@@ -1,5 +1,7 @@
 //! `flopaudit count`: the analytic side alone.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
 use super::args::{
@@ -8,8 +10,9 @@ use super::args::{
 };
 use crate::{
     analytic,
-    error::Result,
-    report::Report,
+    error::{Error, Result},
+    report::{self, Report, Target},
+    sweep::{Axis, Base, Sweep},
     workload::{Task, Workload},
 };
 
@@ -42,7 +45,26 @@ pub struct Count<T: Args> {
     #[command(flatten)]
     counting: CountingArgs,
     #[command(flatten)]
+    sweep: SweepArgs,
+    #[command(flatten)]
     output: OutputArgs,
+}
+
+/// A grid of workloads in place of one.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sweep")]
+struct SweepArgs {
+    /// Count every point of a grid: KEY=a,b,c or KEY=a..b:*k or KEY=a..b:+k, KEY being preset,
+    /// batch, seq, past, prompt-tokens, new-tokens, steps, accumulate or lora-rank; repeat it for
+    /// the product
+    #[arg(long = "sweep", value_name = "KEY=VALUES")]
+    axes: Vec<String>,
+    /// Write the grid as CSV to FILE; without FILE, to stdout and nothing else there
+    #[arg(
+        long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-",
+        requires = "axes", conflicts_with = "json"
+    )]
+    csv: Option<PathBuf>,
 }
 
 /// Counts and prints.
@@ -56,6 +78,9 @@ pub fn run(command: Command) -> Result<()> {
 }
 
 fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
+    if !args.sweep.axes.is_empty() {
+        return sweep(args, task);
+    }
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
     let (model, origin) = args.model.config_only()?;
@@ -65,4 +90,20 @@ fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let tally = analytic::count(structure, &workload)?;
     let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?;
     output.write(&report, false)
+}
+
+/// Counts every point of the grid.
+fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
+    let output = args.output.open()?;
+    let csv = args.sweep.csv.as_deref().map(Target::open).transpose()?;
+    let axes: Vec<Axis> =
+        args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
+    let prices = args.counting.prices()?;
+    let (model, origin) = args.model.config_only()?;
+    let LoraArgs { lora_rank, lora_alpha, ref lora_targets } = args.lora;
+    let base = Base { model, lora_rank, lora_alpha, lora_targets: lora_targets.clone(), task };
+    let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
+    let human = !matches!(csv, Some(Target::Stdout));
+    output.write_with(&sweep, || if human { report::print_sweep(&sweep) } else { Ok(()) })?;
+    csv.map_or(Ok(()), |csv| csv.write_with(|out| report::csv(out, &sweep)))
 }

@@ -52,6 +52,14 @@ pub fn human(n: f64) -> String {
     format!("{scaled:.decimals$}{}", PREFIXES[thousands])
 }
 
+/// A part of a whole as a percentage, five significant digits.
+pub fn percent(part: f64) -> String {
+    let percent = 100.0 * part;
+    let before = if percent > 0.0 { percent.log10().floor() as i32 } else { 0 };
+    let decimals = (4 - before).clamp(0, 12) as usize;
+    format!("{percent:.decimals$} %")
+}
+
 /// FLOPs a second.
 pub(super) fn rate(flops_per_s: f64) -> String {
     with_unit(flops_per_s, "FLOP/s")
@@ -83,6 +91,10 @@ mod tests {
         assert_eq!(human(1e3), "1.000 k");
         assert_eq!(human(996_610_048.0), "996.6 M");
         assert_eq!(human(1e12), "1.000 T");
+        assert_eq!(percent(0.99988), "99.988 %");
+        assert_eq!(percent(7.2455e-5), "0.0072455 %");
+        assert_eq!(percent(0.0), "0.0000 %");
+        assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
     }

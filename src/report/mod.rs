@@ -1,12 +1,16 @@
 //! One value that every command fills and every format prints.
 
 mod figures;
-mod json;
+mod plan;
+mod sweep;
 mod table;
+mod target;
 
-pub use figures::{digits, human, signed, three_digits};
-pub use json::JsonOutput;
+pub use figures::{digits, human, percent, signed, three_digits};
+pub use plan::print_plan;
+pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
+pub use target::Target;
 
 use std::time::Duration;
 
@@ -50,6 +54,10 @@ pub struct Report {
     pub lora_flops: u128,
     /// Primitive operations.
     pub primitives: Primitives,
+    /// Multiply-accumulates of matmuls; their muls are among the primitives.
+    pub matmul_macs: u128,
+    /// Outputs of matmuls; with the field above, the report can be priced anew under any list.
+    pub matmul_outputs: u128,
     /// FLOPs by phase and component.
     pub rows: Vec<Row>,
     /// Bytes that the workload needs at least.
@@ -217,6 +225,8 @@ impl Report {
             total_flops: prices.flops(&total)?,
             lora_flops: prices.flops(&lora)?,
             primitives: total.primitives(),
+            matmul_macs: total.macs,
+            matmul_outputs: total.outputs,
             rows: rows.collect::<Result<_>>()?,
             audit: None,
             generation: None,

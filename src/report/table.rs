@@ -15,9 +15,9 @@ use crate::{
     workload::{Task, Workload},
 };
 
-const GOOD: Style = AnsiColor::Green.on_default().bold();
-const BAD: Style = AnsiColor::Red.on_default().bold();
-const FAINT: Style = Style::new().dimmed();
+pub(super) const GOOD: Style = AnsiColor::Green.on_default().bold();
+pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
+pub(super) const FAINT: Style = Style::new().dimmed();
 
 /// Prints `report` to standard output.
 ///
@@ -220,7 +220,7 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
     Ok(())
 }
 
-fn new_table(unicode: bool) -> Table {
+pub(super) fn new_table(unicode: bool) -> Table {
     let line = if unicode { '─' } else { '-' };
     let mut table = Table::new();
     table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, line)));
@@ -228,7 +228,7 @@ fn new_table(unicode: bool) -> Table {
 }
 
 /// Names to the left, figures to the right.
-fn align(table: &mut Table) {
+pub(super) fn align(table: &mut Table) {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

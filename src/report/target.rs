@@ -1,0 +1,80 @@
+//! Machine-readable output, to stdout or to a file that appears whole or not at all.
+
+use std::{
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+/// Where JSON or CSV goes; opened before the work starts, so that a bad path fails at once.
+#[derive(Debug)]
+pub enum Target {
+    /// Standard output, and nothing else there.
+    Stdout,
+    /// A temporary file beside its final name.
+    File(NamedTempFile, PathBuf),
+}
+
+impl Target {
+    /// Opens what `--json` or `--csv` names; `-` is standard output.
+    ///
+    /// # Errors
+    /// A path that cannot be written.
+    pub fn open(target: &Path) -> Result<Self> {
+        if target == Path::new("-") {
+            return Ok(Self::Stdout);
+        }
+        let bad = |why: String| Error::File { file: target.into(), why };
+        if target.is_dir() {
+            return Err(bad("is a directory, not a file to write".into()).into());
+        }
+        let dir = target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let file =
+            NamedTempFile::new_in(dir).map_err(|e| bad(format!("cannot be written: {e}")))?;
+        Ok(Self::File(file, target.into()))
+    }
+
+    /// Writes `value` as JSON.
+    ///
+    /// # Errors
+    /// A full disk, or a closed pipe.
+    pub fn write(self, value: &impl serde::Serialize) -> Result<()> {
+        self.write_with(|out| {
+            // As an io::Error, so that a closed pipe is seen as one.
+            serde_json::to_writer_pretty(&mut *out, value).map_err(std::io::Error::from)?;
+            Ok(writeln!(out)?)
+        })
+    }
+
+    /// Writes what `content` writes.
+    ///
+    /// # Errors
+    /// A full disk, or a closed pipe.
+    pub fn write_with(self, content: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Stdout => {
+                let mut out = BufWriter::new(std::io::stdout().lock());
+                content(&mut out)?;
+                Ok(out.flush()?)
+            }
+            Self::File(file, target) => {
+                let name = || target.display().to_string();
+                let mut out = BufWriter::new(file);
+                content(&mut out).with_context(name)?;
+                let file = out.into_inner().map_err(|e| e.into_error()).with_context(name)?;
+                file.as_file().sync_all().with_context(name)?;
+                // NamedTempFile is private to its owner; a report need not be.
+                #[cfg(unix)]
+                {
+                    use std::os::unix::fs::PermissionsExt;
+                    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644))?;
+                }
+                file.persist(&target).map(drop).with_context(name)
+            }
+        }
+    }
+}
