@@ -25,6 +25,7 @@ pub mod traffic;
 pub mod workload;
 pub mod analytic;
 pub mod audit;
+pub mod reconcile;
 
 pub mod report;
 pub mod cli;
