@@ -4,6 +4,7 @@ mod args;
 mod audit;
 mod count;
 mod generate;
+mod reconcile;
 
 use clap::{Parser, Subcommand};
 
@@ -28,6 +29,8 @@ enum Command {
     /// Count a workload from its config alone; no weights needed.
     #[command(subcommand)]
     Count(count::Command),
+    /// Name every FLOP between one counting's total and another's.
+    Reconcile(Box<reconcile::Args>),
 }
 
 /// Runs one parsed command line.
@@ -39,5 +42,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(*args),
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
+        Command::Reconcile(args) => reconcile::run(*args),
     }
 }

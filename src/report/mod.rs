@@ -2,18 +2,25 @@
 
 mod figures;
 mod json;
+mod run;
 mod table;
+mod waterfall;
 
 pub use figures::{digits, human, signed, three_digits};
 pub use json::JsonOutput;
+pub use run::FinishedRun;
 pub use table::{describe, print, render};
+pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::{
-    analytic::Structure,
+    analytic::{
+        Structure,
+        notebook::{self, TableRow},
+    },
     audit::Audit,
     error::Result,
     ledger::{Key, Ledger, Phase},
@@ -52,6 +59,9 @@ pub struct Report {
     pub primitives: Primitives,
     /// FLOPs by phase and component.
     pub rows: Vec<Row>,
+    /// The notebook's own rows, where its structure counted a forward pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notebook_table: Option<Vec<TableRow>>,
     /// Bytes that the workload needs at least.
     pub memory: Memory,
     /// The three countings, where the workload was executed and audited.
@@ -200,6 +210,10 @@ impl Report {
                 seconds: None,
             })
         });
+        let notebook_table = match (structure, workload.as_slice()) {
+            (Structure::Notebook, [workload]) => notebook::table(workload, prices)?,
+            (_, _) => None,
+        };
         let total = tally.sum(|_, _| true)?;
         let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
         Ok(Self {
@@ -218,6 +232,7 @@ impl Report {
             lora_flops: prices.flops(&lora)?,
             primitives: total.primitives(),
             rows: rows.collect::<Result<_>>()?,
+            notebook_table,
             audit: None,
             generation: None,
         })
