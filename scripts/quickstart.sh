@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 
 prompt=${1:-Write a Rust function that reverses a string.}
 shift $(($# > 0 ? 1 : 0))
-[ -d weights ] || scripts/fetch-weights.sh weights
+# Weights of your own in ./weights are left alone.
+compgen -G 'weights/*.gguf' >/dev/null || compgen -G 'weights/*.safetensors' >/dev/null ||
+    scripts/fetch-weights.sh weights
 cargo build --release
 exec target/release/flopaudit generate "$prompt" "$@"

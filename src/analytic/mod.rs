@@ -3,7 +3,7 @@
 //! Two countings of what this program executes, independent of each other and of the model's
 //! code: [`closed_form`] is a polynomial in the lengths, evaluated in O(1) however many tokens are
 //! generated; [`predict`] lists every op. Beside them, the countings of others: [`count`] takes
-//! any [`Structure`]. Nothing here may import `ops`, `model` or `meter`, or the audit would
+//! any [`Structure`], and [`terms`] says why it differs. Nothing here may import `ops`, `model` or `meter`, or the audit would
 //! compare a thing with itself; a test reads the imports.
 
 mod moments;
@@ -17,6 +17,11 @@ pub mod notebook;
 mod structure;
 mod torch;
 
+mod causes;
+mod terms;
+
+pub use causes::{Cause, Term};
 pub use closed_form::closed_form;
 pub use predict::predict;
 pub use structure::{Structure, count};
+pub use terms::{reference, terms};

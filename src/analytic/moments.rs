@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Sums over passes of T tokens fed to each of B sequences, S = past + T held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Moments {
     /// Σ 1
     pub passes: u128,
@@ -115,9 +115,18 @@ impl Moments {
         Self::of(&task)
     }
 
-    /// The same passes with logits of every position.
-    pub fn all_logits(self) -> Self {
-        Self { head_rows: self.rows, ..self }
+    /// Both together.
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            passes: self.passes + other.passes,
+            sequences: self.sequences + other.sequences,
+            rows: self.rows + other.rows,
+            scores: self.scores + other.scores,
+            squares: self.squares + other.squares,
+            masked_passes: self.masked_passes + other.masked_passes,
+            masked_scores: self.masked_scores + other.masked_scores,
+            head_rows: self.head_rows + other.head_rows,
+        }
     }
 
     /// Refuses sums whose cost could come near 128 bits, so that no polynomial in these moments

@@ -1,6 +1,6 @@
 //! Which operations are counted: ours, the notebook's, or a formula that people quote.
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::{closed_form, formulas, notebook, torch};
 use crate::{error::Result, tally::Tally, workload::Workload};
@@ -69,6 +69,14 @@ impl std::fmt::Display for Structure {
 impl Serialize for Structure {
     fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
         s.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Structure {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
+        let name = String::deserialize(d)?;
+        let found = Self::ALL.into_iter().find(|structure| structure.name() == name);
+        found.ok_or_else(|| D::Error::custom(format!("no structure `{name}`")))
     }
 }
 

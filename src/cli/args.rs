@@ -15,7 +15,7 @@ use crate::{
     prices::Prices,
     report::{self, Report, Target},
     weights::{self, Checkpoint, PeftAdapter},
-    workload::{Logits, Sampling, Task},
+    workload::{Logits, Sampling, Task, Workload},
 };
 
 /// Which model.
@@ -87,6 +87,28 @@ impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
         LoraConfig::new(model, self.lora_rank, self.lora_alpha, &self.lora_targets)
+    }
+}
+
+/// A workload that need not run: its dimensions, model and adapters.
+#[derive(Debug, Args)]
+pub struct WorkloadArgs<T: Args> {
+    #[command(flatten)]
+    pub task: T,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
+    #[command(flatten)]
+    dtype: DtypeArg,
+}
+
+impl<T: Args> WorkloadArgs<T> {
+    /// The workload of `task`, and where its config came from.
+    pub fn of(&self, task: Task) -> Result<(Workload, String)> {
+        let (model, origin) = self.model.config_only()?;
+        let lora = self.lora.config(&model)?;
+        Ok((Workload { model, lora, dtype: self.dtype.dtype, task }, origin))
     }
 }
 
@@ -204,7 +226,7 @@ impl ExecutionArgs {
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
     /// Write JSON to FILE; without FILE, to stdout and nothing else there
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
 }
 

@@ -5,41 +5,35 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::args::{
-    CountingArgs, DtypeArg, EvaluationArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs,
-    OutputArgs, StructureArg, TrainingArgs,
+    CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
+    TrainingArgs, WorkloadArgs,
 };
 use crate::{
     analytic,
     error::{Error, Result},
     report::{self, Report, Target},
     sweep::{Axis, Base, Sweep},
-    workload::{Task, Workload},
+    workload::Task,
 };
 
 /// What to count.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// One forward pass.
-    Forward(Count<ForwardArgs>),
+    Forward(Box<Count<ForwardArgs>>),
     /// A generation, in time independent of its length.
-    Generate(Count<GenerationArgs>),
+    Generate(Box<Count<GenerationArgs>>),
     /// A training: forward and backward passes.
-    Train(Count<TrainingArgs>),
+    Train(Box<Count<TrainingArgs>>),
     /// Forward passes over known text.
-    Evaluate(Count<EvaluationArgs>),
+    Evaluate(Box<Count<EvaluationArgs>>),
 }
 
-/// A workload's dimensions and how to count it.
+/// A workload and how to count it.
 #[derive(Debug, Args)]
 pub struct Count<T: Args> {
     #[command(flatten)]
-    task: T,
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    lora: LoraArgs,
-    #[command(flatten)]
-    dtype: DtypeArg,
+    workload: WorkloadArgs<T>,
     #[command(flatten)]
     structure: StructureArg,
     #[command(flatten)]
@@ -70,10 +64,10 @@ struct SweepArgs {
 /// Counts and prints.
 pub fn run(command: Command) -> Result<()> {
     match command {
-        Command::Forward(args) => count(&args, args.task.task()),
-        Command::Generate(args) => count(&args, args.task.task()?),
-        Command::Train(args) => count(&args, args.task.task()),
-        Command::Evaluate(args) => count(&args, args.task.task()),
+        Command::Forward(args) => count(&args, args.workload.task.task()),
+        Command::Generate(args) => count(&args, args.workload.task.task()?),
+        Command::Train(args) => count(&args, args.workload.task.task()),
+        Command::Evaluate(args) => count(&args, args.workload.task.task()),
     }
 }
 
@@ -83,9 +77,7 @@ fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     }
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
-    let (model, origin) = args.model.config_only()?;
-    let lora = args.lora.config(&model)?;
-    let workload = Workload { model, lora, dtype: args.dtype.dtype, task };
+    let (workload, origin) = args.workload.of(task)?;
     let structure = args.structure.structure;
     let tally = analytic::count(structure, &workload)?;
     let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?;
@@ -99,9 +91,15 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let axes: Vec<Axis> =
         args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
     let prices = args.counting.prices()?;
-    let (model, origin) = args.model.config_only()?;
-    let LoraArgs { lora_rank, lora_alpha, ref lora_targets } = args.lora;
-    let base = Base { model, lora_rank, lora_alpha, lora_targets: lora_targets.clone(), task };
+    let (model, origin) = args.workload.model.config_only()?;
+    let lora = &args.workload.lora;
+    let base = Base {
+        model,
+        lora_rank: lora.lora_rank,
+        lora_alpha: lora.lora_alpha,
+        lora_targets: lora.lora_targets.clone(),
+        task,
+    };
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
     let human = !matches!(csv, Some(Target::Stdout));
     output.write_with(&sweep, || if human { report::print_sweep(&sweep) } else { Ok(()) })?;

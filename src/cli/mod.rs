@@ -5,6 +5,7 @@ mod audit;
 mod count;
 mod generate;
 mod plan;
+mod reconcile;
 
 use clap::{Parser, Subcommand};
 
@@ -31,6 +32,8 @@ enum Command {
     Count(count::Command),
     /// Price a list of experiments against a budget; no weights needed.
     Plan(plan::Args),
+    /// Name every FLOP between one counting's total and another's.
+    Reconcile(Box<reconcile::Args>),
 }
 
 /// Runs one parsed command line.
@@ -43,5 +46,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Reconcile(args) => reconcile::run(*args),
     }
 }

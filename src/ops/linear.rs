@@ -1,7 +1,11 @@
 //! Matrix products.
 
-use super::Tensor;
-use crate::{error::Result, ledger::Op, meter::At};
+use super::{Tensor, gemv::Gemv};
+use crate::{
+    error::Result,
+    ledger::{Dtype, Op},
+    meter::At,
+};
 
 /// a · b over the last two dimensions, (…, m, k) · (…, k, n), leading dimensions equal.
 ///
@@ -22,12 +26,20 @@ pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// A last dimension other than k.
 pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let (n, k) = weight.0.dims2()?;
-    let (rows, _) = x.rows_width()?;
+    let rows = x.elements() / k;
     let mut shape = x.dims().to_vec();
     if let Some(last) = shape.last_mut() {
         *last = n;
     }
-    matmul(at, &x.reshape((rows as usize, k))?, &weight.t()?)?.reshape(shape)
+    let x = x.reshape((rows, k))?;
+    let few = rows <= Gemv::MOST_ROWS && matches!(x.dtype()?, Dtype::F32 | Dtype::BF16);
+    if !(few && x.device().is_cpu()) {
+        return matmul(at, &x, &weight.t()?)?.reshape(shape);
+    }
+    let op = Op::Matmul { b: 1, m: rows as u64, k: k as u64, n: n as u64 };
+    let x = x.contiguous()?;
+    let run = || Ok(Tensor(x.0.apply_op2_no_bwd(&weight.0, &Gemv)?));
+    at.run(op, x.dtype()?, x.device(), run)?.reshape(shape)
 }
 
 /// x + b, one vector (n) added to every row of (…, n).

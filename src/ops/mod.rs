@@ -5,6 +5,7 @@
 
 mod elementwise;
 mod embed;
+mod gemv;
 mod linear;
 mod norm;
 mod rope;

@@ -2,22 +2,29 @@
 
 mod figures;
 mod plan;
+mod run;
 mod sweep;
 mod table;
 mod target;
+mod waterfall;
 
 pub use figures::{digits, human, percent, signed, three_digits};
 pub use plan::print_plan;
+pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use target::Target;
+pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::{
-    analytic::Structure,
+    analytic::{
+        Structure,
+        notebook::{self, TableRow},
+    },
     audit::Audit,
     error::Result,
     ledger::{Key, Ledger, Phase},
@@ -60,6 +67,9 @@ pub struct Report {
     pub matmul_outputs: u128,
     /// FLOPs by phase and component.
     pub rows: Vec<Row>,
+    /// The notebook's own rows, where its structure counted a forward pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notebook_table: Option<Vec<TableRow>>,
     /// Bytes that the workload needs at least.
     pub memory: Memory,
     /// The three countings, where the workload was executed and audited.
@@ -208,6 +218,10 @@ impl Report {
                 seconds: None,
             })
         });
+        let notebook_table = match (structure, workload.as_slice()) {
+            (Structure::Notebook, [workload]) => notebook::table(workload, prices)?,
+            (_, _) => None,
+        };
         let total = tally.sum(|_, _| true)?;
         let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
         Ok(Self {
@@ -228,6 +242,7 @@ impl Report {
             matmul_macs: total.macs,
             matmul_outputs: total.outputs,
             rows: rows.collect::<Result<_>>()?,
+            notebook_table,
             audit: None,
             generation: None,
         })

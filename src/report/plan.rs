@@ -109,7 +109,7 @@ fn costs(account: &Account, unicode: bool) -> comfy_table::Table {
     cells.extend([human(all as f64), left(account.budget_flops, all)]);
     cells.extend(beside(account.beside.as_ref().and_then(|b| b.total_flops)));
     table.add_row(cells);
-    align(&mut table);
+    align(&mut table, 1);
     table
 }
 

@@ -34,7 +34,7 @@ pub fn print_sweep(sweep: &Sweep) -> Result<()> {
         ]);
         table.add_row(cells);
     }
-    align(&mut table);
+    align(&mut table, 0);
     Ok(writeln!(out, "\n{}", table.trim_fmt())?)
 }
 

@@ -7,9 +7,10 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
     AuditReport, GenerationReport, Report,
-    figures::{bytes, digits, human, rate},
+    figures::{bytes, digits, human, rate, three_digits},
 };
 use crate::{
+    analytic::notebook::TableRow,
     error::Result,
     ledger::Phase,
     workload::{Task, Workload},
@@ -37,7 +38,11 @@ pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()
     if let Some(generation) = &report.generation {
         speeds(out, report, generation)?;
     }
-    writeln!(out, "\n{}\n", components(report, unicode).trim_fmt())?;
+    let table = match &report.notebook_table {
+        Some(rows) => notebook(rows, unicode),
+        None => components(report, unicode),
+    };
+    writeln!(out, "\n{}\n", table.trim_fmt())?;
     totals(out, report)?;
     if let Some(audit) = &report.audit {
         verdict(out, audit, unicode)?;
@@ -111,6 +116,20 @@ fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) 
     Ok(())
 }
 
+/// The notebook's own table, with its names, order, digits and blanks.
+fn notebook(rows: &[TableRow], unicode: bool) -> Table {
+    let mut table = new_table(unicode);
+    let kinds = ["additions", "multiplications", "divisions", "exponentiations", "square roots"];
+    table.set_header([""].into_iter().chain(kinds).chain(["total"]));
+    for row in rows {
+        let filled = if row.blank_end { kinds.len() - 1 } else { kinds.len() + 1 };
+        let figures = row.flops.iter().chain([&row.total]).take(filled).map(|n| three_digits(*n));
+        table.add_row([row.name.clone()].into_iter().chain(figures));
+    }
+    align(&mut table, 1);
+    table
+}
+
 /// Components down, phases across.
 fn components(report: &Report, unicode: bool) -> Table {
     let mut phases: Vec<Phase> = report.rows.iter().map(|r| r.phase).collect();
@@ -119,9 +138,12 @@ fn components(report: &Report, unicode: bool) -> Table {
     parts.sort();
     parts.dedup();
     let timed = report.rows.iter().any(|r| r.seconds.is_some());
+    // Formulas list no ops.
+    let listed = report.rows.iter().any(|r| r.calls > 0);
 
     let mut table = new_table(unicode);
-    let mut head = vec!["component".to_string(), "calls".into()];
+    let mut head = vec!["component".to_string()];
+    head.extend(listed.then(|| "calls".to_string()));
     head.extend(phases.iter().map(|p| format!("{p} FLOPs")));
     head.extend(["total FLOPs".into(), "share".into()]);
     head.extend(timed.then(|| "time".to_string()));
@@ -129,7 +151,8 @@ fn components(report: &Report, unicode: bool) -> Table {
     let mut line = |name: String, of: &dyn Fn(&&super::Row) -> bool| {
         let rows = || report.rows.iter().filter(of);
         let flops: u128 = rows().map(|r| r.flops).sum();
-        let mut cells = vec![name, digits(rows().map(|r| r.calls).sum())];
+        let mut cells = vec![name];
+        cells.extend(listed.then(|| digits(rows().map(|r| r.calls).sum())));
         cells.extend(phases.iter().map(|phase| {
             let of_phase = rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>();
             if of_phase == 0 { "-".into() } else { human(of_phase as f64) }
@@ -146,7 +169,7 @@ fn components(report: &Report, unicode: bool) -> Table {
         line(part.to_string(), &|r| r.component == part);
     }
     line("total".into(), &|_| true);
-    align(&mut table);
+    align(&mut table, 1);
     table
 }
 
@@ -227,9 +250,9 @@ pub(super) fn new_table(unicode: bool) -> Table {
     table
 }
 
-/// Names to the left, figures to the right.
-pub(super) fn align(table: &mut Table) {
-    for column in table.column_iter_mut().skip(1) {
+/// Names in the first columns to the left, figures to the right.
+pub(super) fn align(table: &mut Table, names: usize) {
+    for column in table.column_iter_mut().skip(names) {
         column.set_cell_alignment(CellAlignment::Right);
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use candle_core::{Device, Tensor, safetensors::MmapedSafetensors};
 
-use super::{Checkpoint, Source, Weights, cause, size};
+use super::{Checkpoint, Source, Weights, cause};
 use crate::{
     config::ModelConfig,
     error::{Error, Result},
@@ -37,7 +37,7 @@ pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
     let text = Text::from_directory(dir, config.vocab_size)?;
     let place = id.map_or_else(|| dir.display().to_string(), |id| format!("{id} from the hub"));
     let plural = if files == 1 { "" } else { "s" };
-    let origin = format!("{place} (safetensors, {files} file{plural}, {})", size(&config));
+    let origin = format!("{place} (safetensors, {files} file{plural})");
     Ok(Checkpoint { config, weights, text, origin, synthetic: false })
 }
 

@@ -18,7 +18,7 @@ use candle_core::{
 use memmap2::Mmap;
 use rayon::prelude::*;
 
-use super::{Checkpoint, Source, Weights, cause, header, size};
+use super::{Checkpoint, Source, Weights, cause, header};
 use crate::{
     config::ModelConfig,
     error::{Error, Result},
@@ -47,8 +47,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let config = gguf.config()?;
     gguf.check_extents()?;
     let text = Text::from_gguf(&mut gguf.content, path, config.vocab_size)?;
-    let origin =
-        format!("{} (GGUF, {}, {})", path.display(), size(&config), gguf.types().join("/"));
+    let origin = format!("{} (GGUF, {})", path.display(), gguf.types().join("/"));
     let weights = Weights { source: Source::Gguf(gguf) };
     weights.check(&config)?;
     Ok(Checkpoint { config, weights, text, origin, synthetic: false })

@@ -219,12 +219,6 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// `24 layers, 494.0M parameters`: the size of a model, for origins.
-fn size(config: &ModelConfig) -> String {
-    let millions = config.parameters() as f64 / 1e6;
-    format!("{} layers, {millions:.1}M parameters", config.num_hidden_layers)
-}
-
 /// A backend error's own message: no path that the caller names anyway, no backtrace, one line.
 fn cause(error: &candle_core::Error) -> String {
     use candle_core::Error as E;

@@ -9,7 +9,7 @@ use std::{collections::HashMap, path::Path};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-use super::{Checkpoint, Source, Weights, size, tensor_shapes};
+use super::{Checkpoint, Source, Weights, tensor_shapes};
 use crate::{
     config::ModelConfig,
     error::{Error, Result},
@@ -40,8 +40,7 @@ pub(super) fn open(spec: &str) -> Result<Checkpoint> {
         })?
     };
     let mut checkpoint = synthetic(config, seed)?;
-    checkpoint.origin =
-        format!("synthetic:{preset}:{seed} (random weights, {})", size(&checkpoint.config));
+    checkpoint.origin = format!("synthetic:{preset}:{seed} (random weights)");
     Ok(checkpoint)
 }
 
@@ -75,7 +74,7 @@ pub fn synthetic(config: ModelConfig, seed: u64) -> Result<Checkpoint> {
     Ok(Checkpoint {
         weights: Weights { source: Source::Synthetic(Synthetic { seed, shapes }) },
         text: Text::bytes(config.vocab_size),
-        origin: format!("synthetic, seed {seed} (random weights, {})", size(&config)),
+        origin: format!("synthetic, seed {seed} (random weights)"),
         synthetic: true,
         config,
     })
