@@ -125,6 +125,63 @@ fn the_example_is_the_notebooks_plan() {
 }
 
 #[test]
+fn a_plan_worked_out_by_hand() {
+    // Only roots cost. A pass of the notebook over 4 tokens of `tiny` has 3 layers of one root a
+    // block and one a token in each of two norms, then one a token in the last norm:
+    // 3·(1 + 2·4) + 4 = 31. Two sequences evaluated: 62. A training step: 3·31 = 93. Of 1000, 938
+    // are left for steps: 10 of them, 930, and 8 FLOPs left; one more lacks 85.
+    let dir = with_plan(
+        "budget = \"1 kFLOP\"\nstructure = \"notebook\"\nprices = \"roots.toml\"\npreset = \"tiny\"\n\
+         [[experiment]]\nkind = \"train\"\nseq = 4\nlora_rank = 1\nsteps = \"max\"\n\
+         [[experiment]]\nkind = \"evaluate\"\nbatch = 2\nseq = 4\n",
+    );
+    std::fs::write(dir.path().join("roots.toml"), "sqrt = 1\n").unwrap();
+    let (code, stdout, stderr) = plan_with(dir.path(), "--json");
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    let account: Value = serde_json::from_str(&stdout).unwrap();
+    let names: Vec<_> =
+        account["experiments"].as_array().unwrap().iter().map(|row| row["name"].clone()).collect();
+    assert_eq!(names, ["train-1", "evaluate-2"]);
+    assert_eq!(account["experiments"][0]["flops"], 930);
+    assert_eq!(account["experiments"][1]["flops"], 62);
+    assert_eq!(account["solved"]["value"], 10);
+    assert_eq!(account["solved"]["next_over_flops"], 85);
+    assert_eq!(account["left_flops"], 8);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+    #[test]
+    fn what_is_solved_fits_and_one_more_does_not(
+        budget in 1_000_000u64..1 << 50,
+        seq in 1u64..200,
+        rank in 1u64..=16,
+        seeds in 1usize..4,
+        other in 1u64..50,
+    ) {
+        let read = |steps: &str| {
+            let seeds: Vec<_> = (0..seeds).collect();
+            let dir = with_plan(&format!(
+                "budget = \"{budget} FLOP\"\nstructure = \"notebook\"\npreset = \"tiny\"\n\
+                 [[experiment]]\nkind = \"generate\"\nnew_tokens = 2\nprompt_tokens = {other}\n\
+                 [[experiment]]\nkind = \"train\"\nseq = {seq}\nlora_rank = [1, {rank}]\n\
+                 seed = {seeds:?}\nsteps = {steps}\n"
+            ));
+            let plan = flopaudit::plan::Plan::read(&dir.path().join("plan.toml")).unwrap();
+            flopaudit::plan::Account::new(&plan, vec![]).unwrap()
+        };
+        let solved = read("\"max\"").solved.unwrap();
+        if solved.value > 0 {
+            let account = read(&solved.value.to_string());
+            proptest::prop_assert!(account.over_flops == 0 && account.verdict().is_ok());
+        }
+        let over = read(&(solved.value + 1).to_string());
+        proptest::prop_assert!(over.verdict().is_err());
+        proptest::prop_assert_eq!(Some(over.over_flops), solved.next_over_flops);
+    }
+}
+
+#[test]
 fn whatever_is_left_open_takes_what_the_others_leave() {
     // An evaluation of 8 sequences after it must be paid too: its place does not matter.
     let rest = "[[experiment]]\nkind = \"evaluate\"\nbatch = 8\nseq = 512\n";

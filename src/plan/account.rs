@@ -164,16 +164,13 @@ impl Account {
         account.total_flops = running - spent_flops;
         account.left_flops = plan.budget.saturating_sub(running);
         account.over_flops = running.saturating_sub(plan.budget);
-        account.solved = match solution {
-            Some((experiment, value)) => Some(Solved {
-                experiment: experiment.name.clone(),
-                key: experiment.unknown.map_or("", |unknown| unknown.key()),
-                value,
-                next_over_flops: view.next_over(available, experiment, value),
-                beside_value: None,
-            }),
-            None => None,
-        };
+        account.solved = solution.map(|(experiment, value)| Solved {
+            experiment: experiment.name.clone(),
+            key: experiment.unknown.map_or("", |unknown| unknown.key()),
+            value,
+            next_over_flops: view.next_over(available, experiment, value),
+            beside_value: None,
+        });
         if plan.structure != Structure::Exact {
             let beside = View { plan, structure: Structure::Exact };
             account.add_beside(&beside, n, available)?;
