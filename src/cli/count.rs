@@ -2,9 +2,12 @@
 
 use clap::{Args, Subcommand};
 
-use super::args::{
-    CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
-    TrainingArgs, WorkloadArgs,
+use super::{
+    args::{
+        CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
+        TrainingArgs,
+    },
+    workload::WorkloadArgs,
 };
 use crate::{analytic, error::Result, report::Report, workload::Task};
 

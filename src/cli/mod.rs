@@ -5,6 +5,7 @@ mod audit;
 mod count;
 mod generate;
 mod reconcile;
+mod workload;
 
 use clap::{Parser, Subcommand};
 
