@@ -166,6 +166,36 @@ fn overflow() -> Error {
     Error::Overflow("the difference".into())
 }
 
+impl Prices {
+    /// FLOPs of `counts` less those of `instead_of`. Unlike [`Prices::flops`], it takes parts of a
+    /// whole too: `outputs` without the `macs` that they belong to are adds to take away.
+    ///
+    /// # Errors
+    /// A product or sum past 127 bits.
+    pub fn difference(&self, counts: &Cost, instead_of: &Cost) -> Result<i128> {
+        let parts = self.linear(counts).zip(self.linear(instead_of));
+        let difference = parts.and_then(|(counts, instead)| counts.checked_sub(instead));
+        difference.ok_or_else(|| Error::Overflow("priced FLOPs".into()).into())
+    }
+
+    fn linear(&self, cost: &Cost) -> Option<i128> {
+        let signed = |n: u128| i128::try_from(n).ok();
+        let (mac, output) = match self.mac {
+            Some(mac) => (mac.into(), 0),
+            None => (i128::from(self.add) + i128::from(self.mul), i128::from(self.add)),
+        };
+        let products = signed(cost.macs)?.checked_mul(mac)?;
+        let first_adds = signed(cost.outputs)?.checked_mul(output)?;
+        cost.other
+            .named()
+            .into_iter()
+            .zip(self.of_primitives())
+            .try_fold(products.checked_sub(first_adds)?, |sum, ((_, n), price)| {
+                sum.checked_add(signed(n)?.checked_mul(price.into())?)
+            })
+    }
+}
+
 /// What `structure` counts for all workloads.
 fn cost(workloads: &[Workload], structure: Structure) -> Result<Cost> {
     workloads.iter().try_fold(Cost::default(), |sum, workload| {

@@ -121,45 +121,45 @@ impl Cause {
         match self {
             Self::NoCache => "each pass runs over its whole context; a cache feeds new tokens only",
             Self::AllLogits => "final norm and head over all positions; only the last was asked for",
-            Self::MultiHead => "k and v projections D wide; grouped heads make them K·d wide",
-            Self::QueryWidth => "q and o taken D wide; this config's heads make them H·d wide",
+            Self::MultiHead => "k and v projections D wide; grouped heads make them K*d wide",
+            Self::QueryWidth => "q and o taken D wide; this config's heads make them H*d wide",
             Self::DenseRope => {
-                "a D × D rotation matrix, zeros included, for q and for k; a rotation of pairs takes 2 muls and 1 add an element"
+                "a D x D rotation matrix, zeros included, for q and for k; a rotation of pairs takes 2 muls and 1 add an element"
             }
             Self::ScaledScores => {
-                "each of T × T scores divided by a root taken in every layer; the executed model multiplies each query once"
+                "each of T x T scores divided by a root taken in every layer; the executed model multiplies each query once"
             }
-            Self::SoftmaxMax => "exp(x) / sum; executed is exp(x − max), a cmp and a sub a score",
-            Self::SiluSign => "x / (1 + exp(−x)) without negating x",
+            Self::SoftmaxMax => "exp(x) / sum; executed is exp(x - max), a cmp and a sub a score",
+            Self::SiluSign => "x / (1 + exp(-x)) without negating x",
             Self::Epsilon => "no add of epsilon under each root",
             Self::HeadBias => "an add a logit; the head has no bias",
             Self::LoraTargets => "adapters counted on q and v; others are adapted",
-            Self::LoraWidth => "v's adapter D wide in its output; it is K·d wide",
+            Self::LoraWidth => "v's adapter D wide in its output; it is K*d wide",
             Self::Sampling => {
                 "nothing, or a plain softmax; executed are comparisons, temperature, penalties, top-p and the draw"
             }
-            Self::FirstAdd => "a sum of k products as k muls and k adds; it takes k − 1 adds",
+            Self::FirstAdd => "a sum of k products as k muls and k adds; it takes k - 1 adds",
             Self::Vectors => "gains and biases multiplied by every token as matrices are",
             Self::Embedding => "the embedding multiplied by every token; it is looked up",
-            Self::Head => "the head goes with the embeddings; it is a product of D × V",
-            Self::Scores => "no q·k and no weighted values, which grow with the context",
-            Self::MaskedHalf => "half of the T × T scores; kernels without causal skipping compute all",
+            Self::Head => "the head goes with the embeddings; it is a product of D x V",
+            Self::Scores => "no q*k and no weighted values, which grow with the context",
+            Self::MaskedHalf => "half of the T x T scores; kernels without causal skipping compute all",
             Self::LoraProducts => "no A and B products",
             Self::Biases => "no adds of q, k and v biases",
             Self::Norms => "no squares, roots, divisions and gains of RMSNorm",
             Self::Rotation => "no rotation of q and k",
             Self::RotaryTables => "no cosines and sines of the positions, computed once",
-            Self::ScaledQueries => "no factor 1/√d",
-            Self::Mask => "no add of 0 or −∞ to each score",
+            Self::ScaledQueries => "no factor 1/sqrt(d)",
+            Self::Mask => "no add of 0 or -inf to each score",
             Self::Softmax => "no exponentials, sums and divisions of the scores",
             Self::SwiGlu => "no activation and gate of the MLP",
             Self::Residuals => "no adds to the residual stream",
             Self::LoraSums => "no scale and no sum beside the adapted projections",
             Self::FrozenWeights => {
-                "backward is not 2 × forward: weights that are not trained get no gradient"
+                "backward is not 2 x forward: weights that are not trained get no gradient"
             }
             Self::BelowAdapters => {
-                "backward is not 2 × forward: nothing is computed towards what lies before every trained weight"
+                "backward is not 2 x forward: nothing is computed towards what lies before every trained weight"
             }
             Self::Price(_) => "the two price lists differ",
         }

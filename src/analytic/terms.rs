@@ -35,7 +35,7 @@ pub fn reference(workload: &Workload) -> Result<Cost> {
     }
 }
 
-/// What `structure` counts differently from [`reference`], cause by cause.
+/// What `structure` counts differently from [`reference()`], cause by cause.
 ///
 /// # Errors
 /// As [`super::count`].

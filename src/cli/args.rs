@@ -15,7 +15,7 @@ use crate::{
     prices::Prices,
     report::{self, Report, Target},
     weights::{self, Checkpoint, PeftAdapter},
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Sampling, Task},
 };
 
 /// Which model.
@@ -87,28 +87,6 @@ impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
         LoraConfig::new(model, self.lora_rank, self.lora_alpha, &self.lora_targets)
-    }
-}
-
-/// A workload that need not run: its dimensions, model and adapters.
-#[derive(Debug, Args)]
-pub struct WorkloadArgs<T: Args> {
-    #[command(flatten)]
-    pub task: T,
-    #[command(flatten)]
-    pub model: ModelArgs,
-    #[command(flatten)]
-    pub lora: LoraArgs,
-    #[command(flatten)]
-    dtype: DtypeArg,
-}
-
-impl<T: Args> WorkloadArgs<T> {
-    /// The workload of `task`, and where its config came from.
-    pub fn of(&self, task: Task) -> Result<(Workload, String)> {
-        let (model, origin) = self.model.config_only()?;
-        let lora = self.lora.config(&model)?;
-        Ok((Workload { model, lora, dtype: self.dtype.dtype, task }, origin))
     }
 }
 

@@ -4,9 +4,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::args::{
-    CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
-    TrainingArgs, WorkloadArgs,
+use super::{
+    args::{
+        CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
+        TrainingArgs,
+    },
+    workload::WorkloadArgs,
 };
 use crate::{
     analytic,

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
 
-use super::args::{
-    EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, TrainingArgs, WorkloadArgs,
+use super::{
+    args::{EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, TrainingArgs},
+    workload::WorkloadArgs,
 };
 use crate::{
     analytic::Structure,

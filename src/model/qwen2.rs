@@ -271,7 +271,7 @@ impl Attention {
             let by_head = scores.reshape((batch * self.heads, seq, held))?;
             scores = ops::mask(at, &by_head, mask)?.reshape(scores.dims())?;
         }
-        let weights = ops::softmax(at, &scores)?;
+        let weights = ops::softmax(at, scores)?;
         let mixed = ops::matmul(at, &weights, &v)?; // (B, K, G·T, d)
         let mixed = mixed.reshape((batch, self.heads, seq, d))?.transpose(1, 2)?;
         self.o_proj.forward(meter, &mixed.reshape((batch, seq, self.heads * d))?)

@@ -1,6 +1,6 @@
 //! One operation an element.
 
-use super::Tensor;
+use super::{Tensor, exp};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// a + b, equal shapes.
@@ -37,5 +37,10 @@ pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
 /// The device's.
 pub fn silu(at: At, x: &Tensor) -> Result<Tensor> {
     let op = Op::Silu { n: x.elements() as u64 };
-    at.run(op, x.dtype()?, x.device(), || Ok(Tensor(x.0.silu()?)))
+    at.run(op, x.dtype()?, x.device(), || {
+        Ok(Tensor(match x.is_dense_f32_on_cpu() {
+            true => x.0.apply_op1_no_bwd(&exp::Silu)?,
+            false => x.0.silu()?,
+        }))
+    })
 }

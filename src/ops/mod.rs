@@ -5,6 +5,7 @@
 
 mod elementwise;
 mod embed;
+mod exp;
 mod gemv;
 mod linear;
 mod norm;
@@ -156,6 +157,11 @@ impl Tensor {
     /// The device's.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         Ok(self.0.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+    }
+
+    /// Whether the CPU's own f32 kernels can take it.
+    fn is_dense_f32_on_cpu(&self) -> bool {
+        self.device().is_cpu() && self.0.dtype() == DType::F32 && self.0.is_contiguous()
     }
 
     /// (rows, width) of the tensor seen as rows along its last dimension.

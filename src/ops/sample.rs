@@ -58,7 +58,7 @@ impl Sampler {
         }
         let factor =
             Tensor::from_vec(vec![1.0 / temperature as f32], 1, Dtype::F32, logits.device())?;
-        let weights = softmax(at, &scale(at, &logits, &factor)?)?;
+        let weights = softmax(at, scale(at, &logits, &factor)?)?;
         let (rows, width) = weights.rows_width()?;
         let weights = weights.to_vec()?;
         anyhow::ensure!(weights[0].is_finite(), "the logits are not finite; try --dtype f32");

@@ -2,21 +2,26 @@
 
 use candle_core::Device;
 
-use super::Tensor;
+use super::{Tensor, exp};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
     meter::At,
 };
 
-/// exp(x − max) / sum over the last dimension, by candle's fused kernel.
+/// exp(x − max) / sum over the last dimension, in one fused kernel; in the place of `x`, which
+/// nothing else may hold, where the kernel can.
 ///
 /// # Errors
 /// The device's.
-pub fn softmax(at: At, x: &Tensor) -> Result<Tensor> {
+pub fn softmax(at: At, x: Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Softmax { rows, width };
-    at.run(op, x.dtype()?, x.device(), || Ok(Tensor(candle_nn::ops::softmax_last_dim(&x.0)?)))
+    let (dtype, device) = (x.dtype()?, x.device().clone());
+    at.run(op, dtype, &device, || match x.is_dense_f32_on_cpu() {
+        true => x.0.inplace_op1(&exp::Softmax).map(|()| x),
+        false => Ok(Tensor(candle_nn::ops::softmax_last_dim(&x.0)?)),
+    })
 }
 
 /// The additive causal mask (seq, past + seq): 0 where a query may look, −∞ after it. Filled by

@@ -85,10 +85,10 @@ pub fn describe(workload: &Workload) -> String {
             }
         ),
         Task::Train { batch, seq, accumulate, steps, full } => format!(
-            "train {}, {steps} steps of {accumulate} × batch {batch} × {seq} tokens",
+            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {seq} tokens",
             if full { "every weight" } else { "the adapters" }
         ),
-        Task::Evaluate { batch, seq } => format!("evaluate {batch} × {seq} tokens"),
+        Task::Evaluate { batch, seq } => format!("evaluate batch {batch}, {seq} tokens"),
     };
     what + &lora
 }

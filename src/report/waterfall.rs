@@ -7,6 +7,7 @@ use super::{
     table::{FAINT, align, describe, new_table},
 };
 use crate::{
+    analytic::Cause,
     error::Result,
     reconcile::{Reconciliation, Run, Total},
 };
@@ -42,7 +43,7 @@ pub fn render_way(out: &mut impl Write, way: &Reconciliation, unicode: bool) -> 
     table.add_row([name(&way.to), "to".into(), digits(way.to.total_flops)]);
     align(&mut table, 2);
     writeln!(out, "\n{}\n", table.trim_fmt())?;
-    writeln!(out, "difference  {} FLOPs{}", signed(way.difference_flops), relative(way))?;
+    writeln!(out, "difference  {} FLOPs{}", signed(way.difference_flops), ratio(way))?;
     for end in [&way.from, &way.to] {
         if let Some(Run { file, total_flops, agrees }) = &end.run {
             let verdict = if *agrees { "agrees with" } else { "DIFFERS from" };
@@ -50,10 +51,10 @@ pub fn render_way(out: &mut impl Write, way: &Reconciliation, unicode: bool) -> 
             writeln!(out, "run         {file}: {spent} FLOPs, which {verdict} {structure}")?;
         }
     }
-    if !way.steps.is_empty() {
+    if way.steps.iter().any(|step| !matches!(step.cause, Cause::Price(_))) {
         writeln!(out)?;
     }
-    for step in &way.steps {
+    for step in way.steps.iter().filter(|step| !matches!(step.cause, Cause::Price(_))) {
         writeln!(out, "{FAINT}{}: {}{FAINT:#}", step.cause.name(), step.why)?;
     }
     Ok(())
@@ -63,13 +64,15 @@ fn name(end: &Total) -> String {
     format!("{} under {}", end.structure, end.prices.name)
 }
 
-/// The difference beside where the way ends.
-fn relative(way: &Reconciliation) -> String {
-    match way.to.total_flops {
+/// One end's total over the other's.
+fn ratio(way: &Reconciliation) -> String {
+    let Total { structure: to, total_flops, .. } = &way.to;
+    match total_flops {
+        _ if way.from.structure == *to => String::new(),
         0 => String::new(),
-        to => {
-            let percent = 100.0 * way.difference_flops as f64 / to as f64;
-            format!(", {percent:+.2} % of {}", way.to.structure)
+        n => {
+            let times = way.from.total_flops as f64 / *n as f64;
+            format!("; {} counts {times:.6} times what {to} does", way.from.structure)
         }
     }
 }
