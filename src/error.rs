@@ -69,9 +69,19 @@ pub enum Error {
     /// Ctrl-C.
     #[error("interrupted")]
     Interrupted,
-    /// An audit whose sides differ. The only error that exits with 1.
+    /// An audit whose sides differ. Exits with 1.
     #[error("the audit does not balance: {0}")]
     Unbalanced(String),
+    /// A plan that costs more than there is to spend. Exits with 1.
+    #[error("over budget: `{item}` needs {needed} FLOPs, {left} are left for it")]
+    OverBudget {
+        /// The first experiment, or finished run, that the budget does not cover.
+        item: String,
+        /// What it needs, in FLOPs.
+        needed: u128,
+        /// What was left for it, in FLOPs.
+        left: u128,
+    },
 }
 
 impl Error {
@@ -89,11 +99,11 @@ impl Error {
         Self::Tensor { origin: origin.into(), tensor: tensor.into(), why: why.into() }
     }
 
-    /// The process's exit status: 1 for an audit that does not balance, 130 for an
-    /// interrupt, 2 for usage and input.
+    /// The process's exit status: 1 for an audit that does not balance or a budget that does not
+    /// suffice, 130 for an interrupt, 2 for usage and input.
     pub fn exit_code(error: &anyhow::Error) -> u8 {
         match error.downcast_ref() {
-            Some(Self::Unbalanced(_)) => 1,
+            Some(Self::Unbalanced(_) | Self::OverBudget { .. }) => 1,
             Some(Self::Interrupted) => 130,
             _ => 2,
         }

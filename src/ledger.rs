@@ -14,6 +14,8 @@ pub enum Phase {
     Setup,
     /// A forward pass on its own.
     Forward,
+    /// Gradients of a forward pass.
+    Backward,
     /// The pass over the prompt in a generation.
     Prefill,
     /// The passes after it, one for each further token.
@@ -28,6 +30,7 @@ impl Phase {
         match self {
             Self::Setup => "setup",
             Self::Forward => "forward",
+            Self::Backward => "backward",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Sampling => "sampling",

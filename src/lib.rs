@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! config + weights ─> model over metered ops ─> ledger ─┐
-//!                                                        ├─> audit ─> report
+//!                                                        ├─> audit ─> reconcile ─> report
 //! config + workload ─> analytic: closed form, predicted ┘
 //! ```
 //!
@@ -48,9 +48,10 @@
 //! | op | named in [`ledger::Op`]; the compiler then points at its price, and docs/counting.md at the rest |
 //! | model | a file beside [`model`]'s `qwen2.rs`, over [`ops`] alone; its ops listed in [`analytic`] |
 //! | price list | a TOML file, or a preset in [`prices`] |
-//! | structure | a file in [`analytic`] |
+//! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms.rs` |
 //! | source of weights | a file in [`weights`] |
 //! | figure or format in reports | [`report`]: one value, one file a format |
+//! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |
 //! | subcommand | a file in [`cli`] |
 
 pub mod error;
@@ -72,6 +73,9 @@ pub mod traffic;
 pub mod workload;
 pub mod analytic;
 pub mod audit;
+pub mod reconcile;
+pub mod plan;
+pub mod sweep;
 
 pub mod report;
 pub mod cli;

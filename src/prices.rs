@@ -77,6 +77,14 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// The cost whose primitives are `all`, `macs` and `outputs` being of matmuls; none where
+    /// `all` cannot hold them.
+    pub fn of(all: Primitives, macs: u128, outputs: u128) -> Option<Self> {
+        let add = all.add.checked_sub(macs.checked_sub(outputs)?)?;
+        let mul = all.mul.checked_sub(macs)?;
+        Some(Self { macs, outputs, other: Primitives { add, mul, ..all } })
+    }
+
     /// All primitives, the matmuls' among them.
     pub fn primitives(&self) -> Primitives {
         let matmul =
@@ -287,19 +295,13 @@ impl Prices {
                 e.span().map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());
             bad(format!("line {line}: {}", e.message().replace('\n', " ")))
         })?;
-        if prices.listed().iter().all(|price| *price == 0) && prices.mac.unwrap_or(0) == 0 {
+        if prices.of_primitives().iter().all(|price| *price == 0) && prices.mac.unwrap_or(0) == 0 {
             return Err(bad("prices nothing: every primitive would be free".into()).into());
         }
         if prices.name.is_empty() {
             prices.name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         }
         Ok(prices)
-    }
-
-    /// The primitives' prices, in the order of [`Primitives::named`].
-    fn listed(&self) -> [u64; 9] {
-        let Self { add, mul, div, exp, log, sqrt, trig, cmp, neg, .. } = *self;
-        [add, mul, div, exp, log, sqrt, trig, cmp, neg]
     }
 
     /// FLOPs of `cost` under these prices.
@@ -311,14 +313,18 @@ impl Prices {
             Some(price) => (cost.other, cost.macs.checked_mul(price.into())),
             None => (cost.primitives(), Some(0)),
         };
-        let priced = primitives
-            .named()
-            .into_iter()
-            .zip(self.listed())
-            .try_fold(macs, |sum, ((_, n), price)| {
+        let prices = self.of_primitives();
+        let priced =
+            primitives.named().into_iter().zip(prices).try_fold(macs, |sum, ((_, n), price)| {
                 Some(Some(sum?.checked_add(n.checked_mul(price.into())?)?))
             });
         priced.flatten().ok_or_else(|| Error::Overflow("priced FLOPs".into()).into())
+    }
+
+    /// Prices of the primitives, in the order of [`Primitives::named`].
+    pub const fn of_primitives(&self) -> [u64; 9] {
+        let &Self { add, mul, div, exp, log, sqrt, trig, cmp, neg, .. } = self;
+        [add, mul, div, exp, log, sqrt, trig, cmp, neg]
     }
 }
 

@@ -32,6 +32,8 @@ pub enum Component {
     LmHead,
     /// Token choice.
     Sampling,
+    /// All parameters at once, in formulas that count by their number.
+    Parameters,
 }
 
 impl fmt::Display for Component {
@@ -47,6 +49,7 @@ impl fmt::Display for Component {
             Self::Residual => f.pad("residuals"),
             Self::LmHead => f.pad("lm_head"),
             Self::Sampling => f.pad("sampling"),
+            Self::Parameters => f.pad("parameters"),
         }
     }
 }
@@ -77,7 +80,7 @@ impl From<Module> for Component {
 /// Calls and cost of one component in one phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Sum {
-    /// Executed ops.
+    /// Executed ops; 0 in formulas, which list none.
     pub calls: u128,
     /// What they are made of.
     pub cost: Cost,

@@ -96,6 +96,39 @@ pub enum Task {
         /// How tokens are chosen.
         sampling: Sampling,
     },
+    /// Optimizer steps, each over `accumulate` micro-steps: a forward pass with logits of every
+    /// position and the backward pass from their loss.
+    Train {
+        /// Sequences of one micro-step, all of one length.
+        batch: u64,
+        /// Tokens of each.
+        seq: u64,
+        /// Micro-steps whose gradients are summed into one step.
+        accumulate: u64,
+        /// Optimizer steps.
+        steps: u64,
+        /// Every weight is trained, not the adapters alone.
+        full: bool,
+    },
+    /// Forward passes with logits of every position, to score known text.
+    Evaluate {
+        /// Sequences, all of one length.
+        batch: u64,
+        /// Tokens of each.
+        seq: u64,
+    },
+}
+
+impl Task {
+    /// Lower-case name, as commands and JSON spell it.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Forward { .. } => "forward",
+            Self::Generate { .. } => "generate",
+            Self::Train { .. } => "train",
+            Self::Evaluate { .. } => "evaluate",
+        }
+    }
 }
 
 /// A model, its adapters, and what is run on it.
@@ -122,24 +155,38 @@ impl Workload {
     /// # Errors
     /// The flag at fault.
     pub fn validate(&self) -> Result<()> {
+        let at_least_1 = |flag: &str, size: u64| match size {
+            0 => Err(Error::flag(flag, "must be at least 1")),
+            _ => Ok(()),
+        };
         let (batch, length, sizes) = match self.task {
             Task::Forward { batch, seq, past, .. } => {
                 (batch, seq.checked_add(past), [("--batch", batch), ("--seq", seq)])
+            }
+            Task::Evaluate { batch, seq } => {
+                (batch, Some(seq), [("--batch", batch), ("--seq", seq)])
+            }
+            Task::Train { batch, seq, accumulate, steps, full } => {
+                at_least_1("--accumulate", accumulate)?;
+                at_least_1("--steps", steps)?;
+                if !full && self.lora.rank == 0 {
+                    let why = "0 leaves nothing to train; give a rank, or --full for every weight";
+                    return Err(Error::flag("--lora-rank", why).into());
+                }
+                (batch, Some(seq), [("--batch", batch), ("--seq", seq)])
             }
             Task::Generate {
                 batch, prompt_tokens, new_tokens, max_new_tokens, sampling, ..
             } => {
                 sampling.validate()?;
-                if new_tokens == 0 {
-                    return Err(Error::flag("--new-tokens", "must be at least 1").into());
-                }
+                at_least_1("--new-tokens", new_tokens)?;
                 let most = max_new_tokens.max(new_tokens);
                 let sizes = [("--batch", batch), ("--prompt-tokens", prompt_tokens)];
                 (batch, prompt_tokens.checked_add(most), sizes)
             }
         };
-        if let Some((flag, _)) = sizes.iter().find(|(_, size)| *size == 0) {
-            return Err(Error::flag(*flag, "must be at least 1").into());
+        for (flag, size) in sizes {
+            at_least_1(flag, size)?;
         }
         match length.and_then(|l| l.checked_mul(batch)) {
             Some(tokens) if tokens <= Self::MOST_TOKENS => Ok(()),
@@ -158,25 +205,47 @@ impl Workload {
         self
     }
 
+    /// Most tokens that attention reaches over.
+    pub fn context(&self) -> u64 {
+        match self.task {
+            Task::Forward { seq, past, .. } => past + seq,
+            Task::Generate { prompt_tokens, max_new_tokens, .. } => prompt_tokens + max_new_tokens,
+            Task::Train { seq, .. } | Task::Evaluate { seq, .. } => seq,
+        }
+    }
+
     /// Bytes of all parameters, adapters included.
     pub fn weights_bytes(&self) -> u128 {
         let parameters = self.model.parameters() + self.lora.parameters(&self.model);
         parameters * u128::from(self.dtype.bytes())
     }
 
+    /// Parameters that training changes: all with `full`, else the adapters'; none elsewhere.
+    pub fn trainable_parameters(&self) -> u128 {
+        match self.task {
+            Task::Train { full: true, .. } => {
+                self.model.parameters() + self.lora.parameters(&self.model)
+            }
+            Task::Train { full: false, .. } => self.lora.parameters(&self.model),
+            Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 0,
+        }
+    }
+
     /// Bytes of the preallocated cache: keys and values, K·d wide, of every layer and token.
+    /// Training and evaluation feed whole sequences and keep none.
     pub fn kv_cache_bytes(&self) -> u128 {
         let (batch, tokens) = match self.task {
             Task::Forward { batch, seq, past, .. } => (batch, past + seq),
             Task::Generate { batch, prompt_tokens, max_new_tokens, .. } => {
                 (batch, prompt_tokens + max_new_tokens - 1)
             }
+            Task::Train { .. } | Task::Evaluate { .. } => return 0,
         };
         let width = 2 * self.model.num_hidden_layers * self.model.kv_width();
         u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
     }
 
-    /// Bytes that the largest pass needs at once beside weights and cache, about: scores before
+    /// Bytes that the largest forward pass needs at once beside weights and cache, about: scores before
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
     /// logits with their f32 copy.
     pub fn activations_bytes(&self) -> u128 {
@@ -190,6 +259,9 @@ impl Workload {
             }
             Task::Generate { batch, prompt_tokens, .. } => {
                 (batch, prompt_tokens, prompt_tokens, batch)
+            }
+            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq } => {
+                (batch, seq, seq, batch * seq)
             }
         };
         let [batch, seq, held, head_rows] = [batch, seq, held, head_rows].map(u128::from);

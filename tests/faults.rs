@@ -4,7 +4,7 @@ use std::{cell::RefCell, time::Duration};
 
 use candle_core::Device;
 use flopaudit::{
-    analytic::{closed_form, predict},
+    analytic::{Structure, closed_form, predict},
     audit::Audit,
     config::{LoraConfig, ModelConfig, Projection},
     error::Error,
@@ -188,8 +188,10 @@ fn the_report_shows_where() {
         false => vec![*key],
     };
     let audit = audit(&run(double, |_| ()));
-    let report = Report::new("audit", "tiny", vec![workload()], &Prices::matmul(), &audit.executed);
-    let report = report.unwrap().with_audit(&audit).unwrap();
+    let (tally, prices) = (&audit.executed, Prices::matmul());
+    let report =
+        Report::new("audit", "tiny", vec![workload()], Structure::Exact, &prices, tally).unwrap();
+    let report = report.with_audit(&audit).unwrap();
     let mut out = vec![];
     render(&mut anstream::StripStream::new(&mut out), &report, false).unwrap();
     let text = String::from_utf8(out).unwrap();

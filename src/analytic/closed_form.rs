@@ -3,15 +3,19 @@
 //! Every op of a decoder pass costs a linear combination of three monomials: 1, the rows B·T, and
 //! the scores B·T·S (S = past + T), for mask and head over the rows that they see. So a pass, and
 //! any number of passes, is described by the sums of these monomials ([`Moments`]), and those have
-//! closed forms: Σ i = n(n+1)/2, Σ i² = n(n+1)(2n+1)/6.
+//! closed forms.
 
+use super::{
+    moments::Moments,
+    pieces::{only, product, times, zero},
+};
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::Phase,
     prices::{Cost, Primitives},
     tally::{Component, Sum, Tally},
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Sampling, Task, Workload},
 };
 
 /// The cost of `workload` by phase and component, in time independent of its lengths.
@@ -23,97 +27,30 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
     let Workload { model, lora, .. } = workload;
     let mut tally = Tally::default();
     match workload.task {
-        Task::Forward { batch, seq, past, logits } => {
-            setup(&mut tally, model, past + seq)?;
-            let moments = Moments::pass(batch.into(), seq.into(), past.into(), logits);
-            passes(&mut tally, Phase::Forward, model, lora, &moments)?;
-        }
-        Task::Generate { batch, prompt_tokens, new_tokens, max_new_tokens, kv_cache, sampling } => {
+        Task::Forward { seq, past, .. } => setup(&mut tally, model, past + seq)?,
+        Task::Generate { batch, prompt_tokens, new_tokens, max_new_tokens, sampling, .. } => {
             setup(&mut tally, model, prompt_tokens + max_new_tokens - 1)?;
-            let (b, p, n) = (batch.into(), prompt_tokens.into(), u128::from(new_tokens));
-            let prefill = Moments::pass(b, p, 0, Logits::Last);
-            passes(&mut tally, Phase::Prefill, model, lora, &prefill)?;
-            let decode = match kv_cache {
-                true => Moments::cached_steps(b, p, n - 1),
-                false => Moments::uncached_steps(b, p, n - 1),
-            };
-            passes(&mut tally, Phase::Decode, model, lora, &decode)?;
+            let (b, n) = (u128::from(batch), u128::from(new_tokens));
             let sum = draws(model, sampling, n, n * b);
             tally.add(Phase::Sampling, Component::Sampling, sum)?;
         }
+        Task::Train { .. } | Task::Evaluate { .. } => return Err(not_executed(&workload.task)),
+    }
+    for (phase, moments) in Moments::of(&workload.task) {
+        passes(&mut tally, phase, model, lora, &moments)?;
     }
     Ok(tally)
 }
 
-/// Sums over passes of what each pass's cost is linear in.
-#[derive(Debug, Clone, Copy)]
-struct Moments {
-    /// Σ 1
-    passes: u128,
-    /// Σ B·T
-    rows: u128,
-    /// Σ B·T·S
-    scores: u128,
-    /// Σ 1 over passes of more than one token: only those have a mask.
-    masked_passes: u128,
-    /// Σ B·T·S over the same.
-    masked_scores: u128,
-    /// Σ rows that reach the final norm and the head.
-    head_rows: u128,
-}
-
-impl Moments {
-    fn pass(batch: u128, seq: u128, past: u128, logits: Logits) -> Self {
-        let rows = batch * seq;
-        let scores = rows * (past + seq);
-        let masked = u128::from(seq > 1);
-        let head_rows = match logits {
-            Logits::All => rows,
-            Logits::Last => batch,
-        };
-        let (masked_passes, masked_scores) = (masked, masked * scores);
-        Self { passes: 1, rows, scores, masked_passes, masked_scores, head_rows }
-    }
-
-    /// Steps i = 1 … n of one token each, S = p + i.
-    fn cached_steps(batch: u128, p: u128, n: u128) -> Self {
-        let scores = batch * (n * p + n * (n + 1) / 2);
-        let rows = batch * n;
-        Self { passes: n, rows, scores, masked_passes: 0, masked_scores: 0, head_rows: rows }
-    }
-
-    /// Steps i = 1 … n over the whole context, T = S = p + i, logits of the last position.
-    fn uncached_steps(batch: u128, p: u128, n: u128) -> Self {
-        let rows = batch * (n * p + n * (n + 1) / 2);
-        let squares = n * p * p + p * n * (n + 1) + n * (n + 1) * (2 * n + 1) / 6;
-        let scores = batch * squares;
-        Self {
-            passes: n,
-            rows,
-            scores,
-            masked_passes: n,
-            masked_scores: scores,
-            head_rows: batch * n,
-        }
-    }
-
-    /// Refuses sums whose cost could pass 128 bits, so that what follows cannot overflow: no term
-    /// below is above 8 · layers · (scores · H·d + rows · widest product).
-    fn check(&self, model: &ModelConfig) -> Result<()> {
-        let widest = model.hidden_size.max(model.intermediate_size).max(model.q_width()) as f64;
-        let columns = widest.max(model.vocab_size as f64);
-        let terms =
-            self.scores as f64 * model.q_width() as f64 + self.rows as f64 * widest * columns;
-        match 8.0 * model.num_hidden_layers as f64 * terms < 2f64.powi(126) {
-            true => Ok(()),
-            false => Err(Error::Overflow("this workload's operations".into()).into()),
-        }
-    }
+/// `exact` counts what this program executes, and nothing else.
+pub(super) fn not_executed(task: &Task) -> anyhow::Error {
+    let why = format!("exact counts forward and generate, not {}; choose another", task.name());
+    Error::flag("--structure", why).into()
 }
 
 /// Tables of cos and sin: per frequency a power (div, log, mul, exp) and a reciprocal; per
 /// position and frequency one mul and two trigs.
-fn setup(tally: &mut Tally, model: &ModelConfig, positions: u64) -> Result<()> {
+pub(super) fn setup(tally: &mut Tally, model: &ModelConfig, positions: u64) -> Result<()> {
     let half = model.head_dim() as u128 / 2;
     let angles = u128::from(positions) * half;
     let other = Primitives {
@@ -129,7 +66,7 @@ fn setup(tally: &mut Tally, model: &ModelConfig, positions: u64) -> Result<()> {
 }
 
 /// All passes of a phase.
-fn passes(
+pub(super) fn passes(
     tally: &mut Tally,
     phase: Phase,
     model: &ModelConfig,
@@ -167,11 +104,6 @@ fn passes(
     row(Component::LmHead, m.passes, product(m.head_rows, width, vocab))
 }
 
-/// `rows` rows of k by k × n: rows·n·k muls for rows·n outputs.
-fn product(rows: u128, k: u128, n: u128) -> Cost {
-    Cost { macs: rows * k * n, outputs: rows * n, ..Cost::default() }
-}
-
 /// Norms: w squares and w gains, w − 1 adds and one for eps, w + 1 divs, one root a row.
 fn norm(rows: u128, width: u128) -> Cost {
     let n = rows * width;
@@ -189,7 +121,12 @@ fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost)
 }
 
 /// A, B, the scale and the sum.
-fn adapter(projection: Projection, model: &ModelConfig, lora: &LoraConfig, rows: u128) -> Cost {
+pub(super) fn adapter(
+    projection: Projection,
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    rows: u128,
+) -> Cost {
     let (k, n) = projection.widths(model);
     let (k, n, r) = (k as u128, n as u128, lora.rank as u128);
     let other = Primitives { mul: rows * n, add: rows * n, ..zero() };
@@ -216,7 +153,7 @@ fn attention(model: &ModelConfig, m: &Moments) -> Cost {
 }
 
 /// `steps` choices, `rows` rows in all.
-fn draws(model: &ModelConfig, sampling: Sampling, steps: u128, rows: u128) -> Sum {
+pub(super) fn draws(model: &ModelConfig, sampling: Sampling, steps: u128, rows: u128) -> Sum {
     let vocab = model.vocab_size as u128;
     let (mut calls, mut p) = (1, zero());
     if sampling.repeat_penalty != 1.0 {
@@ -238,16 +175,4 @@ fn draws(model: &ModelConfig, sampling: Sampling, steps: u128, rows: u128) -> Su
     p.exp += rows * vocab;
     p.div += rows * vocab;
     Sum { calls: steps * calls, cost: only(p) }
-}
-
-fn zero() -> Primitives {
-    Primitives::default()
-}
-
-fn only(other: Primitives) -> Cost {
-    Cost { other, ..Cost::default() }
-}
-
-fn times(layers: u128, cost: Cost) -> Result<Cost> {
-    cost.checked_mul(layers).ok_or_else(|| Error::Overflow("all layers".into()).into())
 }

@@ -1,12 +1,27 @@
 //! The analytic side: what a workload must cost, from its config alone.
 //!
-//! Two countings, independent of each other and of the model's code: [`closed_form`] is a
-//! polynomial in the lengths, evaluated in O(1) however many tokens are generated; [`predict`]
-//! lists every op. Nothing here may import `ops`, `model` or `meter`, or the audit would compare
-//! a thing with itself; a test reads the imports.
+//! Two countings of what this program executes, independent of each other and of the model's
+//! code: [`closed_form`] is a polynomial in the lengths, evaluated in O(1) however many tokens are
+//! generated; [`predict`] lists every op. Beside them, the countings of others: [`count`] takes
+//! any [`Structure`], and [`terms`] says why it differs. Nothing here may import `ops`, `model` or `meter`, or the audit would
+//! compare a thing with itself; a test reads the imports.
+
+mod moments;
+mod pieces;
 
 mod closed_form;
 mod predict;
 
+mod formulas;
+pub mod notebook;
+mod structure;
+mod torch;
+
+mod causes;
+mod terms;
+
+pub use causes::{Cause, Term};
 pub use closed_form::closed_form;
 pub use predict::predict;
+pub use structure::{Structure, count};
+pub use terms::{reference, terms};

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::closed_form::not_executed;
 use crate::{
     config::Projection,
     error::Result,
@@ -34,6 +35,7 @@ pub fn predict(workload: &Workload) -> Result<Ledger> {
                 list.sample(batch, sampling);
             }
         }
+        Task::Train { .. } | Task::Evaluate { .. } => return Err(not_executed(&workload.task)),
     }
     Ok(list.ledger)
 }

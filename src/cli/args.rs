@@ -3,17 +3,18 @@
 use std::path::PathBuf;
 
 use candle_core::Device;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::interrupt::Interrupt;
 use crate::{
+    analytic::Structure,
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::Dtype,
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    report::{self, JsonOutput, Report},
+    report::{self, Report, Target},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
 };
@@ -90,13 +91,19 @@ impl LoraArgs {
     }
 }
 
-/// What counts, and for how much.
+/// Which operations count.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Counting")]
+pub struct StructureArg {
+    /// Which operations are counted: what this program executes, or somebody's formula
+    #[arg(long, value_enum, default_value_t = Structure::Exact)]
+    pub structure: Structure,
+}
+
+/// For how much each primitive counts.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Counting")]
 pub struct CountingArgs {
-    /// Which ops are counted: exact is what this program executes
-    #[arg(long, value_enum, default_value_t = Structure::Exact)]
-    pub structure: Structure,
     /// What a primitive costs: unit, coursework (exp, log, sqrt, trig 10), matmul (2mnk, all else
     /// free), or a TOML file
     #[arg(long, value_name = "PRICES", default_value = "unit")]
@@ -108,13 +115,6 @@ impl CountingArgs {
     pub fn prices(&self) -> Result<Prices> {
         Prices::named(&self.prices)
     }
-}
-
-/// A list of ops.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Structure {
-    /// As executed.
-    Exact,
 }
 
 /// Where and in which precision.
@@ -221,33 +221,42 @@ impl ExecutionArgs {
 #[command(next_help_heading = "Output")]
 pub struct OutputArgs {
     /// Write JSON to FILE; without FILE, to stdout and nothing else there
-    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
 }
 
 /// An opened output.
 #[derive(Debug)]
-pub struct Output(Option<JsonOutput>);
+pub struct Output(Option<Target>);
 
 impl OutputArgs {
     /// Opens the output before the work starts.
     pub fn open(&self) -> Result<Output> {
-        Ok(Output(self.json.as_deref().map(JsonOutput::open).transpose()?))
+        Ok(Output(self.json.as_deref().map(Target::open).transpose()?))
     }
 }
 
 impl Output {
     /// Whether stdout is for people.
     pub fn is_human(&self) -> bool {
-        !matches!(self.0, Some(JsonOutput::Stdout))
+        !matches!(self.0, Some(Target::Stdout))
     }
 
     /// Prints the report, for people (unless `quiet`) and as JSON where asked for.
     pub fn write(self, report: &Report, quiet: bool) -> Result<()> {
-        if self.is_human() && !quiet {
-            report::print(report)?;
+        self.write_with(report, || if quiet { Ok(()) } else { report::print(report) })
+    }
+
+    /// The same for any value that has a JSON form: `print` is for people.
+    pub fn write_with(
+        self,
+        value: &impl serde::Serialize,
+        print: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        if self.is_human() {
+            print()?;
         }
-        self.0.map_or(Ok(()), |json| json.write(report))
+        self.0.map_or(Ok(()), |json| json.write(value))
     }
 }
 
@@ -336,5 +345,54 @@ impl SamplingArgs {
         let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
         sampling.validate()?;
         Ok(sampling)
+    }
+}
+
+/// The dimensions of a training.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct TrainingArgs {
+    /// Tokens of each sequence
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: u64,
+    /// Sequences of one micro-step
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+    /// Micro-steps whose gradients are summed into one step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub accumulate: u64,
+    /// Optimizer steps
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub steps: u64,
+    /// Train every weight, not the adapters alone
+    #[arg(long)]
+    pub full: bool,
+}
+
+impl TrainingArgs {
+    /// The task.
+    pub fn task(&self) -> Task {
+        let &Self { batch, seq, accumulate, steps, full } = self;
+        Task::Train { batch, seq, accumulate, steps, full }
+    }
+}
+
+/// The dimensions of an evaluation.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Workload")]
+pub struct EvaluationArgs {
+    /// Tokens of each sequence
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: u64,
+    /// Sequences
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: u64,
+}
+
+impl EvaluationArgs {
+    /// The task.
+    pub fn task(&self) -> Task {
+        let &Self { batch, seq } = self;
+        Task::Evaluate { batch, seq }
     }
 }

@@ -13,6 +13,7 @@ use super::{
     memory,
 };
 use crate::{
+    analytic::Structure,
     audit::Audit,
     error::Result,
     generate::{Request, generate},
@@ -78,7 +79,8 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let ledger = execute(&model, task, execution, &interrupt)?;
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
-    let mut report = Report::new("audit", &checkpoint.origin, workloads, &prices, &audit.executed)?;
+    let (origin, exact) = (&checkpoint.origin, Structure::Exact);
+    let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?;
     report.device = Some(execution.device.clone());
     if execution.op_times {
         report = report.with_times(&ledger);
@@ -118,6 +120,9 @@ fn execute(
                 timed: execution.op_times,
             };
             generate(model, &request, &ledger, |_, _| interrupt.check())?;
+        }
+        Task::Train { .. } | Task::Evaluate { .. } => {
+            anyhow::bail!("{} is not executed yet", task.name())
         }
     }
     interrupt.check()?;

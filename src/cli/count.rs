@@ -1,11 +1,23 @@
 //! `flopaudit count`: the analytic side alone.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 
-use super::args::{
-    CountingArgs, DtypeArg, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
+use super::{
+    args::{
+        CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
+        TrainingArgs,
+    },
+    workload::WorkloadArgs,
 };
-use crate::{analytic, error::Result, report::Report, workload::Workload};
+use crate::{
+    analytic,
+    error::{Error, Result},
+    report::{self, Report, Target},
+    sweep::{Axis, Base, Sweep},
+    workload::Task,
+};
 
 /// What to count.
 #[derive(Debug, Subcommand)]
@@ -14,39 +26,85 @@ pub enum Command {
     Forward(Box<Count<ForwardArgs>>),
     /// A generation, in time independent of its length.
     Generate(Box<Count<GenerationArgs>>),
+    /// A training: forward and backward passes.
+    Train(Box<Count<TrainingArgs>>),
+    /// Forward passes over known text.
+    Evaluate(Box<Count<EvaluationArgs>>),
 }
 
-/// A workload's dimensions and how to count it.
+/// A workload and how to count it.
 #[derive(Debug, Args)]
 pub struct Count<T: Args> {
     #[command(flatten)]
-    task: T,
+    workload: WorkloadArgs<T>,
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    lora: LoraArgs,
-    #[command(flatten)]
-    dtype: DtypeArg,
+    structure: StructureArg,
     #[command(flatten)]
     counting: CountingArgs,
     #[command(flatten)]
+    sweep: SweepArgs,
+    #[command(flatten)]
     output: OutputArgs,
+}
+
+/// A grid of workloads in place of one.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sweep")]
+struct SweepArgs {
+    /// Count every point of a grid: KEY=a,b,c or KEY=a..b:*k or KEY=a..b:+k, KEY being preset,
+    /// batch, seq, past, prompt-tokens, new-tokens, steps, accumulate or lora-rank; repeat it for
+    /// the product
+    #[arg(long = "sweep", value_name = "KEY=VALUES")]
+    axes: Vec<String>,
+    /// Write the grid as CSV to FILE; without FILE, to stdout and nothing else there
+    #[arg(
+        long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-",
+        requires = "axes", conflicts_with = "json"
+    )]
+    csv: Option<PathBuf>,
 }
 
 /// Counts and prints.
 pub fn run(command: Command) -> Result<()> {
     match command {
-        Command::Forward(args) => count(&args, args.task.task()),
-        Command::Generate(args) => count(&args, args.task.task()?),
+        Command::Forward(args) => count(&args, args.workload.task.task()),
+        Command::Generate(args) => count(&args, args.workload.task.task()?),
+        Command::Train(args) => count(&args, args.workload.task.task()),
+        Command::Evaluate(args) => count(&args, args.workload.task.task()),
     }
 }
 
-fn count<T: Args>(args: &Count<T>, task: crate::workload::Task) -> Result<()> {
+fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
+    if !args.sweep.axes.is_empty() {
+        return sweep(args, task);
+    }
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
-    let (model, origin) = args.model.config_only()?;
-    let lora = args.lora.config(&model)?;
-    let workload = Workload { model, lora, dtype: args.dtype.dtype, task };
-    let tally = analytic::closed_form(&workload)?;
-    output.write(&Report::new("count", &origin, vec![workload], &prices, &tally)?, false)
+    let (workload, origin) = args.workload.of(task)?;
+    let structure = args.structure.structure;
+    let tally = analytic::count(structure, &workload)?;
+    let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?;
+    output.write(&report, false)
+}
+
+/// Counts every point of the grid.
+fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
+    let output = args.output.open()?;
+    let csv = args.sweep.csv.as_deref().map(Target::open).transpose()?;
+    let axes: Vec<Axis> =
+        args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
+    let prices = args.counting.prices()?;
+    let (model, origin) = args.workload.model.config_only()?;
+    let lora = &args.workload.lora;
+    let base = Base {
+        model,
+        lora_rank: lora.lora_rank,
+        lora_alpha: lora.lora_alpha,
+        lora_targets: lora.lora_targets.clone(),
+        task,
+    };
+    let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
+    let human = !matches!(csv, Some(Target::Stdout));
+    output.write_with(&sweep, || if human { report::print_sweep(&sweep) } else { Ok(()) })?;
+    csv.map_or(Ok(()), |csv| csv.write_with(|out| report::csv(out, &sweep)))
 }

@@ -14,6 +14,7 @@ use super::{
     memory,
 };
 use crate::{
+    analytic::Structure,
     audit::Audit,
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
@@ -249,7 +250,8 @@ impl Args {
     ) -> Result<Report> {
         let tally = run.ledger.tally()?;
         let origin = &checkpoint.origin;
-        let mut report = Report::new("generate", origin, run.workloads(), prices, &tally)?;
+        let (workloads, exact) = (run.workloads(), Structure::Exact);
+        let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?;
         report.device = Some(self.execution.device.clone());
         if self.execution.op_times {
             report = report.with_times(&run.ledger);
@@ -282,7 +284,9 @@ fn tokens(workload: &Workload) -> (u64, u64) {
         Task::Generate { batch, prompt_tokens, new_tokens, .. } => {
             (batch * prompt_tokens, batch * (new_tokens - 1))
         }
-        Task::Forward { batch, seq, .. } => (batch * seq, 0),
+        Task::Forward { batch, seq, .. }
+        | Task::Train { batch, seq, .. }
+        | Task::Evaluate { batch, seq } => (batch * seq, 0),
     }
 }
 

@@ -6,6 +6,9 @@ mod count;
 mod generate;
 mod interrupt;
 mod memory;
+mod plan;
+mod reconcile;
+mod workload;
 
 use clap::{Parser, Subcommand};
 
@@ -30,6 +33,10 @@ enum Command {
     /// Count a workload from its config alone; no weights needed.
     #[command(subcommand)]
     Count(count::Command),
+    /// Price a list of experiments against a budget; no weights needed.
+    Plan(plan::Args),
+    /// Name every FLOP between one counting's total and another's.
+    Reconcile(Box<reconcile::Args>),
 }
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
@@ -49,5 +56,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Generate(args) => generate::run(*args),
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
+        Command::Plan(args) => plan::run(args),
+        Command::Reconcile(args) => reconcile::run(*args),
     }
 }

@@ -1,16 +1,30 @@
 //! One value that every command fills and every format prints.
 
-mod json;
+mod figures;
+mod plan;
+mod run;
+mod sweep;
 mod table;
+mod target;
+mod waterfall;
 
-pub use json::JsonOutput;
-pub use table::{bytes, digits, human, print, render};
+pub use figures::{bytes, digits, human, percent, signed, three_digits};
+pub use plan::print_plan;
+pub use run::FinishedRun;
+pub use sweep::{csv, print_sweep};
+pub use table::{describe, print, render};
+pub use target::Target;
+pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
 
 use serde::Serialize;
 
 use crate::{
+    analytic::{
+        Structure,
+        notebook::{self, TableRow},
+    },
     audit::Audit,
     error::Result,
     ledger::{Key, Ledger, Phase},
@@ -40,8 +54,8 @@ pub struct Report {
     /// What was run or counted: one object, or a list where several ran in turn.
     #[serde(serialize_with = "one_or_many")]
     pub workload: Vec<Workload>,
-    /// Which ops were counted.
-    pub structure: String,
+    /// Which operations were counted.
+    pub structure: Structure,
     /// What each primitive costs.
     pub prices: Prices,
     /// FLOPs under these prices.
@@ -50,8 +64,15 @@ pub struct Report {
     pub lora_flops: u128,
     /// Primitive operations.
     pub primitives: Primitives,
+    /// Multiply-accumulates of matmuls; their muls are among the primitives.
+    pub matmul_macs: u128,
+    /// Outputs of matmuls; with the field above, the report can be priced anew under any list.
+    pub matmul_outputs: u128,
     /// FLOPs by phase and component.
     pub rows: Vec<Row>,
+    /// The notebook's own rows, where its structure counted a forward pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub notebook_table: Option<Vec<TableRow>>,
     /// Bytes that the workload needs at least.
     pub memory: Memory,
     /// The three countings, where the workload was executed and audited.
@@ -181,7 +202,7 @@ fn one_or_many<S: serde::Serializer>(workloads: &[Workload], s: S) -> Result<S::
 }
 
 impl Report {
-    /// A report of `workload`, whose sums are `tally`.
+    /// A report of `workload`, whose sums are `tally` as `structure` counts them.
     ///
     /// # Errors
     /// Totals past 128 bits.
@@ -189,6 +210,7 @@ impl Report {
         command: &str,
         model: &str,
         workload: Vec<Workload>,
+        structure: Structure,
         prices: &Prices,
         tally: &Tally,
     ) -> Result<Self> {
@@ -201,6 +223,10 @@ impl Report {
                 seconds: None,
             })
         });
+        let notebook_table = match (structure, workload.as_slice()) {
+            (Structure::Notebook, [workload]) => notebook::table(workload, prices)?,
+            (_, _) => None,
+        };
         let total = tally.sum(|_, _| true)?;
         let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
         Ok(Self {
@@ -217,12 +243,15 @@ impl Report {
                 },
             },
             workload,
-            structure: "exact".into(),
+            structure,
             prices: prices.clone(),
             total_flops: prices.flops(&total)?,
             lora_flops: prices.flops(&lora)?,
             primitives: total.primitives(),
+            matmul_macs: total.macs,
+            matmul_outputs: total.outputs,
             rows: rows.collect::<Result<_>>()?,
+            notebook_table,
             audit: None,
             generation: None,
         })

@@ -5,12 +5,20 @@ use std::io::{IsTerminal, Write};
 use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
-use super::{AuditReport, GenerationReport, Report};
-use crate::{error::Result, ledger::Phase, workload::Task};
+use super::{
+    AuditReport, GenerationReport, Report,
+    figures::{bytes, digits, human, rate, three_digits},
+};
+use crate::{
+    analytic::notebook::TableRow,
+    error::Result,
+    ledger::Phase,
+    workload::{Task, Workload},
+};
 
-const GOOD: Style = AnsiColor::Green.on_default().bold();
-const BAD: Style = AnsiColor::Red.on_default().bold();
-const FAINT: Style = Style::new().dimmed();
+pub(super) const GOOD: Style = AnsiColor::Green.on_default().bold();
+pub(super) const BAD: Style = AnsiColor::Red.on_default().bold();
+pub(super) const FAINT: Style = Style::new().dimmed();
 
 /// Prints `report` to standard output.
 ///
@@ -30,7 +38,11 @@ pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()
     if let Some(generation) = &report.generation {
         speeds(out, report, generation)?;
     }
-    writeln!(out, "\n{}\n", components(report, unicode).trim_fmt())?;
+    let table = match &report.notebook_table {
+        Some(rows) => notebook(rows, unicode),
+        None => components(report, unicode),
+    };
+    writeln!(out, "\n{}\n", table.trim_fmt())?;
     totals(out, report)?;
     if let Some(audit) = &report.audit {
         verdict(out, audit, unicode)?;
@@ -42,27 +54,7 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
     for workload in &report.workload {
-        let what = match workload.task {
-            Task::Forward { batch, seq, past, .. } => {
-                format!("forward, batch {batch}, {seq} tokens after {past} cached")
-            }
-            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
-                "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
-                if kv_cache { "KV cache" } else { "no KV cache" },
-                match sampling.temperature {
-                    0.0 => "greedy".into(),
-                    t => format!("temperature {t}"),
-                }
-            ),
-        };
-        let lora = match workload.lora.rank {
-            0 => String::new(),
-            r => format!(
-                ", LoRA rank {r} on {}",
-                workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
-            ),
-        };
-        writeln!(out, "workload  {what}{lora}")?;
+        writeln!(out, "workload  {}", describe(workload))?;
     }
     let [weights, cache, activations] =
         [memory.weights_bytes, memory.kv_cache_bytes, memory.activations_bytes]
@@ -73,6 +65,36 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
         "memory    {weights} of weights, {cache} of KV cache, {activations} of activations, {dtype}"
     )?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+}
+
+/// A workload in one line.
+pub fn describe(workload: &Workload) -> String {
+    let lora = match workload.lora.rank {
+        0 => String::new(),
+        r => format!(
+            ", LoRA rank {r} on {}",
+            workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
+        ),
+    };
+    let what = match workload.task {
+        Task::Forward { batch, seq, past, .. } => {
+            format!("forward, batch {batch}, {seq} tokens after {past} cached")
+        }
+        Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
+            "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
+            if kv_cache { "KV cache" } else { "no KV cache" },
+            match sampling.temperature {
+                0.0 => "greedy".into(),
+                t => format!("temperature {t}"),
+            }
+        ),
+        Task::Train { batch, seq, accumulate, steps, full } => format!(
+            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {seq} tokens",
+            if full { "every weight" } else { "the adapters" }
+        ),
+        Task::Evaluate { batch, seq } => format!("evaluate batch {batch}, {seq} tokens"),
+    };
+    what + &lora
 }
 
 fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) -> Result<()> {
@@ -98,6 +120,20 @@ fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) 
     Ok(())
 }
 
+/// The notebook's own table, with its names, order, digits and blanks.
+fn notebook(rows: &[TableRow], unicode: bool) -> Table {
+    let mut table = new_table(unicode);
+    let kinds = ["additions", "multiplications", "divisions", "exponentiations", "square roots"];
+    table.set_header([""].into_iter().chain(kinds).chain(["total"]));
+    for row in rows {
+        let filled = if row.blank_end { kinds.len() - 1 } else { kinds.len() + 1 };
+        let figures = row.flops.iter().chain([&row.total]).take(filled).map(|n| three_digits(*n));
+        table.add_row([row.name.clone()].into_iter().chain(figures));
+    }
+    align(&mut table, 1);
+    table
+}
+
 /// Components down, phases across.
 fn components(report: &Report, unicode: bool) -> Table {
     let mut phases: Vec<Phase> = report.rows.iter().map(|r| r.phase).collect();
@@ -106,9 +142,12 @@ fn components(report: &Report, unicode: bool) -> Table {
     parts.sort();
     parts.dedup();
     let timed = report.rows.iter().any(|r| r.seconds.is_some());
+    // Formulas list no ops.
+    let listed = report.rows.iter().any(|r| r.calls > 0);
 
     let mut table = new_table(unicode);
-    let mut head = vec!["component".to_string(), "calls".into()];
+    let mut head = vec!["component".to_string()];
+    head.extend(listed.then(|| "calls".to_string()));
     head.extend(phases.iter().map(|p| format!("{p} FLOPs")));
     head.extend(["total FLOPs".into(), "share".into()]);
     head.extend(timed.then(|| "time".to_string()));
@@ -116,7 +155,8 @@ fn components(report: &Report, unicode: bool) -> Table {
     let mut line = |name: String, of: &dyn Fn(&&super::Row) -> bool| {
         let rows = || report.rows.iter().filter(of);
         let flops: u128 = rows().map(|r| r.flops).sum();
-        let mut cells = vec![name, digits(rows().map(|r| r.calls).sum())];
+        let mut cells = vec![name];
+        cells.extend(listed.then(|| digits(rows().map(|r| r.calls).sum())));
         cells.extend(phases.iter().map(|phase| {
             let of_phase = rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>();
             if of_phase == 0 { "-".into() } else { human(of_phase as f64) }
@@ -133,7 +173,7 @@ fn components(report: &Report, unicode: bool) -> Table {
         line(part.to_string(), &|r| r.component == part);
     }
     line("total".into(), &|_| true);
-    align(&mut table);
+    align(&mut table, 1);
     table
 }
 
@@ -207,78 +247,16 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
     Ok(())
 }
 
-fn new_table(unicode: bool) -> Table {
+pub(super) fn new_table(unicode: bool) -> Table {
     let line = if unicode { '─' } else { '-' };
     let mut table = Table::new();
     table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, line)));
     table
 }
 
-/// Names to the left, figures to the right.
-fn align(table: &mut Table) {
-    for column in table.column_iter_mut().skip(1) {
+/// Names in the first columns to the left, figures to the right.
+pub(super) fn align(table: &mut Table, names: usize) {
+    for column in table.column_iter_mut().skip(names) {
         column.set_cell_alignment(CellAlignment::Right);
-    }
-}
-
-/// An exact integer with thousands separators.
-pub fn digits(n: u128) -> String {
-    let plain = n.to_string();
-    let mut out = String::with_capacity(plain.len() * 4 / 3);
-    for (i, c) in plain.chars().enumerate() {
-        if i > 0 && (plain.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
-}
-
-/// A figure with an SI prefix, four significant digits.
-pub fn human(n: f64) -> String {
-    const PREFIXES: [&str; 9] = ["", " k", " M", " G", " T", " P", " E", " Z", " Y"];
-    if n < 1e3 {
-        return format!("{n:.0}");
-    }
-    let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
-    let scaled = n / 1e3f64.powi(thousands as i32);
-    let decimals = if scaled < 10.0 {
-        3
-    } else if scaled < 100.0 {
-        2
-    } else {
-        1
-    };
-    format!("{scaled:.decimals$}{}", PREFIXES[thousands])
-}
-
-fn rate(flops_per_s: f64) -> String {
-    let text = human(flops_per_s);
-    let space = if text.contains(' ') { "" } else { " " };
-    format!("{text}{space}FLOP/s")
-}
-
-/// Bytes with an SI prefix.
-pub fn bytes(n: f64) -> String {
-    let text = human(n);
-    let space = if text.contains(' ') { "" } else { " " };
-    format!("{text}{space}B")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn figures_for_people() {
-        assert_eq!(digits(0), "0");
-        assert_eq!(digits(528_364_863_488), "528,364,863,488");
-        assert_eq!(digits(100), "100");
-        assert_eq!(human(999.0), "999");
-        assert_eq!(human(1e3), "1.000 k");
-        assert_eq!(human(996_610_048.0), "996.6 M");
-        assert_eq!(human(1e12), "1.000 T");
-        assert_eq!(rate(12.0), "12 FLOP/s");
-        assert_eq!(bytes(1.976e9), "1.976 GB");
     }
 }

@@ -1,20 +1,19 @@
-//! JSON, to stdout or to a file that appears whole or not at all.
+//! Machine-readable output, to stdout or to a file that appears whole or not at all.
 
 use std::{
     fs::File,
-    io::Write,
+    io::{BufWriter, Write},
     path::{Path, PathBuf},
 };
 
 use anyhow::Context;
 use tempfile::NamedTempFile;
 
-use super::Report;
 use crate::error::{Error, Result};
 
-/// Where the JSON goes; opened before the work starts, so that a bad path fails at once.
+/// Where JSON or CSV goes; opened before the work starts, so that a bad path fails at once.
 #[derive(Debug)]
-pub enum JsonOutput {
+pub enum Target {
     /// Standard output, and nothing else there.
     Stdout,
     /// A temporary file beside its final name.
@@ -23,8 +22,8 @@ pub enum JsonOutput {
     Special(File),
 }
 
-impl JsonOutput {
-    /// Opens the target of `--json`; `-` is standard output.
+impl Target {
+    /// Opens what `--json` or `--csv` names; `-` is standard output.
     ///
     /// # Errors
     /// A path that cannot be written.
@@ -33,10 +32,10 @@ impl JsonOutput {
             return Ok(Self::Stdout);
         }
         let bad = |why: String| Error::File { file: target.into(), why };
-        let unwritable = |e: std::io::Error| bad(format!("cannot be written: {e}"));
         if target.is_dir() {
             return Err(bad("is a directory, not a file to write".into()).into());
         }
+        let unwritable = |e: std::io::Error| bad(format!("cannot be written: {e}"));
         if target.exists() && !target.is_file() {
             let file = File::options().write(true).open(target).map_err(unwritable)?;
             return Ok(Self::Special(file));
@@ -52,28 +51,42 @@ impl JsonOutput {
         Ok(Self::File(file, target))
     }
 
-    /// Writes the report.
+    /// Writes `value` as JSON.
     ///
     /// # Errors
     /// A full disk, or a closed pipe.
-    pub fn write(self, report: &Report) -> Result<()> {
+    pub fn write(self, value: &impl serde::Serialize) -> Result<()> {
+        self.write_with(|out| {
+            // As an io::Error, so that a closed pipe is seen as one.
+            serde_json::to_writer_pretty(&mut *out, value).map_err(std::io::Error::from)?;
+            Ok(writeln!(out)?)
+        })
+    }
+
+    /// Writes what `content` writes.
+    ///
+    /// # Errors
+    /// A full disk, or a closed pipe.
+    pub fn write_with(self, content: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
         match self {
-            Self::Stdout => write(std::io::stdout().lock(), report),
-            Self::Special(file) => write(file, report),
-            Self::File(mut file, target) => {
+            Self::Stdout => {
+                let mut out = BufWriter::new(std::io::stdout().lock());
+                content(&mut out)?;
+                Ok(out.flush()?)
+            }
+            Self::Special(file) => {
+                let mut out = BufWriter::new(file);
+                content(&mut out)?;
+                Ok(out.flush()?)
+            }
+            Self::File(file, target) => {
                 let name = || target.display().to_string();
-                write(&mut file, report).with_context(name)?;
+                let mut out = BufWriter::new(file);
+                content(&mut out).with_context(name)?;
+                let file = out.into_inner().map_err(|e| e.into_error()).with_context(name)?;
                 file.as_file().sync_all().with_context(name)?;
                 file.persist(&target).map(drop).with_context(name)
             }
         }
     }
-}
-
-fn write(mut out: impl Write, report: &Report) -> Result<()> {
-    // Whole in memory first: a failing pipe then fails as a pipe.
-    let text = serde_json::to_string_pretty(report)?;
-    out.write_all(text.as_bytes())?;
-    out.write_all(b"\n")?;
-    Ok(out.flush()?)
 }

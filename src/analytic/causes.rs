@@ -1,0 +1,213 @@
+//! Why one structure's total is not another's: what it counts in place of what.
+
+use serde::{Serialize, Serializer};
+
+use crate::prices::{Cost, Primitives};
+
+/// Something that a structure does differently from what is executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Cause {
+    /// Each step feeds its whole context.
+    NoCache,
+    /// Logits of every position.
+    AllLogits,
+    /// Keys and values as wide as the hidden state.
+    MultiHead,
+    /// Queries as wide as the hidden state.
+    QueryWidth,
+    /// RoPE as a dense product.
+    DenseRope,
+    /// Scores scaled, not queries.
+    ScaledScores,
+    /// Softmax without its maximum.
+    SoftmaxMax,
+    /// SiLU's sign change.
+    SiluSign,
+    /// RMSNorm's epsilon.
+    Epsilon,
+    /// A bias on the head.
+    HeadBias,
+    /// Adapters elsewhere than they are.
+    LoraTargets,
+    /// The value adapter as wide as the hidden state.
+    LoraWidth,
+    /// Choosing tokens.
+    Sampling,
+    /// A mul and an add for each product of a sum.
+    FirstAdd,
+    /// Gains and biases in N.
+    Vectors,
+    /// The embedding in N.
+    Embedding,
+    /// No head in N.
+    Head,
+    /// No attention scores.
+    Scores,
+    /// Half of the attention scores.
+    MaskedHalf,
+    /// No adapters.
+    LoraProducts,
+    /// No bias adds.
+    Biases,
+    /// No norms.
+    Norms,
+    /// No rotation.
+    Rotation,
+    /// No cosines and sines.
+    RotaryTables,
+    /// No scaling of the queries.
+    ScaledQueries,
+    /// No mask.
+    Mask,
+    /// No softmax.
+    Softmax,
+    /// No SiLU and gate.
+    SwiGlu,
+    /// No residual additions.
+    Residuals,
+    /// No scaling and adding of adapters.
+    LoraSums,
+    /// No weight gradients of frozen weights.
+    FrozenWeights,
+    /// No gradients below the first adapter.
+    BelowAdapters,
+    /// Another price of a primitive, or of a matmul.
+    Price(&'static str),
+}
+
+impl Cause {
+    /// A few words, as the table names it.
+    pub fn name(self) -> String {
+        match self {
+            Self::NoCache => "no KV cache",
+            Self::AllLogits => "logits of every position",
+            Self::MultiHead => "multi-head k and v, not grouped",
+            Self::QueryWidth => "q and o as wide as the model",
+            Self::DenseRope => "dense RoPE product",
+            Self::ScaledScores => "scores scaled, not queries",
+            Self::SoftmaxMax => "softmax without its maximum",
+            Self::SiluSign => "SiLU without its sign change",
+            Self::Epsilon => "RMSNorm without epsilon",
+            Self::HeadBias => "a bias on the head",
+            Self::LoraTargets => "LoRA on q and v whatever is adapted",
+            Self::LoraWidth => "LoRA on v as wide as the model",
+            Self::Sampling => "choice of tokens",
+            Self::FirstAdd => "an add for each product of a sum",
+            Self::Vectors => "gains and biases in N",
+            Self::Embedding => "embedding in N",
+            Self::Head => "head not in N",
+            Self::Scores => "attention scores left out",
+            Self::MaskedHalf => "masked half of attention left out",
+            Self::LoraProducts => "LoRA left out",
+            Self::Biases => "bias adds left out",
+            Self::Norms => "norms left out",
+            Self::Rotation => "RoPE left out",
+            Self::RotaryTables => "rotary tables left out",
+            Self::ScaledQueries => "scaling of queries left out",
+            Self::Mask => "causal mask left out",
+            Self::Softmax => "softmax left out",
+            Self::SwiGlu => "SiLU and gate left out",
+            Self::Residuals => "residual adds left out",
+            Self::LoraSums => "LoRA's scale and sum left out",
+            Self::FrozenWeights => "no gradients of frozen weights",
+            Self::BelowAdapters => "no gradients below the first adapters",
+            Self::Price(what) => return format!("price of {what}"),
+        }
+        .into()
+    }
+
+    /// One sentence: what is counted in place of what.
+    pub fn why(self) -> String {
+        match self {
+            Self::NoCache => "each pass runs over its whole context; a cache feeds new tokens only",
+            Self::AllLogits => "final norm and head over all positions; only the last was asked for",
+            Self::MultiHead => "k and v projections D wide; grouped heads make them K*d wide",
+            Self::QueryWidth => "q and o taken D wide; this config's heads make them H*d wide",
+            Self::DenseRope => {
+                "a D x D rotation matrix, zeros included, for q and for k; a rotation of pairs takes 2 muls and 1 add an element"
+            }
+            Self::ScaledScores => {
+                "each of T x T scores divided by a root taken in every layer; the executed model multiplies each query once"
+            }
+            Self::SoftmaxMax => "exp(x) / sum; executed is exp(x - max), a cmp and a sub a score",
+            Self::SiluSign => "x / (1 + exp(-x)) without negating x",
+            Self::Epsilon => "no add of epsilon under each root",
+            Self::HeadBias => "an add a logit; the head has no bias",
+            Self::LoraTargets => "adapters counted on q and v; others are adapted",
+            Self::LoraWidth => "v's adapter D wide in its output; it is K*d wide",
+            Self::Sampling => {
+                "nothing, or a plain softmax; executed are comparisons, temperature, penalties, top-p and the draw"
+            }
+            Self::FirstAdd => "a sum of k products as k muls and k adds; it takes k - 1 adds",
+            Self::Vectors => "gains and biases multiplied by every token as matrices are",
+            Self::Embedding => "the embedding multiplied by every token; it is looked up",
+            Self::Head => "the head goes with the embeddings; it is a product of D x V",
+            Self::Scores => "no q*k and no weighted values, which grow with the context",
+            Self::MaskedHalf => "half of the T x T scores; kernels without causal skipping compute all",
+            Self::LoraProducts => "no A and B products",
+            Self::Biases => "no adds of q, k and v biases",
+            Self::Norms => "no squares, roots, divisions and gains of RMSNorm",
+            Self::Rotation => "no rotation of q and k",
+            Self::RotaryTables => "no cosines and sines of the positions, computed once",
+            Self::ScaledQueries => "no factor 1/sqrt(d)",
+            Self::Mask => "no add of 0 or -inf to each score",
+            Self::Softmax => "no exponentials, sums and divisions of the scores",
+            Self::SwiGlu => "no activation and gate of the MLP",
+            Self::Residuals => "no adds to the residual stream",
+            Self::LoraSums => "no scale and no sum beside the adapted projections",
+            Self::FrozenWeights => {
+                "backward is not 2 x forward: weights that are not trained get no gradient"
+            }
+            Self::BelowAdapters => {
+                "backward is not 2 x forward: nothing is computed towards what lies before every trained weight"
+            }
+            Self::Price(_) => "the two price lists differ",
+        }
+        .into()
+    }
+}
+
+impl Serialize for Cause {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.name())
+    }
+}
+
+/// One cause's size: what a structure counts, in place of what is executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Term {
+    /// The cause.
+    pub cause: Cause,
+    /// What the structure counts.
+    pub counts: Cost,
+    /// What it stands for.
+    pub instead_of: Cost,
+}
+
+impl Term {
+    /// `counts` in place of `instead_of`.
+    pub(super) fn swap(cause: Cause, counts: Cost, instead_of: Cost) -> Self {
+        Self { cause, counts, instead_of }
+    }
+
+    /// Counted, and not executed.
+    pub(super) fn more(cause: Cause, counts: Cost) -> Self {
+        Self::swap(cause, counts, Cost::default())
+    }
+
+    /// Executed, and not counted.
+    pub(super) fn less(cause: Cause, instead_of: Cost) -> Self {
+        Self::swap(cause, Cost::default(), instead_of)
+    }
+
+    /// Executed primitives that are not counted.
+    pub(super) fn none_of(cause: Cause, other: Primitives) -> Self {
+        Self::less(cause, Cost { other, ..Cost::default() })
+    }
+
+    /// `n` such terms; none past 128 bits.
+    pub(super) fn checked_mul(self, n: u128) -> Option<Self> {
+        let (counts, instead_of) = (self.counts.checked_mul(n)?, self.instead_of.checked_mul(n)?);
+        Some(Self { counts, instead_of, ..self })
+    }
+}

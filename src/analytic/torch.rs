@@ -1,0 +1,128 @@
+//! What PyTorch's `FlopCounterMode` would report: 2·m·n·k of each mm, addmm and bmm dispatched,
+//! forward and backward; everything else counts 0.
+//!
+//! Source: torch/utils/flop_counter.py. Autograd computes a product's gradients only towards what
+//! needs one: with a frozen base, weights get none, and in the lowest adapted layer nothing is
+//! computed towards its input.
+
+use super::{
+    moments::Moments,
+    pieces::{macs, micro_steps, times},
+};
+use crate::{
+    config::{LoraConfig, ModelConfig, Projection},
+    error::Result,
+    ledger::Phase,
+    tally::{Component, Sum, Tally},
+    workload::{Task, Workload},
+};
+
+/// A product of the forward pass, and towards which of its two sides a gradient is computed: each
+/// is a product of as many multiply-accumulates.
+struct Product {
+    component: Component,
+    macs: u128,
+    /// Towards the left side: an activation.
+    left: bool,
+    /// Towards the right side: a weight, or another activation.
+    right: bool,
+}
+
+/// What is dispatched for `workload`. In a forward pass, that is every matmul that runs, so that
+/// the total is the exact structure's under prices of matmuls alone.
+pub(super) fn count(workload: &Workload) -> Result<Tally> {
+    let Workload { model, lora, task, .. } = workload;
+    let mut tally = Tally::default();
+    let (trains, full) = match *task {
+        Task::Train { full, .. } => (true, full),
+        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => (false, false),
+    };
+    let runs = micro_steps(task);
+    let upper = model.num_hidden_layers as u128 - 1;
+    for (phase, moments) in Moments::of(task) {
+        if moments.passes == 0 {
+            continue;
+        }
+        moments.check(model)?;
+        // The embedding's output needs a gradient only where the embedding is trained; whatever is
+        // trained in the lowest layer, its output does.
+        let lowest = layer(model, lora, &moments, full, full);
+        let others = layer(model, lora, &moments, full, true);
+        let head = Product {
+            component: Component::LmHead,
+            macs: moments.head_rows * model.hidden_size as u128 * model.vocab_size as u128,
+            left: true,
+            right: full,
+        };
+        let products = lowest.into_iter().map(|p| (1, p));
+        let products = products.chain(others.into_iter().map(|p| (upper, p))).chain([(1, head)]);
+        for (layers, product) in products {
+            let one = times(runs, times(layers, macs(product.macs))?)?;
+            tally.add(phase, product.component, Sum { calls: 0, cost: one })?;
+            if trains {
+                let gradients = u128::from(product.left) + u128::from(product.right);
+                let cost = times(gradients, one)?;
+                tally.add(Phase::Backward, product.component, Sum { calls: 0, cost })?;
+            }
+        }
+    }
+    Ok(tally)
+}
+
+/// The products of one layer whose input needs a gradient or not.
+fn layer(
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    m: &Moments,
+    full: bool,
+    input: bool,
+) -> Vec<Product> {
+    use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+    let mut list = Layer { model, lora, rows: m.rows, full, products: vec![] };
+    let q = list.projection(QProj, input);
+    let k = list.projection(KProj, input);
+    let v = list.projection(VProj, input);
+    let weights = list.attention(m, q, k);
+    let mixed = list.attention(m, weights, v);
+    let residual = list.projection(OProj, mixed) || input;
+    let gate = list.projection(GateProj, residual);
+    let up = list.projection(UpProj, residual);
+    list.projection(DownProj, gate || up);
+    list.products
+}
+
+struct Layer<'a> {
+    model: &'a ModelConfig,
+    lora: &'a LoraConfig,
+    rows: u128,
+    full: bool,
+    products: Vec<Product>,
+}
+
+impl Layer<'_> {
+    /// A projection and its adapter; whether its output needs a gradient.
+    fn projection(&mut self, projection: Projection, input: bool) -> bool {
+        let (k, n) = projection.widths(self.model);
+        let (k, n, r) = (k as u128, n as u128, self.lora.rank as u128);
+        let adapted = self.lora.adapts(projection);
+        let component = Component::Proj(projection);
+        let macs = self.rows * k * n;
+        self.products.push(Product { component, macs, left: input, right: self.full });
+        if adapted {
+            let component = Component::Lora(projection);
+            // B's input, A x, depends on A, which is trained.
+            self.products.extend([
+                Product { component, macs: self.rows * k * r, left: input, right: true },
+                Product { component, macs: self.rows * r * n, left: true, right: true },
+            ]);
+        }
+        input || self.full || adapted
+    }
+
+    /// Scores of queries and keys, or values weighted by scores: d a head and score.
+    fn attention(&mut self, m: &Moments, left: bool, right: bool) -> bool {
+        let macs = m.scores * self.model.q_width() as u128;
+        self.products.push(Product { component: Component::Attention, macs, left, right });
+        left || right
+    }
+}

@@ -1,0 +1,31 @@
+//! The flags of a workload that need not run.
+
+use clap::Args;
+
+use super::args::{DtypeArg, LoraArgs, ModelArgs};
+use crate::{
+    error::Result,
+    workload::{Task, Workload},
+};
+
+/// Its dimensions, model and adapters.
+#[derive(Debug, Args)]
+pub struct WorkloadArgs<T: Args> {
+    #[command(flatten)]
+    pub task: T,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub lora: LoraArgs,
+    #[command(flatten)]
+    dtype: DtypeArg,
+}
+
+impl<T: Args> WorkloadArgs<T> {
+    /// The workload of `task`, and where its config came from.
+    pub fn of(&self, task: Task) -> Result<(Workload, String)> {
+        let (model, origin) = self.model.config_only()?;
+        let lora = self.lora.config(&model)?;
+        Ok((Workload { model, lora, dtype: self.dtype.dtype, task }, origin))
+    }
+}

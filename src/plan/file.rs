@@ -1,0 +1,285 @@
+//! The plan as its TOML file states it, and the line and key of whatever is wrong with it.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::values::{Count, CountOrMax, Flops, Grid, Natural, Rate};
+use crate::{
+    config::Projection,
+    error::{Error, Result},
+};
+
+/// The whole file. Absent keys have the command line's defaults; the budget's is 1e17 FLOPs.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlanFile {
+    /// What there is to spend.
+    #[serde(default = "default_budget")]
+    pub budget: Flops,
+    /// Which ops are counted.
+    pub structure: Option<String>,
+    /// What they cost: a preset, or a TOML file beside the plan.
+    pub prices: Option<String>,
+    /// The model, as a published size …
+    pub preset: Option<String>,
+    /// … or as a `config.json` beside the plan.
+    pub config: Option<PathBuf>,
+    /// What is to be run, in order.
+    #[serde(default, rename = "experiment")]
+    pub experiments: Vec<ExperimentTable>,
+}
+
+fn default_budget() -> Flops {
+    Flops(10u128.pow(17))
+}
+
+/// What an experiment does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Steps of training.
+    Train,
+    /// Forward passes with a loss.
+    Evaluate,
+    /// New tokens after a prompt.
+    Generate,
+}
+
+impl Kind {
+    /// As the file spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Evaluate => "evaluate",
+            Self::Generate => "generate",
+        }
+    }
+
+    /// The keys that mean something for this kind, beside those of every kind.
+    const fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Train => &["seq", "steps", "accumulate", "full"],
+            Self::Evaluate => &["seq"],
+            Self::Generate => &[
+                "prompt_tokens",
+                "new_tokens",
+                "kv_cache",
+                "temperature",
+                "top_k",
+                "top_p",
+                "repeat_penalty",
+            ],
+        }
+    }
+}
+
+const KEYS_OF_ALL: [&str; 7] =
+    ["name", "kind", "batch", "lora_rank", "lora_targets", "learning_rate", "seed"];
+
+/// One `[[experiment]]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExperimentTable {
+    /// How tables call it; its kind and place otherwise.
+    pub name: Option<String>,
+    /// What it does.
+    pub kind: Kind,
+    /// Sequences of a step, a pass or a generation.
+    pub batch: Option<Grid<Count>>,
+    /// Tokens of each sequence.
+    pub seq: Option<Grid<Count>>,
+    /// Optimizer steps.
+    pub steps: Option<CountOrMax>,
+    /// Batches of each optimizer step.
+    pub accumulate: Option<Count>,
+    /// Every weight is trained, not the adapters alone.
+    pub full: Option<bool>,
+    /// Tokens of each prompt.
+    pub prompt_tokens: Option<Grid<Count>>,
+    /// Tokens chosen for each sequence.
+    pub new_tokens: Option<CountOrMax>,
+    /// Without a cache, each pass runs over the whole context.
+    pub kv_cache: Option<bool>,
+    /// 0 is greedy.
+    pub temperature: Option<f64>,
+    /// Draw among the k likeliest.
+    pub top_k: Option<Count>,
+    /// Draw among the likeliest that together hold this probability.
+    pub top_p: Option<f64>,
+    /// Factor against tokens already seen.
+    pub repeat_penalty: Option<f64>,
+    /// Rank of the adapters; 0 is none.
+    pub lora_rank: Option<Grid<Natural>>,
+    /// Adapted projections.
+    pub lora_targets: Option<Vec<Projection>>,
+    /// One run each; they cost the same.
+    pub learning_rate: Option<Grid<Rate>>,
+    /// One run each; they cost the same.
+    pub seed: Option<Grid<Natural>>,
+}
+
+/// A parsed plan file that still knows where each key stands.
+#[derive(Debug)]
+pub struct Source<'a> {
+    file: &'a Path,
+    text: &'a str,
+    table: Spanned<DeTable<'a>>,
+}
+
+impl<'a> Source<'a> {
+    /// Reads the text of a plan file.
+    ///
+    /// # Errors
+    /// Invalid TOML, an unknown key, or a value that its key cannot have: file, line and key.
+    pub fn parse(file: &'a Path, text: &'a str) -> Result<(Self, PlanFile)> {
+        let start = |e: &toml::de::Error| e.span().map_or(0, |span| span.start);
+        let bad = |e: &toml::de::Error, key: Option<&str>| {
+            let why = e.message().replace('\n', ", ");
+            // serde names an unknown key again.
+            let why = match key.and_then(|k| why.strip_prefix(&format!("unknown field `{k}`"))) {
+                Some(expected) => format!("is unknown{expected}"),
+                None => why,
+            };
+            fail(file, line(text, start(e)), key, &why)
+        };
+        let table = DeTable::parse(text).map_err(|e| bad(&e, written_key(text, start(&e))))?;
+        let plan: PlanFile =
+            toml::from_str(text).map_err(|e| bad(&e, key_at(table.get_ref(), start(&e))))?;
+        let source = Self { file, text, table };
+        if plan.experiments.is_empty() {
+            return Err(source.fail(
+                None,
+                "experiment",
+                "is missing: a plan needs an [[experiment]]",
+            ));
+        }
+        for (index, experiment) in plan.experiments.iter().enumerate() {
+            source.check_keys(index, experiment.kind)?;
+        }
+        Ok((source, plan))
+    }
+
+    /// Refuses keys that mean nothing for an experiment's kind.
+    fn check_keys(&self, index: usize, kind: Kind) -> Result<()> {
+        let keys = self.experiment(index).into_iter().flat_map(DeTable::keys);
+        let known = |key: &str| KEYS_OF_ALL.contains(&key) || kind.keys().contains(&key);
+        match keys.map(|key| key.get_ref().as_ref()).find(|key| !known(key)) {
+            None => Ok(()),
+            Some(key) => {
+                let why = format!("means nothing where kind = \"{}\"", kind.name());
+                Err(self.fail(Some(index), key, &why))
+            }
+        }
+    }
+
+    /// The error that `key`, of an experiment or of the plan itself, is wrong in its value.
+    pub fn fail(&self, experiment: Option<usize>, key: &str, why: &str) -> anyhow::Error {
+        fail(self.file, self.line(experiment, key), Some(key), why)
+    }
+
+    /// The line of a key, of the experiment if it lacks the key, or the first line.
+    pub fn line(&self, experiment: Option<usize>, key: &str) -> usize {
+        let table = match experiment {
+            Some(index) => self.experiment(index),
+            None => Some(self.table.get_ref()),
+        };
+        let found = table.and_then(|table| table.get_key_value(key)).map(|(key, _)| key.span());
+        let header = || self.list().and_then(|list| Some(list.get(experiment?)?.span()));
+        line(self.text, found.or_else(header).map_or(0, |span| span.start))
+    }
+
+    fn list(&self) -> Option<&[Spanned<DeValue<'a>>]> {
+        self.table.get_ref().get("experiment")?.get_ref().as_array().map(|list| &list[..])
+    }
+
+    fn experiment(&self, index: usize) -> Option<&DeTable<'a>> {
+        self.list()?.get(index)?.get_ref().as_table()
+    }
+}
+
+fn fail(file: &Path, line: usize, key: Option<&str>, why: &str) -> anyhow::Error {
+    let key = key.map_or(String::new(), |key| format!("`{key}` "));
+    Error::File { file: file.into(), why: format!("line {line}: {key}{why}") }.into()
+}
+
+/// The line, from 1, of a byte.
+fn line(text: &str, at: usize) -> usize {
+    1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count()
+}
+
+/// What stands before the `=` in the line of a byte, where the text is no TOML.
+fn written_key(text: &str, at: usize) -> Option<&str> {
+    let (key, _) = text.lines().nth(line(text, at) - 1)?.split_once('=')?;
+    Some(key.trim()).filter(|key| !key.is_empty())
+}
+
+/// The innermost key that holds the byte, itself or in its value.
+fn key_at<'a>(table: &'a DeTable<'_>, at: usize) -> Option<&'a str> {
+    table.iter().find_map(|(key, value)| {
+        let inner = match value.get_ref() {
+            DeValue::Table(table) => key_at(table, at),
+            DeValue::Array(list) => {
+                list.iter().filter_map(|v| v.get_ref().as_table()).find_map(|t| key_at(t, at))
+            }
+            _ => None,
+        };
+        let holds = key.span().contains(&at) || value.span().contains(&at);
+        inner.or_else(|| holds.then(|| key.get_ref().as_ref()))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        let error = Source::parse(Path::new("b.toml"), text).unwrap_err().to_string();
+        assert_eq!(error.lines().count(), 1, "{error}");
+        error
+    }
+
+    #[test]
+    fn whatever_is_wrong_has_its_line_and_key() {
+        let head = "budget = \"1e17 FLOP\"\n[[experiment]]\nkind = \"train\"\n";
+        for (text, parts) in [
+            ("", &["b.toml: line 1: `experiment`", "missing"][..]),
+            ("budget = 1e17\n", &["line 1: `budget`", "no unit", "\"100 PFLOP\""]),
+            ("\nbudget = 5\n", &["line 2: `budget`", "no unit"]),
+            ("budget = \"-5 PFLOP\"", &["line 1: `budget`", "negative"]),
+            ("budget = [1]", &["line 1: `budget`", "array"]),
+            ("# x\nbudgte = \"1e17 FLOP\"\n", &["line 2", "`budgte`", "`budget`"]),
+            ("a = = 3", &["line 1"]),
+            ("budget = \"1 PFLOP\"\nbudget = \"1 PFLOP\"", &["line 2", "budget"]),
+            ("[[experiment]]\nkind = \"dream\"", &["line 2: `kind`", "`dream`", "`train`"]),
+            ("\n[[experiment]]\nname = \"x\"\n", &["line 2: `experiment`", "`kind`"]),
+            ("[experiment]\nkind = \"train\"\n", &["line 1", "experiment"]),
+            (&format!("{head}stesp = 3"), &["line 4", "`stesp`"]),
+            (&format!("{head}steps = -3"), &["line 4: `steps`", "negative"]),
+            (&format!("{head}steps = 0"), &["line 4: `steps`", "at least 1"]),
+            (&format!("{head}steps = \"most\""), &["line 4: `steps`", "\"max\""]),
+            (&format!("{head}steps = 1.5"), &["line 4: `steps`", "1.5"]),
+            (&format!("{head}batch = \"x\""), &["line 4: `batch`", "whole number"]),
+            (&format!("{head}seq = []"), &["line 4: `seq`", "empty"]),
+            (&format!("{head}seq = [512, -1]"), &["line 4: `seq`", "negative"]),
+            (&format!("{head}learning_rate = 0"), &["line 4: `learning_rate`", "above 0"]),
+            (&format!("{head}learning_rate = [1e-4, nan]"), &["`learning_rate`", "nan"]),
+            (&format!("{head}lora_targets = [\"q\"]"), &["line 4: `lora_targets`", "`q`"]),
+            (&format!("{head}kv_cache = true"), &["line 4: `kv_cache`", "kind = \"train\""]),
+            (&format!("{head}name = 3"), &["line 4: `name`", "string"]),
+            (
+                &format!("{head}\n[[experiment]]\nkind = \"evaluate\"\n\nsteps = 2"),
+                &["line 8: `steps`", "evaluate"],
+            ),
+        ] {
+            let error = refused(text);
+            for part in parts {
+                assert!(error.contains(part), "{text}\n{error}\nlacks {part}");
+            }
+        }
+    }
+}

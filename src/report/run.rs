@@ -1,0 +1,108 @@
+//! A finished run, read back from its JSON.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::SCHEMA_VERSION;
+use crate::{
+    analytic::Structure,
+    error::{Error, Result},
+    prices::{Cost, Prices, Primitives},
+    workload::Workload,
+};
+
+/// What a finished run says of itself: the part of [`super::Report`] that counting needs.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct FinishedRun {
+    schema_version: u32,
+    /// The subcommand.
+    pub command: String,
+    /// Where config and weights came from.
+    pub model: String,
+    /// What ran, in turn.
+    #[serde(deserialize_with = "one_or_many")]
+    pub workload: Vec<Workload>,
+    /// Which operations its total counts.
+    pub structure: Structure,
+    /// Under which prices.
+    pub prices: Prices,
+    /// Its total.
+    pub total_flops: u128,
+    /// What the total is made of.
+    pub primitives: Primitives,
+    matmul_macs: Option<u128>,
+    matmul_outputs: Option<u128>,
+    /// Whether its countings agreed, where they were compared.
+    pub balanced: Option<bool>,
+}
+
+impl FinishedRun {
+    /// Reads what `--json FILE` of `generate`, `audit` or `count` wrote.
+    ///
+    /// # Errors
+    /// A file that is none, of another schema, or with sizes that mean nothing.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bad = |why: String| Error::File { file: file.into(), why };
+        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let run: Self =
+            serde_json::from_str(&text).map_err(|e| bad(format!("is no finished run: {e}")))?;
+        if run.schema_version != SCHEMA_VERSION {
+            let found = run.schema_version;
+            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
+        }
+        if run.workload.is_empty() {
+            return Err(bad("holds no workload".into()).into());
+        }
+        for workload in &run.workload {
+            workload.model.validate(&file.display().to_string())?;
+            workload.validate().map_err(|e| bad(e.to_string()))?;
+        }
+        Ok(run)
+    }
+}
+
+impl FinishedRun {
+    /// FLOPs under `prices`. What the run states under its own must be what its primitives cost.
+    ///
+    /// # Errors
+    /// What is wrong with it, as the rest of a sentence.
+    pub fn flops(&self, prices: &Prices) -> Result<u128, String> {
+        let Some(cost) = self.cost(prices)? else { return Ok(self.total_flops) };
+        let own = self.prices.flops(&cost).map_err(|e| e.to_string())?;
+        if own != self.total_flops {
+            let stated = self.total_flops;
+            return Err(format!(
+                "states {stated} FLOPs, its primitives cost {own}: it was changed"
+            ));
+        }
+        prices.flops(&cost).map_err(|e| e.to_string())
+    }
+
+    /// What the run was made of; none where the report does not tell matmuls apart, and need not.
+    fn cost(&self, prices: &Prices) -> Result<Option<Cost>, String> {
+        let cost = match (self.matmul_macs, self.matmul_outputs) {
+            (Some(macs), Some(outputs)) => Cost::of(self.primitives, macs, outputs),
+            _ if self.prices == *prices && prices.mac.is_some() => return Ok(None),
+            _ if self.prices.mac.is_some() || prices.mac.is_some() => {
+                return Err("lacks `matmul_macs`, so it cannot be priced anew; run it again".into());
+            }
+            _ => Some(Cost { other: self.primitives, ..Cost::default() }),
+        };
+        let why = "has more `matmul_macs` than its primitives can hold: it was changed";
+        cost.map(Some).ok_or_else(|| why.into())
+    }
+}
+
+fn one_or_many<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<Workload>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(Box<Workload>),
+        Many(Vec<Workload>),
+    }
+    Ok(match OneOrMany::deserialize(d)? {
+        OneOrMany::One(workload) => vec![*workload],
+        OneOrMany::Many(workloads) => workloads,
+    })
+}

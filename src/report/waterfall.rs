@@ -1,0 +1,78 @@
+//! A reconciliation for people: one signed line a cause, and the total after each.
+
+use std::io::{IsTerminal, Write};
+
+use super::{
+    figures::{digits, signed},
+    table::{FAINT, align, describe, new_table},
+};
+use crate::{
+    analytic::Cause,
+    error::Result,
+    reconcile::{Reconciliation, Run, Total},
+};
+
+/// Prints `way` to standard output.
+///
+/// # Errors
+/// A closed pipe.
+pub fn print_way(way: &Reconciliation) -> Result<()> {
+    let unicode = std::io::stdout().is_terminal();
+    render_way(&mut anstream::stdout().lock(), way, unicode)
+}
+
+/// Writes `way`, with ANSI colour, to `out`.
+///
+/// # Errors
+/// What `out` reports.
+pub fn render_way(out: &mut impl Write, way: &Reconciliation, unicode: bool) -> Result<()> {
+    writeln!(out, "model     {}", way.model)?;
+    for workload in &way.workload {
+        writeln!(out, "workload  {}", describe(workload))?;
+    }
+    let mut table = new_table(unicode);
+    table.set_header(["cause", "by", "FLOPs", "share", "running total"]);
+    table.add_row([name(&way.from), "from".into(), digits(way.from.total_flops)]);
+    for step in &way.steps {
+        let share = step.share.map_or("-".into(), |share| format!("{:.2} %", 100.0 * share));
+        let by = step.of.name().into();
+        let total = signed(step.running_total);
+        let total = total.trim_start_matches('+').to_string();
+        table.add_row([step.cause.name(), by, signed(step.flops), share, total]);
+    }
+    table.add_row([name(&way.to), "to".into(), digits(way.to.total_flops)]);
+    align(&mut table, 2);
+    writeln!(out, "\n{}\n", table.trim_fmt())?;
+    writeln!(out, "difference  {} FLOPs{}", signed(way.difference_flops), ratio(way))?;
+    for end in [&way.from, &way.to] {
+        if let Some(Run { file, total_flops, agrees }) = &end.run {
+            let verdict = if *agrees { "agrees with" } else { "DIFFERS from" };
+            let (spent, structure) = (digits(*total_flops), end.structure);
+            writeln!(out, "run         {file}: {spent} FLOPs, which {verdict} {structure}")?;
+        }
+    }
+    if way.steps.iter().any(|step| !matches!(step.cause, Cause::Price(_))) {
+        writeln!(out)?;
+    }
+    for step in way.steps.iter().filter(|step| !matches!(step.cause, Cause::Price(_))) {
+        writeln!(out, "{FAINT}{}: {}{FAINT:#}", step.cause.name(), step.why)?;
+    }
+    Ok(())
+}
+
+fn name(end: &Total) -> String {
+    format!("{} under {}", end.structure, end.prices.name)
+}
+
+/// One end's total over the other's.
+fn ratio(way: &Reconciliation) -> String {
+    let Total { structure: to, total_flops, .. } = &way.to;
+    match total_flops {
+        _ if way.from.structure == *to => String::new(),
+        0 => String::new(),
+        n => {
+            let times = way.from.total_flops as f64 / *n as f64;
+            format!("; {} counts {times:.6} times what {to} does", way.from.structure)
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! The axes of a grid, as `--sweep` spells them.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Serialize, Serializer};
+
+use super::MOST_POINTS;
+use crate::{
+    error::{Error, Result},
+    workload::Task,
+};
+
+/// What every refused `--sweep` is told.
+const FORMS: &str = "write key=a,b,c, key=a..b:*k or key=a..b:+k";
+
+/// A dimension that can be swept, named as its flag is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    /// Published size of the model.
+    Preset,
+    /// Sequences.
+    Batch,
+    /// Tokens of each sequence.
+    Seq,
+    /// Tokens already in the cache.
+    Past,
+    /// Tokens of each prompt.
+    PromptTokens,
+    /// Tokens chosen for each sequence.
+    NewTokens,
+    /// Optimizer steps.
+    Steps,
+    /// Micro-steps of each optimizer step.
+    Accumulate,
+    /// Rank of the adapters.
+    LoraRank,
+}
+
+impl Key {
+    const ALL: [Self; 9] = [
+        Self::Preset,
+        Self::Batch,
+        Self::Seq,
+        Self::Past,
+        Self::PromptTokens,
+        Self::NewTokens,
+        Self::Steps,
+        Self::Accumulate,
+        Self::LoraRank,
+    ];
+
+    /// The flag's name, without its dashes.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Preset => "preset",
+            Self::Batch => "batch",
+            Self::Seq => "seq",
+            Self::Past => "past",
+            Self::PromptTokens => "prompt-tokens",
+            Self::NewTokens => "new-tokens",
+            Self::Steps => "steps",
+            Self::Accumulate => "accumulate",
+            Self::LoraRank => "lora-rank",
+        }
+    }
+
+    /// The place of this dimension in a task that has it.
+    pub(super) fn of(self, task: &mut Task) -> Option<&mut u64> {
+        match (self, task) {
+            (
+                Self::Batch,
+                Task::Forward { batch, .. }
+                | Task::Generate { batch, .. }
+                | Task::Train { batch, .. }
+                | Task::Evaluate { batch, .. },
+            ) => Some(batch),
+            (
+                Self::Seq,
+                Task::Forward { seq, .. } | Task::Train { seq, .. } | Task::Evaluate { seq, .. },
+            ) => Some(seq),
+            (Self::Past, Task::Forward { past, .. }) => Some(past),
+            (Self::PromptTokens, Task::Generate { prompt_tokens, .. }) => Some(prompt_tokens),
+            (Self::NewTokens, Task::Generate { new_tokens, .. }) => Some(new_tokens),
+            (Self::Steps, Task::Train { steps, .. }) => Some(steps),
+            (Self::Accumulate, Task::Train { accumulate, .. }) => Some(accumulate),
+            (
+                Self::Preset
+                | Self::LoraRank
+                | Self::Seq
+                | Self::Past
+                | Self::PromptTokens
+                | Self::NewTokens
+                | Self::Steps
+                | Self::Accumulate,
+                _,
+            ) => None,
+        }
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl Serialize for Key {
+    fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
+        s.serialize_str(self.name())
+    }
+}
+
+/// A value of an axis.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// Of a dimension.
+    Number(u64),
+    /// Of `preset`.
+    Preset(String),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(n) => write!(f, "{n}"),
+            Self::Preset(name) => f.pad(name),
+        }
+    }
+}
+
+/// One `--sweep`: a key and its values.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Axis {
+    /// What varies.
+    pub key: Key,
+    /// Over what.
+    pub values: Vec<Value>,
+}
+
+impl FromStr for Axis {
+    type Err = Error;
+
+    /// Reads `key=a,b,c`, `key=a..b:*k` or `key=a..b:+k`; a range holds its end where a step
+    /// meets it.
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let fail = |why: String| Error::flag("--sweep", format!("`{text}`: {why}"));
+        let Some((name, values)) = text.split_once('=') else {
+            return Err(fail(format!("has no `=`; {FORMS}")));
+        };
+        let key = Key::ALL.into_iter().find(|key| key.name() == name.trim()).ok_or_else(|| {
+            let known = Key::ALL.map(Key::name).join(", ");
+            fail(format!("no key `{}`; known: {known}", name.trim()))
+        })?;
+        let values = match (key, values.split_once("..")) {
+            (Key::Preset, _) => values.split(',').map(|v| Value::Preset(v.trim().into())).collect(),
+            (_, Some((from, rest))) => {
+                range(from, rest).map_err(|why| fail(format!("{key} {why}; {FORMS}")))?
+            }
+            (_, None) => {
+                let numbers = values.split(',').map(|v| number(v).map(Value::Number));
+                let numbers = numbers.collect::<Result<Vec<_>, _>>();
+                numbers.map_err(|why| fail(format!("{key} {why}; {FORMS}")))?
+            }
+        };
+        Ok(Self { key, values })
+    }
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    text.trim().parse().map_err(|_| format!("has `{}`, which is no whole number", text.trim()))
+}
+
+/// `from`, then `rest` = `b:*k` or `b:+k`.
+fn range(from: &str, rest: &str) -> Result<Vec<Value>, String> {
+    let (to, step) = rest.split_once(':').ok_or("lacks its step, `:*k` or `:+k`")?;
+    let (from, to) = (number(from)?, number(to)?);
+    let (times, by) = match (step.strip_prefix('*'), step.strip_prefix('+')) {
+        (Some(k), _) => (true, number(k)?),
+        (_, Some(k)) => (false, number(k)?),
+        _ => return Err(format!("has the step `{step}`, neither *k nor +k")),
+    };
+    if from > to {
+        return Err(format!("runs backwards, from {from} to {to}"));
+    }
+    if by < 1 + u64::from(times) || (times && from == 0) {
+        return Err(format!("never arrives: from {from} in steps of {step}"));
+    }
+    let next = |n: &u64| match times {
+        true => n.checked_mul(by),
+        false => n.checked_add(by),
+    };
+    let values = std::iter::successors(Some(from), next).take_while(|n| *n <= to);
+    // One above the most, so that a grid that is too large is seen and not cut.
+    Ok(values.take(MOST_POINTS + 1).map(Value::Number).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(text: &str) -> Vec<u64> {
+        let axis: Axis = text.parse().unwrap();
+        let number = |value| match value {
+            Value::Number(n) => n,
+            Value::Preset(name) => panic!("{name}"),
+        };
+        axis.values.into_iter().map(number).collect()
+    }
+
+    #[test]
+    fn axes_have_three_forms() {
+        assert_eq!(numbers("seq=128..4096:*2"), [128, 256, 512, 1024, 2048, 4096]);
+        assert_eq!(numbers("seq=1..10:*3"), [1, 3, 9]);
+        assert_eq!(numbers("batch=1..7:+3"), [1, 4, 7]);
+        assert_eq!(numbers("past=0..0:+1"), [0]);
+        assert_eq!(numbers("lora-rank=8, 1,2"), [8, 1, 2]);
+        let last = u64::MAX;
+        assert_eq!(numbers(&format!("seq={}..{last}:*2", last / 2)), [last / 2, last - 1]);
+        let presets: Axis = "preset=tiny,qwen2.5-7b".parse().unwrap();
+        assert_eq!(presets.values[1], Value::Preset("qwen2.5-7b".into()));
+    }
+
+    #[test]
+    fn bad_axes_name_the_key_and_the_forms() {
+        for (text, part) in [
+            ("seq", "no `=`"),
+            ("seq=", "`seq=`: seq has ``"),
+            ("sequence=4", "no key `sequence`; known: preset, batch, seq"),
+            ("seq=a", "seq has `a`"),
+            ("seq=-4", "`-4`"),
+            ("seq=1..8", "seq lacks its step"),
+            ("seq=1..8:2", "neither *k nor +k"),
+            ("seq=8..1:*2", "backwards"),
+            ("seq=1..8:*1", "never arrives"),
+            ("seq=0..8:*2", "never arrives"),
+            ("seq=1..8:+0", "never arrives"),
+        ] {
+            let error = text.parse::<Axis>().unwrap_err().to_string();
+            assert!(error.starts_with("--sweep: ") && error.contains(part), "{text}: {error}");
+            assert!(error.contains("a..b:*k") || error.contains("known:"), "{text}: {error}");
+        }
+    }
+}

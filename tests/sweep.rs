@@ -1,0 +1,123 @@
+//! Sweeps: the grid, its three formats, and what a bad axis gets.
+
+use std::{path::Path, time::Instant};
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+fn flopaudit(dir: &Path, args: &str) -> Command {
+    let mut command = Command::cargo_bin("flopaudit").unwrap();
+    command.current_dir(dir).args(args.split_whitespace()).env_remove("RUST_BACKTRACE");
+    command
+}
+
+fn stdout(args: &str) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let out = flopaudit(dir.path(), args).assert().success().get_output().stdout.clone();
+    String::from_utf8(out).unwrap()
+}
+
+fn json(args: &str) -> Value {
+    serde_json::from_str(&stdout(args)).unwrap()
+}
+
+#[test]
+fn a_table_over_the_product() {
+    insta::assert_snapshot!(stdout(
+        "count forward --sweep seq=128..512:*2 --sweep lora-rank=0,8 --prices coursework"
+    ));
+}
+
+#[test]
+fn every_point_is_what_count_says() {
+    for (kind, sweeps) in [
+        ("forward --past 3", "--sweep preset=tiny,qwen2.5-0.5b --sweep batch=1..5:+2"),
+        (
+            "generate --preset tiny --temperature 1",
+            "--sweep prompt-tokens=4,9 --sweep new-tokens=3,7",
+        ),
+        (
+            "train --preset tiny --lora-rank 2 --structure notebook",
+            "--sweep steps=1,10 --sweep accumulate=1,2 --sweep lora-rank=1,4",
+        ),
+        ("evaluate --preset tiny --structure notebook", "--sweep seq=1..8:*2 --sweep batch=2"),
+        ("forward --preset tiny", "--sweep past=0..2:+1"),
+    ] {
+        let sweep = json(&format!("count {kind} {sweeps} --json"));
+        assert_eq!(sweep["command"], "sweep");
+        let points = sweep["points"].as_array().unwrap();
+        for point in points {
+            let at = point["at"].as_object().unwrap();
+            let flags: String = at
+                .iter()
+                .map(|(key, value)| format!(" --{key} {}", value.to_string().replace('"', "")))
+                .collect();
+            // A flag that is swept may not stand twice on the command line of one count.
+            let mut kind = kind.to_string();
+            if at.contains_key("lora-rank") {
+                kind = kind.replace("--lora-rank 2", "");
+            }
+            let count = json(&format!("count {kind}{flags} --json"));
+            for figure in ["total_flops", "lora_flops", "matmul_macs", "primitives"] {
+                assert_eq!(point[figure], count[figure], "{kind}{flags}: {figure}");
+            }
+        }
+        let size: usize = match sweeps.matches("--sweep").count() {
+            3 => 8,
+            1 => 3,
+            _ => points.len(),
+        };
+        assert_eq!(points.len(), size);
+    }
+}
+
+#[test]
+fn csv_has_a_header_and_a_line_a_point() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = "count forward --preset tiny --sweep seq=2,4 --sweep lora-rank=0,1 --csv out.csv";
+    flopaudit(dir.path(), line).assert().success();
+    let csv = std::fs::read_to_string(dir.path().join("out.csv")).unwrap();
+    insta::assert_snapshot!(csv.replace("\r\n", "\n"));
+    assert_eq!(csv.matches("\r\n").count(), 5);
+    assert_eq!(csv.matches('\n').count(), 5);
+    // Without a file, stdout holds the CSV and nothing else.
+    assert_eq!(stdout(&line.replace("out.csv", "")), csv);
+}
+
+#[test]
+fn ten_thousand_points_take_less_than_a_second() {
+    let line = "count generate --sweep prompt-tokens=1..100:+1 --sweep new-tokens=1..100:+1 --csv";
+    let start = Instant::now();
+    let csv = stdout(line);
+    let elapsed = start.elapsed();
+    assert_eq!(csv.lines().count(), 10_001);
+    assert!(elapsed.as_secs_f64() < 1.0, "{elapsed:?}");
+}
+
+#[test]
+fn a_bad_sweep_is_one_line() {
+    let dir = tempfile::tempdir().unwrap();
+    for (args, parts) in [
+        ("forward --sweep seq", &["--sweep", "a..b:*k"][..]),
+        ("forward --sweep seq=1..8:3", &["seq", "*k", "+k"]),
+        ("forward --sweep seq=0,4", &["--seq", "at least 1", "seq=0"]),
+        ("forward --sweep steps=4", &["`steps`", "forward"]),
+        ("evaluate --structure notebook --sweep past=4", &["`past`", "evaluate"]),
+        ("forward --sweep seq=4 --sweep seq=8", &["`seq`", "twice"]),
+        ("forward --sweep preset=tiny,big", &["`big`", "qwen2.5-0.5b"]),
+        ("forward --sweep seq=1..2000:+1 --sweep batch=1..2000:+1", &["1000000 points"]),
+        ("forward --sweep seq=1..9999999:+1", &["1000000 points"]),
+        ("forward --sweep lora-rank=4,2000", &["--lora-rank", "lora-rank=2000"]),
+        ("forward --sweep seq=4 --csv no/such/dir.csv", &["no/such/dir.csv"]),
+    ] {
+        let out = flopaudit(dir.path(), &format!("count {args}")).assert().code(2);
+        let out = out.get_output();
+        assert!(out.stdout.is_empty(), "{args}");
+        let stderr = String::from_utf8(out.stderr.clone()).unwrap();
+        for part in parts {
+            assert!(stderr.contains(part), "{args}: {stderr} lacks {part}");
+        }
+    }
+    flopaudit(dir.path(), "count forward --csv").assert().code(2);
+    flopaudit(dir.path(), "count forward --sweep seq=4 --csv --json").assert().code(2);
+}
