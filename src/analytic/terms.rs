@@ -21,7 +21,7 @@ use crate::{
     workload::{Task, Workload},
 };
 
-/// What the terms of [`terms`] are relative to.
+/// What the terms of [`terms()`] are relative to.
 ///
 /// # Errors
 /// A workload that [`Workload::validate`] refuses, or a sum past 128 bits.
@@ -35,7 +35,7 @@ pub fn reference(workload: &Workload) -> Result<Cost> {
     }
 }
 
-/// What `structure` counts differently from [`reference`], cause by cause.
+/// What `structure` counts differently from [`reference()`], cause by cause.
 ///
 /// # Errors
 /// As [`super::count`].

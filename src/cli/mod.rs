@@ -1,4 +1,4 @@
-//! The command line: one file a subcommand, flags shared by all in [`args`].
+//! The command line: one file a subcommand, flags shared by all in `args`.
 
 mod args;
 mod audit;
