@@ -61,8 +61,8 @@ pub(super) fn palm(workload: &Workload) -> Result<Tally> {
 ///
 /// Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, as `num_floating_point_operations`
 /// in NVIDIA/Megatron-LM's megatron/training/training.py adapts it to grouped-query attention and
-/// SwiGLU, in the earlier versions that take attention whole. The vocabulary is not padded. Leaves out adapters,
-/// frozen weights and everything that is no matmul; counts logits of every position.
+/// SwiGLU, in the earlier versions that take attention whole. The vocabulary is not padded. Leaves
+/// out adapters, frozen weights and everything that is no matmul; counts logits of every position.
 pub(super) fn megatron(workload: &Workload) -> Result<Tally> {
     let model = &workload.model;
     passes(workload, |m| matmuls(model, m, attention(model, m.scores)))
