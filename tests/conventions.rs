@@ -110,6 +110,17 @@ fn a_finished_run_is_an_end() {
     flopaudit(dir.path(), line).assert().success();
     flopaudit(dir.path(), "reconcile --from two.json --to palm").assert().success();
 
+    // So is a count, under its own structure.
+    let line =
+        "count evaluate --structure notebook --preset tiny --prices coursework --json count.json";
+    flopaudit(dir.path(), line).assert().success();
+    let to_torch = "reconcile --from count.json --to torch --to-prices matmul";
+    flopaudit(dir.path(), to_torch).assert().success();
+    refused(dir.path(), "reconcile --from count.json", &["--structure", "exact", "evaluate"]);
+    refused(dir.path(), "reconcile --from count.json --to 6nd forward", &["run", "workload"]);
+    let own = "reconcile --from count.json --to 6nd --from-prices unit";
+    refused(dir.path(), own, &["--from-prices", "own prices"]);
+
     // A run that did not spend what its structure counts is told apart.
     let mut wrong = run;
     wrong["total_flops"] = Value::from(wrong["total_flops"].as_u64().unwrap() + 1);

@@ -61,14 +61,14 @@ pub(super) fn palm(workload: &Workload) -> Result<Tally> {
 ///
 /// Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, as `num_floating_point_operations`
 /// in NVIDIA/Megatron-LM's megatron/training/training.py adapts it to grouped-query attention and
-/// SwiGLU; until 2025 with full attention. The vocabulary is not padded. Leaves out adapters,
-/// frozen weights and everything that is no matmul; counts logits of every position.
+/// SwiGLU, in the earlier versions that take attention whole. The vocabulary is not padded. Leaves
+/// out adapters, frozen weights and everything that is no matmul; counts logits of every position.
 pub(super) fn megatron(workload: &Workload) -> Result<Tally> {
     let model = &workload.model;
     passes(workload, |m| matmuls(model, m, attention(model, m.scores)))
 }
 
-/// [`megatron`] with "only half of the attention matrix", as the same function counts since 2025:
+/// [`megatron`] with "only half of the attention matrix", as later versions of that function count:
 /// of the T × T scores of tokens fed together, half; cached keys are all visible. The exact causal
 /// part is T(T + 1)/2: the formula's half is T/2 scores short.
 pub(super) fn megatron_causal(workload: &Workload) -> Result<Tally> {

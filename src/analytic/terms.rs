@@ -21,7 +21,7 @@ use crate::{
     workload::{Task, Workload},
 };
 
-/// What the terms of [`terms`] are relative to.
+/// What the terms of [`terms()`] are relative to.
 ///
 /// # Errors
 /// A workload that [`Workload::validate`] refuses, or a sum past 128 bits.

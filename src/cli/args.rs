@@ -253,10 +253,12 @@ impl Output {
         value: &impl serde::Serialize,
         print: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        if self.is_human() {
-            print()?;
+        let human = self.is_human();
+        // First the file: a reader of stdout that goes away must not cost it.
+        if let Some(json) = self.0 {
+            json.write(value)?;
         }
-        self.0.map_or(Ok(()), |json| json.write(value))
+        if human { print() } else { Ok(()) }
     }
 }
 
