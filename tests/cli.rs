@@ -236,6 +236,105 @@ fn bad_input_is_one_clear_line() {
 }
 
 #[test]
+fn usage_errors_are_one_line_too() {
+    let dir = tmp();
+    refused(dir.path(), "generate --preset tiny", &["<PROMPT>", "--help"]);
+    refused(dir.path(), "count forward --lora-targets foo", &["foo", "q_proj"]);
+    refused(dir.path(), "audit forward --threads 0", &["--threads"]);
+    refused(dir.path(), "generate hi --system x --raw", &["--system", "--raw"]);
+    refused(dir.path(), "count forward --sequence 3", &["--sequence"]);
+    refused(dir.path(), "generate hi --preset tiny --max-new-tokens 0", &["--max-new-tokens"]);
+    refused(dir.path(), "generate hi --preset tiny --temperature 1e-40", &["--temperature"]);
+    refused(
+        dir.path(),
+        "audit forward --preset tiny --seq 1 --past 32768",
+        &["32769 tokens", "32768"],
+    );
+    let memory = "audit forward --preset qwen2.5-72b --seq 4";
+    refused(dir.path(), memory, &["out of memory", "of weights", "of KV cache", "free"]);
+    std::fs::write(dir.path().join("free.toml"), "name = \"free\"\n").unwrap();
+    refused(dir.path(), "count forward --prices free.toml", &["free.toml", "prices nothing"]);
+    std::fs::write(dir.path().join("x.gguf"), "GGUF and then nothing").unwrap();
+    refused(dir.path(), "generate hi --model x.gguf", &["x.gguf"]);
+    let negative = r#"{"vocab_size": -4, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
+        "max_position_embeddings": 8}"#;
+    std::fs::write(dir.path().join("negative.json"), negative).unwrap();
+    refused(dir.path(), "count forward --config negative.json", &["negative.json", "vocab_size"]);
+}
+
+/// Ctrl-C ends the run with 130 and leaves no file behind.
+#[test]
+#[cfg(unix)]
+fn an_interrupt_leaves_nothing_half_written() {
+    use std::process::Stdio;
+    let dir = tmp();
+    let line = "generate hi --preset tiny --max-new-tokens 30000 --ignore-eos --json out.json";
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin!("flopaudit"))
+        .args(line.split_whitespace())
+        .current_dir(dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let killed =
+        std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(killed.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+#[cfg(unix)]
+fn outputs_are_treated_as_what_they_are() {
+    use std::os::unix::fs::{FileTypeExt, symlink};
+    let dir = tmp();
+    // A device stays a device, a link stays a link.
+    flopaudit(dir.path(), "count forward --preset tiny --json /dev/null").assert().success();
+    assert!(std::fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+    std::fs::write(dir.path().join("real.json"), "old").unwrap();
+    symlink("real.json", dir.path().join("link.json")).unwrap();
+    flopaudit(dir.path(), "count forward --preset tiny --json link.json").assert().success();
+    assert!(std::fs::symlink_metadata(dir.path().join("link.json")).unwrap().is_symlink());
+    assert!(std::fs::read_to_string(dir.path().join("real.json")).unwrap().starts_with('{'));
+    // A reader that leaves early is no error.
+    let program = assert_cmd::cargo::cargo_bin!("flopaudit").display().to_string();
+    let pipe =
+        format!("{program} count generate --preset tiny --json | head -1; exit ${{PIPESTATUS[0]}}");
+    let status = std::process::Command::new("bash").args(["-c", &pipe]).output().unwrap();
+    assert!(status.status.success() && status.stderr.is_empty(), "{status:?}");
+}
+
+#[test]
+fn one_line_serves_count_and_audit() {
+    let flags = "forward --preset tiny --seq 3 --dtype bf16 --device cpu --threads 1 --json";
+    let (count, audit) = (json(&format!("count {flags}")), json(&format!("audit {flags}")));
+    assert_eq!(count["total_flops"], audit["total_flops"]);
+    assert_eq!(audit["workload"]["dtype"], "bf16");
+    assert_eq!(audit["device"], "cpu");
+}
+
+#[test]
+fn a_batch_of_copies_and_a_prompt_from_stdin() {
+    let dir = tmp();
+    let line = "generate - --model synthetic:tiny:3 --batch 2 --new-tokens 5 --ignore-eos --json";
+    let out = flopaudit(dir.path(), line).write_stdin("Hello").assert().success();
+    let run: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+    assert_eq!(run["workload"]["batch"], 2);
+    assert_eq!(run["sequences"][0]["token_ids"], run["sequences"][1]["token_ids"]);
+    // What a prompt draws does not depend on which others are in the file.
+    let drawn = |prompts: &str| -> Vec<Value> {
+        std::fs::write(dir.path().join("p.txt"), prompts).unwrap();
+        let line = "generate --prompts p.txt --model synthetic:tiny:3 --new-tokens 8 --ignore-eos --temperature 3 --json";
+        let out = flopaudit(dir.path(), line).assert().success();
+        let run: Value = serde_json::from_slice(&out.get_output().stdout).unwrap();
+        run["sequences"].as_array().unwrap().iter().map(|s| s["token_ids"].clone()).collect()
+    };
+    assert_eq!(drawn("abcd\nwxyz\n")[1], drawn("ab\nwxyz\n")[1]);
+}
+
+#[test]
 fn an_empty_prompt_is_refused() {
     let dir = tmp();
     flopaudit(dir.path(), "generate --preset tiny --raw")

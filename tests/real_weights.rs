@@ -11,7 +11,7 @@ use flopaudit::{
     config::{LoraConfig, Projection},
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
-    meter::Meter,
+    meter::{Meter, Observer},
     model::{AdapterSource, Qwen2},
     prices::Prices,
     weights::{self, Checkpoint, PeftAdapter},
@@ -272,6 +272,32 @@ fn generations_balance_in_every_mode() {
     totals.sort();
     totals.dedup();
     assert_eq!(totals.len(), 8);
+}
+
+/// One decode step's ops told to a ledger, against the step itself: both the best of several.
+#[test]
+fn metering_costs_under_one_percent_of_a_decode_step() {
+    use std::time::{Duration, Instant};
+    let meter_ops = RefCell::new(Ledger::default());
+    let meter = Meter::new(&meter_ops, Phase::Decode);
+    let mut cache = BASE.cache(meter, 1, 65).unwrap();
+    let mut best = [Duration::MAX; 2];
+    for _ in 0..5 {
+        cache.set_past(64).unwrap();
+        let start = Instant::now();
+        BASE.forward(meter, &[7], 1, &mut cache, Logits::Last).unwrap();
+        best[0] = best[0].min(start.elapsed());
+    }
+    let step: Vec<_> = meter_ops.borrow().iter().map(|(k, e)| (*k, e.calls / 5)).collect();
+    for _ in 0..20 {
+        let mut ledger = Ledger::default();
+        let start = Instant::now();
+        for (key, calls) in &step {
+            (0..*calls).for_each(|_| ledger.op(key, None));
+        }
+        best[1] = best[1].min(start.elapsed());
+    }
+    assert!(best[1] * 100 < best[0], "metering {:?}, a step {:?}", best[1], best[0]);
 }
 
 #[test]

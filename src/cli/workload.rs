@@ -19,6 +19,12 @@ pub struct WorkloadArgs<T: Args> {
     pub lora: LoraArgs,
     #[command(flatten)]
     dtype: DtypeArg,
+    /// Accepted so that one line serves `count` and `audit`; counting runs nowhere
+    #[arg(long, hide = true)]
+    device: Option<String>,
+    /// Likewise
+    #[arg(long, hide = true)]
+    threads: Option<u16>,
 }
 
 impl<T: Args> WorkloadArgs<T> {
