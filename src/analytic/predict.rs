@@ -94,12 +94,12 @@ impl List<'_> {
         let (rows, held) = (b * t, pass.past + t);
         let group = h / kv;
 
-        let mut listed = vec![(Module::InputLayernorm, Op::RmsNorm { rows, width })];
+        let mut ops = vec![(Module::InputLayernorm, Op::RmsNorm { rows, width })];
         for projection in [Projection::QProj, Projection::KProj, Projection::VProj] {
-            listed.extend(self.projection(projection, rows));
+            ops.extend(self.projection(projection, rows));
         }
         let attention = |op| (Module::SelfAttn, op);
-        listed.extend([
+        ops.extend([
             attention(Op::Rope { n: rows * h * d }),
             attention(Op::Rope { n: rows * kv * d }),
             attention(Op::Scale { n: rows * h * d }),
@@ -108,18 +108,18 @@ impl List<'_> {
             attention(Op::Matmul { b: b * kv, m: group * t, k: held, n: d }),
         ]);
         if t > 1 {
-            listed.push(attention(Op::Mask { rows: b * h * t, width: held }));
+            ops.push(attention(Op::Mask { rows: b * h * t, width: held }));
         }
-        listed.extend(self.projection(Projection::OProj, rows));
-        listed.push((Module::Residual, Op::Add { n: rows * width }));
-        listed.push((Module::PostAttentionLayernorm, Op::RmsNorm { rows, width }));
+        ops.extend(self.projection(Projection::OProj, rows));
+        ops.push((Module::Residual, Op::Add { n: rows * width }));
+        ops.push((Module::PostAttentionLayernorm, Op::RmsNorm { rows, width }));
         for projection in [Projection::GateProj, Projection::UpProj, Projection::DownProj] {
-            listed.extend(self.projection(projection, rows));
+            ops.extend(self.projection(projection, rows));
         }
-        listed.push((Module::Mlp, Op::Silu { n: rows * inner }));
-        listed.push((Module::Mlp, Op::Mul { n: rows * inner }));
-        listed.push((Module::Residual, Op::Add { n: rows * width }));
-        for (module, op) in listed {
+        ops.push((Module::Mlp, Op::Silu { n: rows * inner }));
+        ops.push((Module::Mlp, Op::Mul { n: rows * inner }));
+        ops.push((Module::Residual, Op::Add { n: rows * width }));
+        for (module, op) in ops {
             self.add(phase, Some(layer), module, op, dtype);
         }
     }
@@ -130,38 +130,38 @@ impl List<'_> {
         let (k, n) = projection.widths(model);
         let (k, n, r) = (k as u64, n as u64, lora.rank as u64);
         let base = Module::Proj(projection);
-        let mut listed = vec![(base, Op::Matmul { b: 1, m: rows, k, n })];
+        let mut ops = vec![(base, Op::Matmul { b: 1, m: rows, k, n })];
         if projection.has_bias() {
-            listed.push((base, Op::Bias { rows, width: n }));
+            ops.push((base, Op::Bias { rows, width: n }));
         }
         if lora.adapts(projection) {
             let part = |part| Module::Lora(projection, part);
-            listed.extend([
+            ops.extend([
                 (part(Lora::A), Op::Matmul { b: 1, m: rows, k, n: r }),
                 (part(Lora::B), Op::Matmul { b: 1, m: rows, k: r, n }),
                 (part(Lora::Scale), Op::Scale { n: rows * n }),
                 (part(Lora::Sum), Op::Add { n: rows * n }),
             ]);
         }
-        listed
+        ops
     }
 
     fn sample(&mut self, rows: u64, sampling: Sampling) {
         let vocab = self.workload.model.vocab_size as u64;
-        let mut listed = vec![];
+        let mut ops = vec![];
         if sampling.repeat_penalty != 1.0 {
-            listed.push(Op::RepeatPenalty { rows, width: vocab });
+            ops.push(Op::RepeatPenalty { rows, width: vocab });
         }
         if sampling.temperature == 0.0 {
-            listed.push(Op::Argmax { rows, width: vocab });
+            ops.push(Op::Argmax { rows, width: vocab });
         } else {
             let width = sampling.top_k.map_or(vocab, |k| vocab.min(k as u64));
-            listed.push(Op::Scale { n: rows * vocab });
-            listed.push(Op::Softmax { rows, width: vocab });
-            listed.extend(sampling.top_p.map(|_| Op::Nucleus { rows, width }));
-            listed.push(Op::Draw { rows, width });
+            ops.push(Op::Scale { n: rows * vocab });
+            ops.push(Op::Softmax { rows, width: vocab });
+            ops.extend(sampling.top_p.map(|_| Op::Nucleus { rows, width }));
+            ops.push(Op::Draw { rows, width });
         }
-        for op in listed {
+        for op in ops {
             self.add(Phase::Sampling, None, Module::Sampler, op, Dtype::F32);
         }
     }
