@@ -1,39 +1,10 @@
 //! Structures on the command line: the notebook's table, reconciliations, finished runs, and every
 //! figure that docs/conventions.md shows.
 
-use std::path::Path;
+mod program;
 
-use assert_cmd::Command;
+use program::*;
 use serde_json::Value;
-
-fn flopaudit(dir: &Path, args: &str) -> Command {
-    let mut command = Command::cargo_bin("flopaudit").unwrap();
-    command.current_dir(dir).args(args.split_whitespace()).env_remove("RUST_BACKTRACE");
-    command
-}
-
-fn tmp() -> tempfile::TempDir {
-    tempfile::tempdir().unwrap()
-}
-
-fn stdout(args: &str) -> String {
-    let out = flopaudit(tmp().path(), args).assert().success().get_output().stdout.clone();
-    String::from_utf8(out).unwrap()
-}
-
-fn json(args: &str) -> Value {
-    serde_json::from_str(&stdout(args)).unwrap()
-}
-
-/// Status 2 and one line on stderr, which holds `parts`.
-fn refused(dir: &Path, args: &str, parts: &[&str]) {
-    let assert = flopaudit(dir, args).assert().code(2).stdout("");
-    let stderr = String::from_utf8(assert.get_output().stderr.clone()).unwrap();
-    assert_eq!(stderr.lines().count(), 1, "{args}: {stderr}");
-    for part in parts {
-        assert!(stderr.contains(part), "{args}: {stderr} lacks {part}");
-    }
-}
 
 #[test]
 fn the_notebooks_table() {

@@ -1,16 +1,11 @@
 //! Plans: budgets, unknowns, finished runs, and what a bad file gets.
 
+mod program;
+
 use std::path::Path;
 
-use assert_cmd::Command;
+use program::*;
 use serde_json::Value;
-
-fn flopaudit(dir: &Path, args: &str) -> Command {
-    let mut command = Command::cargo_bin("flopaudit").unwrap();
-    command.current_dir(dir).args(args.split_whitespace()).env_remove("RUST_BACKTRACE");
-    command.env("HF_HOME", dir.join("hf")).env("HF_ENDPOINT", "http://127.0.0.1:9");
-    command
-}
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()

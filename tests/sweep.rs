@@ -1,25 +1,10 @@
 //! Sweeps: the grid, its three formats, and what a bad axis gets.
 
-use std::{path::Path, time::Instant};
+mod program;
 
-use assert_cmd::Command;
-use serde_json::Value;
+use std::time::Instant;
 
-fn flopaudit(dir: &Path, args: &str) -> Command {
-    let mut command = Command::cargo_bin("flopaudit").unwrap();
-    command.current_dir(dir).args(args.split_whitespace()).env_remove("RUST_BACKTRACE");
-    command
-}
-
-fn stdout(args: &str) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let out = flopaudit(dir.path(), args).assert().success().get_output().stdout.clone();
-    String::from_utf8(out).unwrap()
-}
-
-fn json(args: &str) -> Value {
-    serde_json::from_str(&stdout(args)).unwrap()
-}
+use program::*;
 
 #[test]
 fn a_table_over_the_product() {

@@ -3,8 +3,8 @@
 //! Two countings of what this program executes, independent of each other and of the model's
 //! code: [`closed_form`] is a polynomial in the lengths, evaluated in O(1) however many tokens are
 //! generated; [`predict`] lists every op. Beside them, the countings of others: [`count`] takes
-//! any [`Structure`], and [`terms`] says why it differs. Nothing here may import `ops`, `model` or `meter`, or the audit would
-//! compare a thing with itself; a test reads the imports.
+//! any [`Structure`], and [`terms`] says why it differs. Nothing here may import `ops`, `model` or
+//! `meter`, or the audit would compare a thing with itself; a test reads the imports.
 
 mod moments;
 mod pieces;
