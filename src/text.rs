@@ -193,11 +193,6 @@ impl Text {
         &self.eos
     }
 
-    /// Rows of the model's embedding, in tokens: every encoded id is below it.
-    pub fn vocab_size(&self) -> usize {
-        self.vocab
-    }
-
     /// What the reports call it: the checkpoint's tokenizer, or the byte-level stand-in.
     pub fn is_stand_in(&self) -> bool {
         matches!(self.model, Model::Bytes)

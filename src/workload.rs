@@ -220,17 +220,6 @@ impl Workload {
         parameters * u128::from(self.dtype.bytes())
     }
 
-    /// Parameters that training changes: all with `full`, else the adapters'; none elsewhere.
-    pub fn trainable_parameters(&self) -> u128 {
-        match self.task {
-            Task::Train { full: true, .. } => {
-                self.model.parameters() + self.lora.parameters(&self.model)
-            }
-            Task::Train { full: false, .. } => self.lora.parameters(&self.model),
-            Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 0,
-        }
-    }
-
     /// Bytes of the preallocated cache: keys and values, K·d wide, of every layer and token.
     /// Training and evaluation feed whole sequences and keep none.
     pub fn kv_cache_bytes(&self) -> u128 {

@@ -72,10 +72,10 @@ impl Sampler {
         let (rows, width) = weights.rows_width()?;
         let weights = weights.to_vec()?;
         // One NaN or infinity in a row of logits makes all its weights NaN.
-        let finite = weights.chunks_exact(width as usize).all(|row| row[0].is_finite());
+        let by_row = weights.chunks_exact(width as usize);
+        let finite = by_row.clone().all(|row| row[0].is_finite());
         anyhow::ensure!(finite, "the logits are not finite; try --dtype f32");
 
-        let rows_of = |width: usize| weights.chunks_exact(width);
         let candidates = |row: &[f32]| -> Vec<(u32, f32)> {
             let mut all: Vec<_> = (0u32..).zip(row.iter().copied()).collect();
             if let Some(k) = top_k.filter(|&k| k < all.len()) {
@@ -87,7 +87,7 @@ impl Sampler {
             }
             all
         };
-        let mut chosen: Vec<Vec<(u32, f32)>> = rows_of(width as usize).map(candidates).collect();
+        let mut chosen: Vec<Vec<(u32, f32)>> = by_row.map(candidates).collect();
         let width = chosen[0].len() as u64;
         if let Some(p) = top_p {
             at.run(Op::Nucleus { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
