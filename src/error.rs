@@ -66,6 +66,9 @@ pub enum Error {
     /// More memory than there is.
     #[error("out of memory: {0}; use smaller lengths, a smaller model or --dtype bf16")]
     Memory(String),
+    /// A training whose numbers are no numbers any more.
+    #[error("training diverged: {0}")]
+    Diverged(String),
     /// Ctrl-C.
     #[error("interrupted")]
     Interrupted,

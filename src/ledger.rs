@@ -12,10 +12,26 @@ use crate::config::Projection;
 pub enum Phase {
     /// Tables made once for a run.
     Setup,
-    /// A forward pass on its own.
+    /// A forward pass on its own, of training or of an evaluation.
     Forward,
-    /// Gradients of a forward pass.
+    /// A layer's forward pass run again for its gradients, its activations not having been kept.
+    Recompute,
+    /// Cross-entropy of the logits, and its gradient.
+    Loss,
+    /// Gradients of a forward pass, in formulas that do not say towards what.
     Backward,
+    /// Gradients towards activations.
+    BackwardX,
+    /// Gradients of adapters' A, summed over micro-steps.
+    BackwardA,
+    /// Gradients of adapters' B, likewise.
+    BackwardB,
+    /// Gradients of base weights, likewise.
+    BackwardW,
+    /// The gradients' norm, and their scaling down to it.
+    Clipping,
+    /// Updates of the trained parameters.
+    Optimizer,
     /// The pass over the prompt in a generation.
     Prefill,
     /// The passes after it, one for each further token.
@@ -30,7 +46,15 @@ impl Phase {
         match self {
             Self::Setup => "setup",
             Self::Forward => "forward",
+            Self::Recompute => "recompute",
+            Self::Loss => "loss",
             Self::Backward => "backward",
+            Self::BackwardX => "backward dX",
+            Self::BackwardA => "backward dA",
+            Self::BackwardB => "backward dB",
+            Self::BackwardW => "backward dW",
+            Self::Clipping => "clipping",
+            Self::Optimizer => "optimizer",
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Sampling => "sampling",
@@ -77,6 +101,10 @@ pub enum Module {
     LmHead,
     /// Token choice.
     Sampler,
+    /// Cross-entropy.
+    Loss,
+    /// What an optimizer step does over all parameters at once.
+    Optimizer,
 }
 
 /// Which part of an adapter: y += scale · B(A x).
@@ -130,6 +158,8 @@ impl fmt::Display for Scope {
             Module::Norm => f.write_str("norm"),
             Module::LmHead => f.write_str("lm_head"),
             Module::Sampler => f.write_str("sampler"),
+            Module::Loss => f.write_str("loss"),
+            Module::Optimizer => f.write_str("optimizer"),
         }
     }
 }
@@ -244,6 +274,75 @@ pub enum Op {
         /// Candidates in a row.
         width: u64,
     },
+    /// Gradient of [`Op::Silu`].
+    SiluGrad {
+        /// Elements.
+        n: u64,
+    },
+    /// Gradient of [`Op::RmsNorm`] towards its input.
+    RmsNormGrad {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Gradient of [`Op::RmsNorm`] towards its gain.
+    GainGrad {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Gradient of [`Op::Softmax`].
+    SoftmaxGrad {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Rows summed into one: the gradient of [`Op::Bias`] towards the bias.
+    SumRows {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Rows added into a table: the gradient of [`Op::Embed`].
+    EmbedGrad {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// −log softmax of each row's target, weighted and summed.
+    CrossEntropy {
+        /// Rows.
+        rows: u64,
+        /// Classes.
+        width: u64,
+    },
+    /// Its gradient, from the exponentials and sums that it leaves.
+    CrossEntropyGrad {
+        /// Rows.
+        rows: u64,
+        /// Classes.
+        width: u64,
+    },
+    /// Sum of the squares of one tensor.
+    SumSquares {
+        /// Elements.
+        n: u64,
+    },
+    /// Norm of all gradients from their sums of squares, and the factor that clips it.
+    ClipFactor {
+        /// Sums.
+        tensors: u64,
+    },
+    /// One AdamW update.
+    AdamW {
+        /// Elements.
+        n: u64,
+    },
 }
 
 impl Op {
@@ -266,6 +365,17 @@ impl Op {
             Self::RepeatPenalty { .. } => "repeat_penalty",
             Self::Nucleus { .. } => "nucleus",
             Self::Draw { .. } => "draw",
+            Self::SiluGrad { .. } => "silu_grad",
+            Self::RmsNormGrad { .. } => "rms_norm_grad",
+            Self::GainGrad { .. } => "gain_grad",
+            Self::SoftmaxGrad { .. } => "softmax_grad",
+            Self::SumRows { .. } => "sum_rows",
+            Self::EmbedGrad { .. } => "embed_grad",
+            Self::CrossEntropy { .. } => "cross_entropy",
+            Self::CrossEntropyGrad { .. } => "cross_entropy_grad",
+            Self::SumSquares { .. } => "sum_squares",
+            Self::ClipFactor { .. } => "clip_factor",
+            Self::AdamW { .. } => "adamw",
         }
     }
 }
@@ -279,7 +389,11 @@ impl fmt::Display for Op {
             | Self::Mul { n }
             | Self::Scale { n }
             | Self::Silu { n }
-            | Self::Rope { n } => write!(f, "[n={n}]"),
+            | Self::SiluGrad { n }
+            | Self::Rope { n }
+            | Self::SumSquares { n }
+            | Self::AdamW { n } => write!(f, "[n={n}]"),
+            Self::ClipFactor { tensors } => write!(f, "[tensors={tensors}]"),
             Self::RopeTable { positions, half } => {
                 write!(f, "[positions={positions} half={half}]")
             }
@@ -291,7 +405,14 @@ impl fmt::Display for Op {
             | Self::Argmax { rows, width }
             | Self::RepeatPenalty { rows, width }
             | Self::Nucleus { rows, width }
-            | Self::Draw { rows, width } => write!(f, "[rows={rows} width={width}]"),
+            | Self::Draw { rows, width }
+            | Self::RmsNormGrad { rows, width }
+            | Self::GainGrad { rows, width }
+            | Self::SoftmaxGrad { rows, width }
+            | Self::SumRows { rows, width }
+            | Self::EmbedGrad { rows, width }
+            | Self::CrossEntropy { rows, width }
+            | Self::CrossEntropyGrad { rows, width } => write!(f, "[rows={rows} width={width}]"),
         }
     }
 }

@@ -54,6 +54,7 @@ pub struct Meter<'a> {
     phase: Phase,
     layer: Option<u32>,
     timed: bool,
+    taped: bool,
 }
 
 /// A [`Meter`] that knows its module: what ops are called with.
@@ -66,12 +67,17 @@ pub struct At<'a> {
 impl<'a> Meter<'a> {
     /// Reports to `observer`, outside all layers, without timing.
     pub fn new(observer: &'a RefCell<dyn Observer>, phase: Phase) -> Self {
-        Self { observer, phase, layer: None, timed: false }
+        Self { observer, phase, layer: None, timed: false, taped: false }
     }
 
     /// Times each op, waiting for the device before and after: slower, so on request only.
     pub fn timed(self, timed: bool) -> Self {
         Self { timed, ..self }
+    }
+
+    /// Has ops keep what their gradients need, where an input needs one.
+    pub fn taped(self, taped: bool) -> Self {
+        Self { taped, ..self }
     }
 
     /// The same meter in another phase.
@@ -88,9 +94,24 @@ impl<'a> Meter<'a> {
     pub fn at(self, module: Module) -> At<'a> {
         At { meter: self, module }
     }
+
+    /// The same meter where `scope` says.
+    pub(crate) fn scope(self, scope: Scope) -> At<'a> {
+        At { meter: Self { layer: scope.layer, ..self }, module: scope.module }
+    }
 }
 
 impl At<'_> {
+    /// Where in the model the op runs.
+    pub(crate) fn scope(self) -> Scope {
+        Scope { layer: self.meter.layer, module: self.module }
+    }
+
+    /// Whether ops keep what their gradients need.
+    pub(crate) fn is_taped(self) -> bool {
+        self.meter.taped
+    }
+
     /// Runs `kernel` and reports it as `op`.
     pub(crate) fn run<T>(
         self,
@@ -99,7 +120,7 @@ impl At<'_> {
         device: &Device,
         kernel: impl FnOnce() -> candle_core::Result<T>,
     ) -> Result<T> {
-        let Meter { observer, phase, layer, timed } = self.meter;
+        let Meter { observer, phase, timed, .. } = self.meter;
         let (out, time) = if timed {
             device.synchronize()?;
             let start = Instant::now();
@@ -109,7 +130,7 @@ impl At<'_> {
         } else {
             (kernel()?, None)
         };
-        let scope = Scope { layer, module: self.module };
+        let scope = self.scope();
         observer.borrow_mut().op(&Key { phase, scope, op, dtype }, time);
         Ok(out)
     }

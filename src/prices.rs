@@ -146,6 +146,17 @@ impl Op {
     /// | repeat_penalty | an element: cmp (sign), mul by the factor, which is 1 for unseen tokens |
     /// | nucleus | a row: w − 1 adds, 1 mul (top-p × sum), w cmps; sorting before it is data-dependent and not counted |
     /// | draw | a row: w − 1 adds, 1 mul (uniform × sum), w cmps |
+    /// | silu_grad | s = 1 / (1 + exp(−x)), dy · s · (1 + x · (1 − s)): neg, exp, div, 3 adds, 3 muls an element |
+    /// | rms_norm_grad | a row, with h = gain · dy: w muls (h), 2w muls and 2(w − 1) adds (Σ x², Σ h·x), 1 div (mean), 1 add (eps), 1 sqrt, 1 div (inverse), 2 muls and 1 div (c = inverse² · Σ h·x / w), then inverse · (h − c · x): 2w muls, w adds |
+    /// | gain_grad | a row: the inverse as above (w muls, w adds, 2 divs, 1 sqrt), dy · x · inverse: 2w muls; summed over rows: (rows − 1)·w adds |
+    /// | softmax_grad | a row: y · (dy − Σ y·dy): 2w muls, w − 1 adds, w subs |
+    /// | sum_rows | (rows − 1)·w adds |
+    /// | embed_grad | one add an element |
+    /// | cross_entropy | a row: w − 1 cmps (max), w subs, w exps, w − 1 adds, 1 log, 1 sub (target's logit), 1 mul (weight), 1 add (into the sum) |
+    /// | cross_entropy_grad | a row: 1 div (weight over sum), w muls, 1 sub (at the target) |
+    /// | sum_squares | n muls, n − 1 adds |
+    /// | clip_factor | tensors − 1 adds, 1 sqrt, 1 add (1e-6), 1 div, 1 cmp |
+    /// | adamw | an element: decay 1 mul; m: 2 muls, 1 add; v: 3 muls, 1 add; √v / c + eps: sqrt, div, add; p − rate · m / that: mul, div, sub |
     pub fn cost(&self) -> Cost {
         let other = |other| Cost { other, ..Cost::default() };
         let p = Primitives::default();
@@ -190,6 +201,50 @@ impl Op {
             Self::Nucleus { rows, width } | Self::Draw { rows, width } => {
                 let (r, w) = (u128::from(rows), u128::from(width));
                 other(Primitives { add: r * (w - 1), mul: r, cmp: r * w, ..p })
+            }
+            Self::SiluGrad { n } => {
+                let n = u128::from(n);
+                other(Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..p })
+            }
+            Self::RmsNormGrad { rows, width } => {
+                let (r, w) = (u128::from(rows), u128::from(width));
+                let (mul, add) = (r * (5 * w + 2), r * (3 * w - 1));
+                other(Primitives { mul, add, div: 3 * r, sqrt: r, ..p })
+            }
+            Self::GainGrad { rows, width } => {
+                let (r, w) = (u128::from(rows), u128::from(width));
+                let (mul, add) = (3 * r * w, r * w + (r - 1) * w);
+                other(Primitives { mul, add, div: 2 * r, sqrt: r, ..p })
+            }
+            Self::SoftmaxGrad { rows, width } => {
+                let (r, w) = (u128::from(rows), u128::from(width));
+                other(Primitives { mul: 2 * r * w, add: r * (2 * w - 1), ..p })
+            }
+            Self::SumRows { rows, width } => {
+                other(Primitives { add: (u128::from(rows) - 1) * u128::from(width), ..p })
+            }
+            Self::EmbedGrad { rows, width } => {
+                other(Primitives { add: u128::from(rows) * u128::from(width), ..p })
+            }
+            Self::CrossEntropy { rows, width } => {
+                let (r, w) = (u128::from(rows), u128::from(width));
+                let (cmp, add) = (r * (w - 1), r * (2 * w + 1));
+                other(Primitives { cmp, add, exp: r * w, log: r, mul: r, ..p })
+            }
+            Self::CrossEntropyGrad { rows, width } => {
+                let r = u128::from(rows);
+                other(Primitives { div: r, mul: r * u128::from(width), add: r, ..p })
+            }
+            Self::SumSquares { n } => {
+                let n = u128::from(n);
+                other(Primitives { mul: n, add: n - 1, ..p })
+            }
+            Self::ClipFactor { tensors } => {
+                other(Primitives { add: tensors.into(), sqrt: 1, div: 1, cmp: 1, ..p })
+            }
+            Self::AdamW { n } => {
+                let n = u128::from(n);
+                other(Primitives { mul: 7 * n, add: 4 * n, div: 2 * n, sqrt: n, ..p })
             }
         }
     }

@@ -32,6 +32,10 @@ pub enum Component {
     LmHead,
     /// Token choice.
     Sampling,
+    /// Cross-entropy.
+    Loss,
+    /// What an optimizer step does over all parameters at once.
+    Optimizer,
     /// All parameters at once, in formulas that count by their number.
     Parameters,
 }
@@ -49,6 +53,8 @@ impl fmt::Display for Component {
             Self::Residual => f.pad("residuals"),
             Self::LmHead => f.pad("lm_head"),
             Self::Sampling => f.pad("sampling"),
+            Self::Loss => f.pad("loss"),
+            Self::Optimizer => f.pad("optimizer"),
             Self::Parameters => f.pad("parameters"),
         }
     }
@@ -73,6 +79,8 @@ impl From<Module> for Component {
             Module::Mlp => Self::SwiGlu,
             Module::LmHead => Self::LmHead,
             Module::Sampler => Self::Sampling,
+            Module::Loss => Self::Loss,
+            Module::Optimizer => Self::Optimizer,
         }
     }
 }

@@ -18,6 +18,10 @@ pub enum Logits {
     Last,
 }
 
+/// Rows of logits that the loss is computed over at once: of `rows` rows, as many chunks of this
+/// size as fit, and one of the rest.
+pub const LOSS_ROWS: usize = 256;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {

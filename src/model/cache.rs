@@ -13,7 +13,7 @@ use crate::{
 /// Keys and values of the tokens so far, preallocated, and the rotary tables for as many.
 #[derive(Debug)]
 pub struct KvCache {
-    /// Each layer's keys and values, (B, K, capacity, d).
+    /// Each layer's keys and values, (B, K, capacity, d); none where nothing is kept.
     layers: Vec<(Tensor, Tensor)>,
     rope: RopeTable,
     batch: usize,
@@ -39,9 +39,26 @@ impl KvCache {
         let layers = (0..config.num_hidden_layers)
             .map(|_| Ok((zeros()?, zeros()?)))
             .collect::<Result<_>>()?;
-        let at = meter.at(Module::RotaryEmb);
+        let empty = Self::transient(meter, config, batch, capacity, dtype, device)?;
+        Ok(Self { layers, ..empty })
+    }
+
+    /// Keeps nothing from pass to pass: for whole sequences of up to `capacity` tokens, whose keys
+    /// and values nobody reads again.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn transient(
+        meter: Meter,
+        config: &ModelConfig,
+        batch: usize,
+        capacity: usize,
+        dtype: Dtype,
+        device: &Device,
+    ) -> Result<Self> {
+        let (at, d) = (meter.at(Module::RotaryEmb), config.head_dim());
         let rope = RopeTable::new(at, capacity, d, config.rope_theta, dtype, device)?;
-        Ok(Self { layers, rope, batch, past: 0, capacity })
+        Ok(Self { layers: vec![], rope, batch, past: 0, capacity })
     }
 
     /// Tokens held.
@@ -76,7 +93,9 @@ impl KvCache {
     /// Stores the keys and values (B, K, T, d) of a layer's new tokens and returns all of them,
     /// (B, K, past + T, d), as views.
     pub(super) fn extend(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
-        let (keys, values) = &self.layers[layer];
+        let Some((keys, values)) = self.layers.get(layer) else {
+            return Ok((k.clone(), v.clone()));
+        };
         keys.write(k, 2, self.past)?;
         values.write(v, 2, self.past)?;
         let held = self.past + k.dims()[2];

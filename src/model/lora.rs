@@ -85,6 +85,11 @@ impl Adapter {
         Ok(Some(Self { a, b, scaling, projection }))
     }
 
+    /// A and B.
+    pub(super) fn factors(&mut self) -> [(Lora, &mut Tensor); 2] {
+        [(Lora::A, &mut self.a), (Lora::B, &mut self.b)]
+    }
+
     /// `base` (…, out) + scaling · B(A `x`), x (…, in).
     ///
     /// # Errors

@@ -1,9 +1,11 @@
 //! The model over metered ops: no arithmetic of its own.
 
 mod cache;
+mod gradients;
 mod lora;
 mod qwen2;
 
 pub use cache::KvCache;
+pub use gradients::{Labelled, Trained};
 pub use lora::{Adapter, AdapterSource};
 pub use qwen2::Qwen2;

@@ -14,7 +14,7 @@ use super::{Adapter, AdapterSource, KvCache};
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
-    ledger::{Dtype, Module},
+    ledger::{Dtype, Lora, Module, Scope},
     meter::Meter,
     ops::{self, Tensor},
     weights::Weights,
@@ -27,15 +27,15 @@ pub struct Qwen2 {
     config: ModelConfig,
     lora: LoraConfig,
     embed_tokens: Tensor, // (V, D)
-    layers: Vec<Layer>,
-    norm: Tensor,    // (D)
-    lm_head: Tensor, // (V, D)
+    pub(super) layers: Vec<Layer>,
+    norm: Tensor,            // (D)
+    lm_head: Option<Tensor>, // (V, D); none where the embedding serves
     dtype: Dtype,
     device: Device,
 }
 
 #[derive(Debug)]
-struct Layer {
+pub(super) struct Layer {
     input_layernorm: Tensor, // (D)
     self_attn: Attention,
     post_attention_layernorm: Tensor, // (D)
@@ -147,8 +147,8 @@ impl Qwen2 {
             })
             .collect::<Result<_>>()?;
         let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.clone(),
-            false => loader.tensor("lm_head.weight", &table)?,
+            true => None,
+            false => Some(loader.tensor("lm_head.weight", &table)?),
         };
         Ok(Self {
             config: config.clone(),
@@ -208,28 +208,91 @@ impl Qwen2 {
         cache: &mut KvCache,
         logits: Logits,
     ) -> Result<Tensor> {
-        let mut x = ops::embed(meter.at(Module::EmbedTokens), &self.embed_tokens, ids, batch)?; // (B, T, D)
-        let (seq, past) = (x.dims()[1], cache.past());
-        cache.check_room(batch, seq)?;
-        // A single token may look at everything before it: no mask.
-        let mask = match seq {
-            1 => None,
-            _ => Some(ops::causal_mask(seq, past, self.dtype, &self.device)?), // (T, S)
-        };
+        let mut x = self.embed(meter, ids, batch)?; // (B, T, D)
+        let seq = x.dims()[1];
+        let mask = self.mask(batch, seq, cache)?;
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(meter.layer(i), i, &x, mask.as_ref(), cache)?;
         }
-        cache.set_past(past + seq)?;
+        cache.set_past(cache.past() + seq)?;
         if logits == Logits::Last {
             x = x.narrow(1, seq - 1, 1)?; // (B, 1, D)
         }
-        let x = ops::rms_norm(meter.at(Module::Norm), &x, &self.norm, self.config.rms_norm_eps)?;
-        ops::linear(meter.at(Module::LmHead), &x, &self.lm_head)
+        let x = self.normed(meter, &x)?;
+        ops::linear(meter.at(Module::LmHead), &x, self.head())
+    }
+
+    /// (B, T, D)
+    pub(super) fn embed(&self, meter: Meter, ids: &[u32], batch: usize) -> Result<Tensor> {
+        ops::embed(meter.at(Module::EmbedTokens), &self.embed_tokens, ids, batch)
+    }
+
+    /// The mask (T, S) of `seq` tokens on top of what `cache` holds; a single token may look at
+    /// everything before it and has none.
+    pub(super) fn mask(&self, batch: usize, seq: usize, cache: &KvCache) -> Result<Option<Tensor>> {
+        cache.check_room(batch, seq)?;
+        let mask = || ops::causal_mask(seq, cache.past(), self.dtype, &self.device);
+        (seq > 1).then(mask).transpose()
+    }
+
+    /// What the head takes, from the last layer's output.
+    pub(super) fn normed(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(meter.at(Module::Norm), x, &self.norm, self.config.rms_norm_eps)
+    }
+
+    /// (V, D)
+    pub(super) fn head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Every parameter, adapters included, in the order of the data flow.
+    pub(super) fn parameters(&mut self) -> Vec<Parameter<'_>> {
+        let outside = |name: &str, module, tensor| {
+            let scope = Scope { layer: None, module };
+            Parameter { name: format!("model.{name}.weight"), scope, tensor }
+        };
+        let mut all = vec![outside("embed_tokens", Module::EmbedTokens, &mut self.embed_tokens)];
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            layer.parameters(i, &mut all);
+        }
+        all.push(outside("norm", Module::Norm, &mut self.norm));
+        if let Some(tensor) = &mut self.lm_head {
+            let scope = Scope { layer: None, module: Module::LmHead };
+            all.push(Parameter { name: "lm_head.weight".into(), scope, tensor });
+        }
+        all
     }
 }
 
+/// One tensor of weights, where it is.
+pub(super) struct Parameter<'a> {
+    /// Its name in a checkpoint, or in PEFT's format.
+    pub name: String,
+    pub scope: Scope,
+    pub tensor: &'a mut Tensor,
+}
+
 impl Layer {
-    fn forward(
+    fn parameters<'a>(&'a mut self, layer: usize, all: &mut Vec<Parameter<'a>>) {
+        let norm = |name: &str, module, tensor| Parameter {
+            name: format!("model.layers.{layer}.{name}.weight"),
+            scope: Scope { layer: Some(layer as u32), module },
+            tensor,
+        };
+        let Self { input_layernorm, self_attn, post_attention_layernorm, mlp, .. } = self;
+        all.push(norm("input_layernorm", Module::InputLayernorm, input_layernorm));
+        let Attention { q_proj, k_proj, v_proj, o_proj, .. } = self_attn;
+        for linear in [q_proj, k_proj, v_proj, o_proj] {
+            linear.parameters(layer, all);
+        }
+        let module = Module::PostAttentionLayernorm;
+        all.push(norm("post_attention_layernorm", module, post_attention_layernorm));
+        for linear in [&mut mlp.gate_proj, &mut mlp.up_proj, &mut mlp.down_proj] {
+            linear.parameters(layer, all);
+        }
+    }
+
+    pub(super) fn forward(
         &self,
         meter: Meter,
         index: usize,
@@ -297,6 +360,23 @@ impl Mlp {
 }
 
 impl Linear {
+    fn parameters<'a>(&'a mut self, layer: usize, all: &mut Vec<Parameter<'a>>) {
+        let Self { projection, weight, bias, adapter } = self;
+        let name = format!("model.layers.{layer}.{}.{projection}", projection.parent());
+        let at = |module| Scope { layer: Some(layer as u32), module };
+        let scope = at(Module::Proj(*projection));
+        all.push(Parameter { name: format!("{name}.weight"), scope, tensor: weight });
+        if let Some(tensor) = bias {
+            all.push(Parameter { name: format!("{name}.bias"), scope, tensor });
+        }
+        for (part, tensor) in adapter.iter_mut().flat_map(Adapter::factors) {
+            let scope = at(Module::Lora(*projection, part));
+            let factor = if part == Lora::A { 'A' } else { 'B' };
+            let name = format!("base_model.model.{name}.lora_{factor}.weight");
+            all.push(Parameter { name, scope, tensor });
+        }
+    }
+
     fn forward(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
         let at = meter.at(Module::Proj(self.projection));
         let mut y = ops::linear(at, x, &self.weight)?;

@@ -1,34 +1,44 @@
 //! One operation an element.
 
-use super::{Tensor, exp};
+use super::{Tensor, by_row::by_row, exp};
 use crate::{error::Result, ledger::Op, meter::At};
 
-/// a + b, equal shapes.
+/// a + b, equal shapes. Towards either side, the gradient as it is.
 ///
 /// # Errors
 /// Shapes or types that differ.
 pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Add { n: a.elements() as u64 };
-    at.run(op, a.dtype()?, a.device(), || Ok(Tensor(a.0.add(&b.0)?)))
+    let sum = at.run(op, a.dtype()?, a.device(), || a.data.add(&b.data))?;
+    let same = |_: At, dy: &Tensor| Ok(dy.clone());
+    Ok(Tensor::from(sum).from_input(at, a, same).from_input(at, b, same))
 }
 
-/// a · b element by element, equal shapes.
+/// a · b element by element, equal shapes. Towards one side, the gradient times the other.
 ///
 /// # Errors
 /// Shapes or types that differ.
 pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Mul { n: a.elements() as u64 };
-    at.run(op, a.dtype()?, a.device(), || Ok(Tensor(a.0.mul(&b.0)?)))
+    let product = at.run(op, a.dtype()?, a.device(), || a.data.mul(&b.data))?;
+    let (to_a, to_b) = (b.detach(), a.detach());
+    Ok(Tensor::from(product)
+        .from_input(at, a, move |at, dy| mul(at, dy, &to_a))
+        .from_input(at, b, move |at, dy| mul(at, dy, &to_b)))
 }
 
-/// x times one factor, a tensor of one element (candle's `affine` would also add a zero).
+/// x times one factor, a tensor of one element (candle's `affine` would also add a zero). The
+/// gradient likewise.
 ///
 /// # Errors
 /// A factor of another type or of more elements.
 pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     anyhow::ensure!(factor.elements() == 1, "a factor has one element, not {:?}", factor.dims());
     let op = Op::Scale { n: x.elements() as u64 };
-    at.run(op, x.dtype()?, x.device(), || Ok(Tensor(x.0.broadcast_mul(&factor.0)?)))
+    let scaled =
+        at.run(op, x.dtype()?, x.device(), || x.data.broadcast_mul(&factor.data))?;
+    let factor = factor.detach();
+    Ok(Tensor::from(scaled).from_input(at, x, move |at, dy| scale(at, dy, &factor)))
 }
 
 /// x / (1 + exp(−x)).
@@ -37,10 +47,23 @@ pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
 /// The device's.
 pub fn silu(at: At, x: &Tensor) -> Result<Tensor> {
     let op = Op::Silu { n: x.elements() as u64 };
-    at.run(op, x.dtype()?, x.device(), || {
-        Ok(Tensor(match x.is_dense_f32_on_cpu() {
-            true => x.0.apply_op1_no_bwd(&exp::Silu)?,
-            false => x.0.silu()?,
-        }))
-    })
+    let y = at.run(op, x.dtype()?, x.device(), || match x.is_dense_f32_on_cpu() {
+        true => x.data.apply_op1_no_bwd(&exp::Silu),
+        false => x.data.silu(),
+    })?;
+    let saved = x.detach();
+    Ok(Tensor::from(y).from_input(at, x, move |at, dy| silu_grad(at, &saved, dy)))
+}
+
+/// dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x)).
+fn silu_grad(at: At, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let op = Op::SiluGrad { n: x.elements() as u64 };
+    let dx = at.run(op, x.dtype()?, x.device(), || {
+        by_row(&x.data, &dy.data, exp::silu_grad, |x, dy| {
+            let s = (x.neg()?.exp()? + 1.0)?.recip()?;
+            let inner = (x.mul(&(1.0 - &s)?)? + 1.0)?;
+            dy.mul(&s)?.mul(&inner)
+        })
+    })?;
+    Ok(dx.into())
 }

@@ -14,7 +14,7 @@ use crate::{
 /// # Errors
 /// No ids, a number of ids that is no multiple of `batch`, or an id of V or more.
 pub fn embed(at: At, table: &Tensor, ids: &[u32], batch: usize) -> Result<Tensor> {
-    let (vocab, width) = table.0.dims2()?;
+    let (vocab, width) = table.data.dims2()?;
     if ids.is_empty() || batch == 0 || !ids.len().is_multiple_of(batch) {
         return Err(Error::Prompt(format!("{} tokens make no batch of {batch}", ids.len())).into());
     }
@@ -24,9 +24,21 @@ pub fn embed(at: At, table: &Tensor, ids: &[u32], batch: usize) -> Result<Tensor
         );
     }
     let op = Op::Embed { rows: ids.len() as u64, width: width as u64 };
-    at.run(op, table.dtype()?, table.device(), || {
-        let ids = candle_core::Tensor::new(ids, table.device())?.to_dtype(DType::U32)?;
-        let rows = table.0.index_select(&ids, 0)?;
-        Ok(Tensor(rows.reshape((batch, (), width))?))
-    })
+    let ids = candle_core::Tensor::new(ids, table.device())?.to_dtype(DType::U32)?;
+    let rows = at.run(op, table.dtype()?, table.device(), || {
+        table.data.index_select(&ids, 0)?.reshape((batch, (), width))
+    })?;
+    Ok(Tensor::from(rows).from_input(at, table, move |at, dy| embed_grad(at, vocab, &ids, dy)))
+}
+
+/// A table of zeros to which each row of the gradient is added at its id.
+fn embed_grad(at: At, vocab: usize, ids: &candle_core::Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (rows, width) = dy.rows_width()?;
+    let op = Op::EmbedGrad { rows, width };
+    let table = at.run(op, dy.dtype()?, dy.device(), || {
+        let table =
+            candle_core::Tensor::zeros((vocab, width as usize), dy.data.dtype(), dy.device())?;
+        table.index_add(ids, &dy.data.reshape((rows as usize, width as usize))?.contiguous()?, 0)
+    })?;
+    Ok(table.into())
 }

@@ -54,13 +54,26 @@ impl CustomOp1 for Silu {
     }
 }
 
+/// dy · s · (1 + x · (1 − s)) into `out`, s = 1 / (1 + exp(−x)).
+pub(super) fn silu_grad(x: &[f32], dy: &[f32], out: &mut [f32]) {
+    for ((out, &x), dy) in out.iter_mut().zip(x).zip(dy) {
+        let s = 1.0 / (1.0 + exp(-x));
+        *out = dy * s * (1.0 + x * (1.0 - s));
+    }
+}
+
 /// Fewer elements than this are not worth waking a thread for.
 const FEW: usize = 1 << 14;
 
-fn softmax_row(row: &mut [f32]) {
+/// exp(x − max) in the place of each x of a row; (max, sum of those).
+pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {
     let max = reduce(row, f32::NEG_INFINITY, f32::max);
     row.iter_mut().for_each(|x| *x = exp(*x - max));
-    let sum = reduce(row, 0.0, |a, b| a + b);
+    (max, reduce(row, 0.0, |a, b| a + b))
+}
+
+fn softmax_row(row: &mut [f32]) {
+    let (_, sum) = exponentials(row);
     row.iter_mut().for_each(|x| *x /= sum);
 }
 

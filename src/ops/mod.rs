@@ -3,23 +3,32 @@
 //!
 //! Reshapes, transposes, slices and copies do no arithmetic and are not reported.
 
+mod by_row;
 mod elementwise;
 mod embed;
 mod exp;
 mod gemv;
 mod linear;
+mod loss;
 mod norm;
+mod optimize;
 mod rope;
 mod sample;
 mod softmax;
+mod tape;
 
 pub use elementwise::{add, mul, scale, silu};
 pub use embed::embed;
 pub use linear::{bias, linear, matmul};
+pub use loss::CrossEntropy;
 pub use norm::rms_norm;
+pub use optimize::{AdamW, Moments, clip_factor, sum_squares};
 pub use rope::{RopeTable, rope};
 pub use sample::{Sampler, argmax};
 pub use softmax::{causal_mask, mask, softmax};
+pub use tape::{Gradients, backward};
+
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Shape};
 
@@ -28,11 +37,15 @@ use crate::{error::Result, ledger::Dtype};
 /// A dense tensor on a device. No operator is implemented on it: arithmetic goes through
 /// [`crate::ops`], which meters it.
 #[derive(Debug, Clone)]
-pub struct Tensor(candle_core::Tensor);
+pub struct Tensor {
+    data: candle_core::Tensor,
+    /// How it was made, where a gradient of it is needed.
+    node: Option<Arc<tape::Node>>,
+}
 
 impl From<candle_core::Tensor> for Tensor {
-    fn from(tensor: candle_core::Tensor) -> Self {
-        Self(tensor)
+    fn from(data: candle_core::Tensor) -> Self {
+        Self { data, node: None }
     }
 }
 
@@ -62,7 +75,7 @@ impl Tensor {
     /// # Errors
     /// The device's, out of memory among them.
     pub fn zeros(shape: impl Into<Shape>, dtype: Dtype, device: &Device) -> Result<Self> {
-        Ok(Self(candle_core::Tensor::zeros(shape, dtype.to_candle(), device)?))
+        Ok(candle_core::Tensor::zeros(shape, dtype.to_candle(), device)?.into())
     }
 
     /// Host values as a tensor of `dtype`.
@@ -77,17 +90,17 @@ impl Tensor {
     ) -> Result<Self> {
         // Converted on the host, so that the device needs no cast kernel.
         let tensor = candle_core::Tensor::from_vec(values, shape.into(), &Device::Cpu)?;
-        Ok(Self(tensor.to_dtype(dtype.to_candle())?.to_device(device)?))
+        Ok(tensor.to_dtype(dtype.to_candle())?.to_device(device)?.into())
     }
 
     /// Lengths of all dimensions.
     pub fn dims(&self) -> &[usize] {
-        self.0.dims()
+        self.data.dims()
     }
 
     /// Number of elements.
     pub fn elements(&self) -> usize {
-        self.0.elem_count()
+        self.data.elem_count()
     }
 
     /// The element type.
@@ -95,12 +108,12 @@ impl Tensor {
     /// # Errors
     /// A type that no metered op computes in.
     pub fn dtype(&self) -> Result<Dtype> {
-        Dtype::of(&self.0)
+        Dtype::of(&self.data)
     }
 
     /// The device it lives on.
     pub fn device(&self) -> &Device {
-        self.0.device()
+        self.data.device()
     }
 
     /// The same elements under another shape; copies only where the layout asks for it.
@@ -108,7 +121,8 @@ impl Tensor {
     /// # Errors
     /// Another number of elements.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
-        Ok(Self(self.0.reshape(shape.into())?))
+        let was = self.data.shape().clone();
+        Ok(self.laid_out(self.data.reshape(shape.into())?, move |dy| dy.reshape(was)))
     }
 
     /// Two dimensions swapped, and the result laid out densely.
@@ -116,7 +130,8 @@ impl Tensor {
     /// # Errors
     /// A dimension that does not exist.
     pub fn transpose(&self, a: usize, b: usize) -> Result<Self> {
-        Ok(Self(self.0.transpose(a, b)?.contiguous()?))
+        let swapped = self.data.transpose(a, b)?.contiguous()?;
+        Ok(self.laid_out(swapped, move |dy| dy.transpose(a, b)?.contiguous()))
     }
 
     /// The last two dimensions swapped, as a view.
@@ -124,7 +139,7 @@ impl Tensor {
     /// # Errors
     /// Fewer than two dimensions.
     pub fn t(&self) -> Result<Self> {
-        Ok(Self(self.0.t()?))
+        Ok(self.laid_out(self.data.t()?, |dy| dy.t()))
     }
 
     /// `length` entries of `dim` from `start`, as a view.
@@ -132,7 +147,9 @@ impl Tensor {
     /// # Errors
     /// A range past the end.
     pub fn narrow(&self, dim: usize, start: usize, length: usize) -> Result<Self> {
-        Ok(Self(self.0.narrow(dim, start, length)?))
+        let after = self.data.dim(dim)?.saturating_sub(start + length);
+        let narrowed = self.data.narrow(dim, start, length)?;
+        Ok(self.laid_out(narrowed, move |dy| dy.pad_with_zeros(dim, start, after)))
     }
 
     /// The same elements, laid out densely.
@@ -140,7 +157,29 @@ impl Tensor {
     /// # Errors
     /// The device's.
     pub fn contiguous(&self) -> Result<Self> {
-        Ok(Self(self.0.contiguous()?))
+        Ok(self.laid_out(self.data.contiguous()?, |dy| Ok(dy.clone())))
+    }
+
+    /// The same values in another element type.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn to_dtype(&self, dtype: Dtype) -> Result<Self> {
+        let was = self.data.dtype();
+        Ok(self.laid_out(self.data.to_dtype(dtype.to_candle())?, move |dy| dy.to_dtype(was)))
+    }
+
+    /// Matrices of one width as the rows of one matrix, without a graph; `none` if there are none.
+    ///
+    /// # Errors
+    /// Widths that differ.
+    pub fn stacked(parts: &[Self], none: &Self) -> Result<Self> {
+        let parts: Vec<_> = parts.iter().map(|part| &part.data).collect();
+        match parts.as_slice() {
+            [] => Ok(none.detach()),
+            [one] => Ok((*one).clone().into()),
+            many => Ok(candle_core::Tensor::cat(many, 0)?.into()),
+        }
     }
 
     /// Copies `source` into `dim` from `offset` on, in place.
@@ -148,7 +187,7 @@ impl Tensor {
     /// # Errors
     /// Shapes that do not fit, or a layout that is not dense.
     pub fn write(&self, source: &Self, dim: usize, offset: usize) -> Result<()> {
-        Ok(self.0.slice_set(&source.0, dim, offset)?)
+        Ok(self.data.slice_set(&source.data, dim, offset)?)
     }
 
     /// All elements on the host as f32, row-major.
@@ -156,12 +195,12 @@ impl Tensor {
     /// # Errors
     /// The device's.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        Ok(self.0.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+        Ok(self.data.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     /// Whether the CPU's own f32 kernels can take it.
     fn is_dense_f32_on_cpu(&self) -> bool {
-        self.device().is_cpu() && self.0.dtype() == DType::F32 && self.0.is_contiguous()
+        self.device().is_cpu() && self.data.dtype() == DType::F32 && self.data.is_contiguous()
     }
 
     /// (rows, width) of the tensor seen as rows along its last dimension.

