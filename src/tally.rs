@@ -122,6 +122,20 @@ impl Tally {
             .try_for_each(|((phase, component), sum)| self.add(phase, component, sum))
     }
 
+    /// Adds every row of `other` so many times.
+    ///
+    /// # Errors
+    /// A sum past 128 bits.
+    pub fn extend_times(&mut self, times: u128, other: &Self) -> Result<()> {
+        for (phase, component, row) in other.iter().filter(|_| times > 0) {
+            let overflow = || Error::Overflow(component.to_string());
+            let calls = row.calls.checked_mul(times).ok_or_else(overflow)?;
+            let cost = row.cost.checked_mul(times).ok_or_else(overflow)?;
+            self.add(phase, component, Sum { calls, cost })?;
+        }
+        Ok(())
+    }
+
     /// Rows in order of phase and component.
     pub fn iter(&self) -> impl Iterator<Item = (Phase, Component, &Sum)> {
         self.0.iter().map(|(&(phase, component), sum)| (phase, component, sum))

@@ -113,14 +113,27 @@ pub enum Task {
         steps: u64,
         /// Every weight is trained, not the adapters alone.
         full: bool,
+        /// Layers keep only their inputs and run forward again for their gradients.
+        #[serde(default)]
+        recompute: bool,
+        /// Gradients are scaled by a factor that bounds their norm.
+        #[serde(default)]
+        clip: bool,
     },
-    /// Forward passes with logits of every position, to score known text.
+    /// Forward passes with logits of every position and their loss, to score known text.
     Evaluate {
-        /// Sequences, all of one length.
+        /// Sequences of one pass, all of one length.
         batch: u64,
         /// Tokens of each.
         seq: u64,
+        /// Passes.
+        #[serde(default = "one")]
+        passes: u64,
     },
+}
+
+fn one() -> u64 {
+    1
 }
 
 impl Task {
@@ -167,10 +180,11 @@ impl Workload {
             Task::Forward { batch, seq, past, .. } => {
                 (batch, seq.checked_add(past), [("--batch", batch), ("--seq", seq)])
             }
-            Task::Evaluate { batch, seq } => {
+            Task::Evaluate { batch, seq, passes } => {
+                at_least_1("--passes", passes)?;
                 (batch, Some(seq), [("--batch", batch), ("--seq", seq)])
             }
-            Task::Train { batch, seq, accumulate, steps, full } => {
+            Task::Train { batch, seq, accumulate, steps, full, .. } => {
                 at_least_1("--accumulate", accumulate)?;
                 at_least_1("--steps", steps)?;
                 if !full && self.lora.rank == 0 {
@@ -218,6 +232,16 @@ impl Workload {
         }
     }
 
+    /// Positions that rotary tables are made for.
+    pub fn positions(&self) -> u64 {
+        match self.task {
+            Task::Generate { prompt_tokens, max_new_tokens, .. } => {
+                prompt_tokens + max_new_tokens - 1
+            }
+            Task::Forward { .. } | Task::Train { .. } | Task::Evaluate { .. } => self.context(),
+        }
+    }
+
     /// Bytes of all parameters, adapters included.
     pub fn weights_bytes(&self) -> u128 {
         let parameters = self.model.parameters() + self.lora.parameters(&self.model);
@@ -253,7 +277,7 @@ impl Workload {
             Task::Generate { batch, prompt_tokens, .. } => {
                 (batch, prompt_tokens, prompt_tokens, batch)
             }
-            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq } => {
+            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq, .. } => {
                 (batch, seq, seq, batch * seq)
             }
         };

@@ -8,10 +8,11 @@
 use super::{
     moments::Moments,
     pieces::{only, product, times, zero},
+    training::Training,
 };
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
-    error::{Error, Result},
+    error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
     tally::{Component, Sum, Tally},
@@ -26,26 +27,46 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
     workload.validate()?;
     let Workload { model, lora, .. } = workload;
     let mut tally = Tally::default();
+    setup(&mut tally, model, workload.positions())?;
+    let phases = Moments::of(&workload.task);
     match workload.task {
-        Task::Forward { seq, past, .. } => setup(&mut tally, model, past + seq)?,
-        Task::Generate { batch, prompt_tokens, new_tokens, max_new_tokens, sampling, .. } => {
-            setup(&mut tally, model, prompt_tokens + max_new_tokens - 1)?;
-            let (b, n) = (u128::from(batch), u128::from(new_tokens));
-            let sum = draws(model, sampling, n, n * b);
-            tally.add(Phase::Sampling, Component::Sampling, sum)?;
+        Task::Forward { .. } | Task::Generate { .. } => {
+            for (phase, moments) in phases {
+                passes(&mut tally, phase, model, lora, &moments)?;
+            }
         }
-        Task::Train { .. } | Task::Evaluate { .. } => return Err(not_executed(&workload.task)),
+        Task::Evaluate { passes, .. } => {
+            for (phase, m) in phases {
+                let mut pass = Tally::default();
+                body(&mut pass, phase, model, lora, &m)?;
+                pass.extend(Training::new(workload, false, m).head_and_loss(false)?)?;
+                tally.extend_times(passes.into(), &pass)?;
+            }
+        }
+        Task::Train { accumulate, steps, full, recompute, clip, .. } => {
+            let (accumulate, steps) = (u128::from(accumulate), u128::from(steps));
+            for (phase, m) in phases {
+                let mut pass = Tally::default();
+                let training = || Training::new(workload, full, m);
+                body(&mut pass, phase, model, lora, &m)?;
+                pass.extend(training().head_and_loss(true)?)?;
+                if recompute {
+                    layers(&mut pass, Phase::Recompute, model, lora, &m)?;
+                }
+                pass.extend(training().backward()?)?;
+                tally.extend_times(accumulate * steps, &pass)?;
+                let sums = (accumulate - 1) * steps;
+                tally.extend_times(sums, &training().sum_of_gradients()?)?;
+                tally.extend_times(steps, &training().update(clip)?)?;
+            }
+        }
     }
-    for (phase, moments) in Moments::of(&workload.task) {
-        passes(&mut tally, phase, model, lora, &moments)?;
+    if let Task::Generate { batch, new_tokens, sampling, .. } = workload.task {
+        let (b, n) = (u128::from(batch), u128::from(new_tokens));
+        let sum = draws(model, sampling, n, n * b);
+        tally.add(Phase::Sampling, Component::Sampling, sum)?;
     }
     Ok(tally)
-}
-
-/// `exact` counts what this program executes, and nothing else.
-pub(super) fn not_executed(task: &Task) -> anyhow::Error {
-    let why = format!("exact counts forward and generate, not {}; choose another", task.name());
-    Error::flag("--structure", why).into()
 }
 
 /// Tables of cos and sin: per frequency a power (div, log, mul, exp) and a reciprocal; per
@@ -76,14 +97,40 @@ pub(super) fn passes(
     if m.passes == 0 {
         return Ok(());
     }
+    body(tally, phase, model, lora, m)?;
+    let (width, vocab) = (model.hidden_size as u128, model.vocab_size as u128);
+    let cost = product(m.head_rows, width, vocab);
+    tally.add(phase, Component::LmHead, Sum { calls: m.passes, cost })
+}
+
+/// The same up to the head: embedding, layers, final norm.
+fn body(
+    tally: &mut Tally,
+    phase: Phase,
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    m: &Moments,
+) -> Result<()> {
+    layers(tally, phase, model, lora, m)?;
+    let (calls, cost) = (m.passes, norm(m.head_rows, model.hidden_size as u128));
+    tally.add(phase, Component::Embedding, Sum { calls, cost: Cost::default() })?;
+    tally.add(phase, Component::Norm, Sum { calls, cost })
+}
+
+/// The layers alone.
+fn layers(
+    tally: &mut Tally,
+    phase: Phase,
+    model: &ModelConfig,
+    lora: &LoraConfig,
+    m: &Moments,
+) -> Result<()> {
     m.check(model)?;
     let layers = model.num_hidden_layers as u128;
-    let (width, vocab) = (model.hidden_size as u128, model.vocab_size as u128);
+    let width = model.hidden_size as u128;
     let mut row = |component, calls, cost| tally.add(phase, component, Sum { calls, cost });
 
-    row(Component::Embedding, m.passes, Cost::default())?;
-    let normed_rows = 2 * layers * m.rows + m.head_rows;
-    row(Component::Norm, (2 * layers + 1) * m.passes, norm(normed_rows, width))?;
+    row(Component::Norm, 2 * layers * m.passes, norm(2 * layers * m.rows, width))?;
     for projection in Projection::ALL {
         let (calls, cost) = base(projection, model, m.rows);
         row(Component::Proj(projection), layers * m.passes * calls, times(layers, cost)?)?;
@@ -100,8 +147,7 @@ pub(super) fn passes(
         Primitives { neg: inner, exp: inner, add: inner, div: inner, mul: inner, ..zero() };
     row(Component::SwiGlu, 2 * layers * m.passes, only(swiglu))?;
     let sums = Primitives { add: 2 * layers * m.rows * width, ..zero() };
-    row(Component::Residual, 2 * layers * m.passes, only(sums))?;
-    row(Component::LmHead, m.passes, product(m.head_rows, width, vocab))
+    row(Component::Residual, 2 * layers * m.passes, only(sums))
 }
 
 /// Norms: w squares and w gains, w − 1 adds and one for eps, w + 1 divs, one root a row.

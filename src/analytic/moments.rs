@@ -89,7 +89,7 @@ impl Moments {
                 let pass = Self::pass(batch.into(), seq.into(), past.into(), logits);
                 vec![(Phase::Forward, pass)]
             }
-            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq } => {
+            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq, .. } => {
                 vec![(Phase::Forward, Self::pass(batch.into(), seq.into(), 0, Logits::All))]
             }
             Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, .. } => {

@@ -2,22 +2,22 @@
 
 use std::time::Duration;
 
-use super::closed_form::not_executed;
+use super::backward::Training;
 use crate::{
     config::Projection,
-    error::Result,
+    error::{Error, Result},
     ledger::{Dtype, Key, Ledger, Lora, Module, Op, Phase, Scope},
     workload::{Logits, Sampling, Task, Workload},
 };
 
 /// The ops of `workload`, with dimensions and calls. Takes time and memory in the number of
-/// passes; for a total alone, [`super::closed_form`] needs neither.
+/// different passes; for a total alone, [`super::closed_form`] needs neither.
 ///
 /// # Errors
-/// A workload that [`Workload::validate`] refuses.
+/// A workload that [`Workload::validate`] refuses, or more micro-steps than calls are counted in.
 pub fn predict(workload: &Workload) -> Result<Ledger> {
     workload.validate()?;
-    let mut list = List { workload, ledger: Ledger::default() };
+    let mut list = List { workload, ledger: Ledger::default(), times: 1 };
     match workload.task {
         Task::Forward { batch, seq, past, logits } => {
             list.setup(past + seq);
@@ -35,28 +35,73 @@ pub fn predict(workload: &Workload) -> Result<Ledger> {
                 list.sample(batch, sampling);
             }
         }
-        Task::Train { .. } | Task::Evaluate { .. } => return Err(not_executed(&workload.task)),
+        Task::Evaluate { batch, seq, passes } => {
+            list.setup(seq);
+            list.times = bounded(passes)?;
+            list.hidden(Phase::Forward, &Pass { batch, seq, past: 0, logits: Logits::All });
+            list.head_and_loss(batch * seq, None);
+        }
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => {
+            let training = Training { batch, seq, full, clip };
+            let pass = Pass { batch, seq, past: 0, logits: Logits::All };
+            list.setup(seq);
+            list.times = bounded(accumulate.saturating_mul(steps))?;
+            list.hidden(Phase::Forward, &pass);
+            list.head_and_loss(batch * seq, Some(training));
+            if recompute {
+                list.layers(Phase::Recompute, &pass);
+            }
+            list.backward(training);
+            list.times = steps * (accumulate - 1);
+            list.sum_gradients(training);
+            list.times = steps;
+            list.update(training);
+        }
     }
     Ok(list.ledger)
 }
 
+/// So many passes that calls of them still fit 64 bits.
+fn bounded(passes: u64) -> Result<u64> {
+    match passes <= 1 << 32 {
+        true => Ok(passes),
+        false => Err(Error::Overflow("calls (more than 2^32 passes)".into()).into()),
+    }
+}
+
 /// One pass: `seq` tokens fed to each of `batch` sequences that hold `past` already.
-struct Pass {
+pub(super) struct Pass {
     batch: u64,
     seq: u64,
     past: u64,
     logits: Logits,
 }
 
-struct List<'a> {
-    workload: &'a Workload,
+impl Pass {
+    /// Rows that reach the final norm and the head.
+    fn head_rows(&self) -> u64 {
+        match self.logits {
+            Logits::All => self.batch * self.seq,
+            Logits::Last => self.batch,
+        }
+    }
+}
+
+/// The ledger in the making.
+pub(super) struct List<'a> {
+    pub workload: &'a Workload,
     ledger: Ledger,
+    /// How often what is added next runs.
+    pub times: u64,
 }
 
 impl List<'_> {
-    fn add(&mut self, phase: Phase, layer: Option<u32>, module: Module, op: Op, dtype: Dtype) {
+    pub(super) fn add(&mut self, phase: Phase, layer: Option<u32>, module: Module, op: Op, dtype: Dtype) {
         let scope = Scope { layer, module };
-        self.ledger.add(Key { phase, scope, op, dtype }, 1, Duration::ZERO);
+        if self.times == 0 {
+            return;
+        }
+        self.ledger.add(Key { phase, scope, op, dtype }, self.times, Duration::ZERO);
     }
 
     fn setup(&mut self, positions: u64) {
@@ -66,22 +111,27 @@ impl List<'_> {
     }
 
     fn pass(&mut self, phase: Phase, pass: Pass) {
+        self.hidden(phase, &pass);
         let model = &self.workload.model;
-        let dtype = self.workload.dtype;
-        let (width, vocab) = (model.hidden_size as u64, model.vocab_size as u64);
-        let layers = model.num_hidden_layers as u32;
+        let (k, n) = (model.hidden_size as u64, model.vocab_size as u64);
+        let head = Op::Matmul { b: 1, m: pass.head_rows(), k, n };
+        self.add(phase, None, Module::LmHead, head, self.workload.dtype);
+    }
+
+    /// Embedding, layers and final norm.
+    fn hidden(&mut self, phase: Phase, pass: &Pass) {
+        let (width, dtype) = (self.workload.model.hidden_size as u64, self.workload.dtype);
         let rows = pass.batch * pass.seq;
-        let head_rows = match pass.logits {
-            Logits::All => rows,
-            Logits::Last => pass.batch,
-        };
         self.add(phase, None, Module::EmbedTokens, Op::Embed { rows, width }, dtype);
-        for layer in 0..layers {
-            self.layer(phase, layer, &pass);
+        self.layers(phase, pass);
+        let norm = Op::RmsNorm { rows: pass.head_rows(), width };
+        self.add(phase, None, Module::Norm, norm, dtype);
+    }
+
+    fn layers(&mut self, phase: Phase, pass: &Pass) {
+        for layer in 0..self.workload.model.num_hidden_layers as u32 {
+            self.layer(phase, layer, pass);
         }
-        self.add(phase, None, Module::Norm, Op::RmsNorm { rows: head_rows, width }, dtype);
-        let head = Op::Matmul { b: 1, m: head_rows, k: width, n: vocab };
-        self.add(phase, None, Module::LmHead, head, dtype);
     }
 
     fn layer(&mut self, phase: Phase, layer: u32, pass: &Pass) {

@@ -1,0 +1,268 @@
+//! Closed forms of training and evaluation: what runs beside the layers' forward passes.
+//!
+//! With R = B·T rows and B·T² scores of a pass, a gradient costs a linear combination of the same
+//! monomials as its op does, and of 1: a sum over rows takes R − 1 adds.
+
+use super::{
+    moments::Moments,
+    needs::Needs,
+    pieces::{only, product, times, zero},
+};
+use crate::{
+    config::{LoraConfig, ModelConfig, Projection},
+    error::Result,
+    ledger::Phase,
+    prices::{Cost, Primitives},
+    tally::{Component, Sum, Tally},
+    workload::{LOSS_ROWS, Workload},
+};
+
+/// The gradients of one pass, and what becomes of them.
+pub(super) struct Training<'a> {
+    model: &'a ModelConfig,
+    lora: &'a LoraConfig,
+    /// Every weight is trained, not the adapters alone.
+    full: bool,
+    m: Moments,
+    tally: Tally,
+}
+
+impl<'a> Training<'a> {
+    pub fn new(workload: &'a Workload, full: bool, m: Moments) -> Self {
+        let Workload { model, lora, .. } = workload;
+        Self { model, lora, full, m, tally: Tally::default() }
+    }
+
+    fn add(&mut self, phase: Phase, component: Component, calls: u128, cost: Cost) -> Result<()> {
+        match calls {
+            0 => Ok(()),
+            _ => self.tally.add(phase, component, Sum { calls, cost }),
+        }
+    }
+
+    /// R, D, F, V, H·d and K·d.
+    fn sizes(&self) -> [u128; 6] {
+        let model = self.model;
+        let [d, f, v] = [model.hidden_size, model.intermediate_size, model.vocab_size];
+        let [d, f, v, q, kv] = [d, f, v, model.q_width(), model.kv_width()].map(|n| n as u128);
+        [self.m.rows, d, f, v, q, kv]
+    }
+
+    /// Head and loss of one pass; in training with their gradients.
+    pub fn head_and_loss(mut self, trains: bool) -> Result<Tally> {
+        let [rows, d, _, v, ..] = self.sizes();
+        let chunks = rows.div_ceil(LOSS_ROWS as u128);
+        self.add(Phase::Forward, Component::LmHead, chunks, product(rows, d, v))?;
+        let loss = Primitives {
+            cmp: rows * (v - 1),
+            add: rows * (2 * v + 1),
+            exp: rows * v,
+            log: rows,
+            mul: rows,
+            ..zero()
+        };
+        self.add(Phase::Loss, Component::Loss, chunks, only(loss))?;
+        if !trains {
+            return Ok(self.tally);
+        }
+        let gradient = Primitives { div: rows, mul: rows * v, add: rows, ..zero() };
+        self.add(Phase::Loss, Component::Loss, chunks, only(gradient))?;
+        self.add(Phase::BackwardX, Component::LmHead, chunks, product(rows, v, d))?;
+        if self.full {
+            let dw = Cost { outputs: chunks * v * d, ..product(v, rows, d) };
+            self.add(Phase::BackwardW, Component::LmHead, chunks, dw)?;
+            // A tied head's gradient is the embedding's.
+            let tied = self.model.tie_word_embeddings;
+            let owner = if tied { Component::Embedding } else { Component::LmHead };
+            self.add(Phase::BackwardW, owner, chunks - 1, adds((chunks - 1) * v * d))?;
+        }
+        Ok(self.tally)
+    }
+
+    /// Gradients from the final norm down.
+    pub fn backward(mut self) -> Result<Tally> {
+        let [rows, d, _, v, ..] = self.sizes();
+        let upper = self.model.num_hidden_layers as u128 - 1;
+        self.norm(1, true)?;
+        let lowest = Needs::of(self.lora, self.full, self.full);
+        let others = Needs::of(self.lora, self.full, true);
+        for (layers, needs) in [(1, lowest), (upper, others)] {
+            self.layers(layers, &needs)?;
+        }
+        // A layer's input goes to its norm and past its attention.
+        self.add(Phase::BackwardX, Component::Residual, upper, adds(upper * rows * d))?;
+        if self.full {
+            self.add(Phase::BackwardX, Component::Embedding, 1, adds(rows * d))?;
+            let tied = u128::from(self.model.tie_word_embeddings);
+            let table = adds(rows * d + tied * v * d);
+            self.add(Phase::BackwardW, Component::Embedding, 1 + tied, table)?;
+        }
+        Ok(self.tally)
+    }
+
+    fn layers(&mut self, layers: u128, needs: &Needs) -> Result<()> {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let [rows, d, f, _, q, _] = self.sizes();
+        for projection in Projection::ALL {
+            self.projection(layers, projection, needs.fed(projection))?;
+        }
+        self.attention(layers, needs)?;
+        let n = rows * f;
+        let sides = u128::from(needs.gate) + u128::from(needs.up);
+        let gates = only(Primitives { mul: layers * sides * n, ..zero() });
+        self.add(Phase::BackwardX, Component::SwiGlu, layers * sides, gates)?;
+        if needs.gate {
+            let n = layers * n;
+            let silu = Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..zero() };
+            self.add(Phase::BackwardX, Component::SwiGlu, layers, only(silu))?;
+        }
+        self.norm(layers, needs.input)?;
+        self.norm(layers, needs.middle)?;
+
+        // What is read by several has its gradients summed: one sum less than readers.
+        let lora = self.lora;
+        let adapters = |of: &[Projection]| of.iter().filter(|p| lora.adapts(**p)).count() as u128;
+        let sums = [
+            (needs.normed, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), rows * d),
+            (needs.normed_again, Component::Norm, 1 + adapters(&[GateProj, UpProj]), rows * d),
+            (needs.mixed, Component::Attention, adapters(&[OProj]), rows * q),
+            (needs.inner, Component::SwiGlu, adapters(&[DownProj]), n),
+            (needs.middle, Component::Residual, 1, rows * d),
+        ];
+        for (_, component, sums, n) in sums.into_iter().filter(|(needed, ..)| *needed) {
+            let sums = layers * sums;
+            self.add(Phase::BackwardX, component, sums, adds(sums * n))?;
+        }
+        Ok(())
+    }
+
+    /// A norm in each of `layers`: towards its input where that needs it, and towards its gain.
+    fn norm(&mut self, layers: u128, input: bool) -> Result<()> {
+        let [rows, d, ..] = self.sizes();
+        if input {
+            let (mul, add) = (rows * (5 * d + 2), rows * (3 * d - 1));
+            let dx = only(Primitives { mul, add, div: 3 * rows, sqrt: rows, ..zero() });
+            self.add(Phase::BackwardX, Component::Norm, layers, times(layers, dx)?)?;
+        }
+        if self.full {
+            let (mul, add) = (3 * rows * d, (2 * rows - 1) * d);
+            let gain = only(Primitives { mul, add, div: 2 * rows, sqrt: rows, ..zero() });
+            self.add(Phase::BackwardW, Component::Norm, layers, times(layers, gain)?)?;
+        }
+        Ok(())
+    }
+
+    fn projection(&mut self, layers: u128, projection: Projection, fed: bool) -> Result<()> {
+        let (k, n) = projection.widths(self.model);
+        let (k, n, r, rows) = (k as u128, n as u128, self.lora.rank as u128, self.m.rows);
+        let base = Component::Proj(projection);
+        if fed {
+            self.add(Phase::BackwardX, base, layers, times(layers, product(rows, n, k))?)?;
+        }
+        if self.full {
+            self.add(Phase::BackwardW, base, layers, times(layers, product(n, rows, k))?)?;
+            if projection.has_bias() {
+                self.add(Phase::BackwardW, base, layers, adds(layers * (rows - 1) * n))?;
+            }
+        }
+        if self.lora.adapts(projection) {
+            let lora = Component::Lora(projection);
+            let scale = Primitives { mul: rows * n, ..zero() };
+            let low = Cost { other: scale, ..product(rows, n, r) };
+            self.add(Phase::BackwardX, lora, 2 * layers, times(layers, low)?)?;
+            self.add(Phase::BackwardB, lora, layers, times(layers, product(n, rows, r))?)?;
+            self.add(Phase::BackwardA, lora, layers, times(layers, product(r, rows, k))?)?;
+            if fed {
+                self.add(Phase::BackwardX, lora, layers, times(layers, product(rows, r, k))?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Towards scores, values, queries and keys a product each; softmax, factor and rotation of
+    /// what needs them.
+    fn attention(&mut self, layers: u128, needs: &Needs) -> Result<()> {
+        let [rows, _, _, _, q, kv] = self.sizes();
+        let (h, d) = (self.model.num_attention_heads as u128, self.model.head_dim() as u128);
+        let scores = h * self.m.scores;
+        let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
+        let turn = |n| Primitives { mul: 2 * n, add: n, ..zero() };
+        let softmax =
+            Primitives { mul: 2 * scores, add: 2 * scores - h * rows, ..zero() };
+        let turned_q = turn(rows * q);
+        let scaled_q = Primitives { mul: turned_q.mul + rows * q, ..turned_q };
+        let gradients = [
+            (needs.scores, 2, Cost { other: softmax, ..towards(scores) }),
+            (needs.v, 1, towards(rows * kv)),
+            (needs.q, 3, Cost { other: scaled_q, ..towards(rows * q) }),
+            (needs.k, 2, Cost { other: turn(rows * kv), ..towards(rows * kv) }),
+        ];
+        for (_, calls, cost) in gradients.into_iter().filter(|(needed, ..)| *needed) {
+            let cost = times(layers, cost)?;
+            self.add(Phase::BackwardX, Component::Attention, layers * calls, cost)?;
+        }
+        Ok(())
+    }
+
+    /// One more micro-step's gradients added to those so far.
+    pub fn sum_of_gradients(mut self) -> Result<Tally> {
+        for (phase, component, tensors, n) in self.trained() {
+            self.add(phase, component, tensors, adds(n))?;
+        }
+        Ok(self.tally)
+    }
+
+    /// Norm of the gradients, clipping, AdamW.
+    pub fn update(mut self, clip: bool) -> Result<Tally> {
+        let mut all = 0;
+        for (_, component, tensors, n) in self.trained() {
+            all += tensors;
+            let squares = Primitives { mul: n, add: n - tensors, ..zero() };
+            self.add(Phase::Clipping, component, tensors, only(squares))?;
+            if clip {
+                let scale = Primitives { mul: n, ..zero() };
+                self.add(Phase::Clipping, component, tensors, only(scale))?;
+            }
+            let adamw = Primitives { mul: 7 * n, add: 4 * n, div: 2 * n, sqrt: n, ..zero() };
+            self.add(Phase::Optimizer, component, tensors, only(adamw))?;
+        }
+        let factor = Primitives { add: all, sqrt: 1, div: 1, cmp: 1, ..zero() };
+        self.add(Phase::Clipping, Component::Optimizer, 1, only(factor))?;
+        Ok(self.tally)
+    }
+
+    /// Trained tensors and their elements, by the phase of their gradients and by component.
+    fn trained(&self) -> Vec<(Phase, Component, u128, u128)> {
+        let layers = self.model.num_hidden_layers as u128;
+        let [_, d, _, v, ..] = self.sizes();
+        let r = self.lora.rank as u128;
+        let mut all = vec![];
+        for projection in Projection::ALL {
+            let (k, n) = projection.widths(self.model);
+            let (k, n) = (k as u128, n as u128);
+            if self.lora.adapts(projection) {
+                let lora = Component::Lora(projection);
+                all.push((Phase::BackwardA, lora, layers, layers * r * k));
+                all.push((Phase::BackwardB, lora, layers, layers * n * r));
+            }
+            if self.full {
+                let bias = u128::from(projection.has_bias());
+                let (tensors, elements) = (layers * (1 + bias), layers * n * (k + bias));
+                all.push((Phase::BackwardW, Component::Proj(projection), tensors, elements));
+            }
+        }
+        if self.full {
+            let norms = 2 * layers + 1;
+            all.push((Phase::BackwardW, Component::Norm, norms, norms * d));
+            all.push((Phase::BackwardW, Component::Embedding, 1, v * d));
+            if !self.model.tie_word_embeddings {
+                all.push((Phase::BackwardW, Component::LmHead, 1, v * d));
+            }
+        }
+        all
+    }
+}
+
+fn adds(n: u128) -> Cost {
+    only(Primitives { add: n, ..zero() })
+}
