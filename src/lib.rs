@@ -64,6 +64,7 @@ pub mod ops;
 pub mod meter;
 pub mod model;
 pub mod generate;
+pub mod train;
 
 pub mod ledger;
 pub mod prices;
