@@ -2,7 +2,10 @@
 
 mod chat;
 
-use std::path::Path;
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    path::Path,
+};
 
 use candle_core::quantized::{
     gguf_file::{Content, Value},
@@ -12,6 +15,8 @@ use serde_json::Value as Json;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::{Error, Result};
+
+pub use chat::Message;
 
 /// Turns text into token ids and back as the checkpoint was trained to.
 #[derive(Debug)]
@@ -177,10 +182,23 @@ impl Text {
     /// # Errors
     /// A template that is malformed or refuses the messages.
     pub fn chat(&self, system: Option<&str>, user: &str) -> Result<String> {
-        match &self.chat {
-            Some(template) => template.render(system, user),
-            None => Ok(system.map_or(user.into(), |system| format!("{system}\n{user}"))),
+        if !self.has_chat_template() {
+            return Ok(system.map_or(user.into(), |system| format!("{system}\n{user}")));
         }
+        let system = system.map(|text| Message::new("system", text));
+        let messages: Vec<Message> =
+            system.into_iter().chain([Message::new("user", user)]).collect();
+        self.render(&messages, true)
+    }
+
+    /// The checkpoint's chat template applied to a conversation; with `generation_prompt`, up to
+    /// where the assistant's next answer begins.
+    ///
+    /// # Errors
+    /// No template, or one that is malformed or refuses the messages.
+    pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
+        let none = || Error::Prompt("the model has no chat template".into());
+        self.chat.as_ref().ok_or_else(none)?.render(messages, generation_prompt)
     }
 
     /// Whether the checkpoint brings a chat template.
@@ -191,6 +209,25 @@ impl Text {
     /// The tokens that end a generation.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos
+    }
+
+    /// A number that tells checkpoints apart whose tokens of some text, or of some conversation,
+    /// may differ. The same from run to run of one build.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be written down.
+    pub fn fingerprint(&self) -> Result<u64> {
+        let tokenizer = match &self.model {
+            Model::Tokenizer(tokenizer) => Some(
+                tokenizer
+                    .to_string(false)
+                    .map_err(|e| anyhow::anyhow!("writing the tokenizer: {}", first_line(&e)))?,
+            ),
+            Model::Bytes => None,
+        };
+        let mut hasher = DefaultHasher::new();
+        (tokenizer, &self.chat, &self.eos, self.vocab).hash(&mut hasher);
+        Ok(hasher.finish())
     }
 
     /// What the reports call it: the checkpoint's tokenizer, or the byte-level stand-in.

@@ -9,7 +9,8 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Labelled, Qwen2, Trained},
+    train::{Hyper, Trainer},
     weights::synthetic,
     workload::{Logits, Sampling, Task, Workload},
 };
@@ -126,5 +127,52 @@ proptest! {
         }).unwrap();
         prop_assert_eq!(told, out.sequences.iter().map(|s| s.tokens.len()).sum::<usize>());
         assert_balanced(&out.workload, &ledger.into_inner());
+    }
+
+    #[test]
+    fn training_balances(
+        (model, lora) in adapted(), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
+        accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, bf16] in any::<[bool; 4]>(),
+    ) {
+        let full = full || lora.rank == 0;
+        let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let trained = if full { Trained::All } else { Trained::Adapters };
+        let clip_at = clip.then_some(0.1);
+        let hyper = Hyper { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, clip: clip_at };
+        let qwen = load(&model, &lora, dtype);
+        let mut trainer =
+            Trainer::new(meter, qwen, trained, hyper, (batch, seq), recompute).unwrap();
+        let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i % model.vocab_size) as u32).collect();
+        let weights = vec![1.0 / (ids.len() * accumulate) as f32; ids.len()];
+        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+        for _ in 0..steps {
+            let found = trainer.gradients(meter, &vec![text; accumulate]).unwrap();
+            trainer.update(meter, found, 0.01).unwrap();
+        }
+        let [batch, seq, accumulate, steps] = [batch, seq, accumulate, steps].map(|n| n as u64);
+        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+        assert_balanced(&Workload { model, lora, dtype, task }, &ledger.into_inner());
+    }
+
+    #[test]
+    fn evaluation_balances(
+        (model, lora) in adapted(), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
+        passes in 1usize..3,
+    ) {
+        let qwen = load(&model, &lora, Dtype::F32);
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let positions = qwen.positions(meter, batch, seq).unwrap();
+        let ids: Vec<u32> = (0..batch * seq).map(|i| (i % model.vocab_size) as u32).collect();
+        let weights = vec![1.0; ids.len()];
+        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+        for _ in 0..passes {
+            prop_assert!(qwen.loss(meter, text, &positions).unwrap() > 0.0);
+        }
+        let [batch, seq, passes] = [batch, seq, passes].map(|n| n as u64);
+        let task = Task::Evaluate { batch, seq, passes };
+        assert_balanced(&Workload { model, lora, dtype: Dtype::F32, task }, &ledger.into_inner());
     }
 }

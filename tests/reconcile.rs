@@ -60,16 +60,19 @@ fn tasks() -> impl Strategy<Value = Task> {
                 sampling,
             }
         ),
-        (1u64..9, LENGTHS, 1u64..9, LENGTHS, any::<bool>()).prop_map(
-            |(batch, seq, accumulate, steps, full)| Task::Train {
+        (1u64..9, LENGTHS, 1u64..9, LENGTHS, any::<[bool; 3]>()).prop_map(
+            |(batch, seq, accumulate, steps, [full, recompute, clip])| Task::Train {
                 batch,
                 seq,
                 accumulate,
                 steps,
                 full,
+                recompute,
+                clip,
             }
         ),
-        (1u64..9, LENGTHS).prop_map(|(batch, seq)| Task::Evaluate { batch, seq }),
+        (1u64..9, LENGTHS, 1u64..9)
+            .prop_map(|(batch, seq, passes)| Task::Evaluate { batch, seq, passes }),
     ]
 }
 
@@ -100,11 +103,6 @@ prop_compose! {
     }
 }
 
-fn covers(structure: Structure, task: &Task) -> bool {
-    let executed = matches!(task, Task::Forward { .. } | Task::Generate { .. });
-    structure != Structure::Exact || executed
-}
-
 /// macs, outputs and each primitive.
 fn parts(cost: &Cost) -> [u128; 11] {
     let other = cost.other.named().map(|(_, n)| n);
@@ -121,7 +119,7 @@ proptest! {
     #[test]
     fn every_structure_is_the_reference_and_its_terms(workload in workloads()) {
         let hub = parts(&reference(&workload).unwrap());
-        for structure in Structure::ALL.into_iter().filter(|s| covers(*s, &workload.task)) {
+        for structure in Structure::ALL {
             let total = parts(&count(structure, &workload).unwrap().sum(|_, _| true).unwrap());
             let terms = terms(structure, &workload).unwrap();
             for i in 0..hub.len() {
@@ -134,7 +132,7 @@ proptest! {
 
     #[test]
     fn every_way_sums(workload in workloads(), from in price_lists(), to in price_lists()) {
-        let covered = || Structure::ALL.into_iter().filter(|s| covers(*s, &workload.task));
+        let covered = || Structure::ALL.into_iter();
         let totals: Vec<[i128; 2]> = covered()
             .map(|structure| {
                 let cost = count(structure, &workload).unwrap().sum(|_, _| true).unwrap();
@@ -199,7 +197,7 @@ fn a_small_way_by_hand() {
 fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
     let model = ModelConfig::preset("tiny").unwrap();
     let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::OProj]).unwrap();
-    let task = Task::Train { batch: 1, seq: 4, accumulate: 2, steps: 5, full: false };
+    let task = Task::Train { batch: 1, seq: 4, accumulate: 2, steps: 5, full: false, recompute: false, clip: true };
     let workload = Workload { model, lora, dtype: Dtype::F32, task };
     let end = |structure| End { structure, prices: Prices::matmul() };
     let way = reconcile("tiny", &[workload], &end(Structure::Megatron), &end(Structure::Torch));
@@ -218,12 +216,39 @@ fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
 }
 
 #[test]
-fn exact_does_not_count_what_is_not_executed() {
+fn what_training_executes_is_named() {
     let model = ModelConfig::preset("tiny").unwrap();
-    let task = Task::Evaluate { batch: 1, seq: 4 };
+    let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::QProj]).unwrap();
+    let task = Task::Train {
+        batch: 1,
+        seq: 4,
+        accumulate: 2,
+        steps: 5,
+        full: false,
+        recompute: true,
+        clip: true,
+    };
+    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::unit() };
+    let way = reconcile("tiny", &[workload], &end(Structure::Torch), &end(Structure::Exact));
+    let named = named(&way.unwrap());
+    let size = |cause| named.iter().find(|(c, ..)| *c == cause).map(|(.., flops)| *flops);
+    // 10 micro-steps of 4 rows of 320 logits: 2·320 + 1 adds, 320 exps, a log and a mul; then a
+    // div, 320 muls and an add.
+    assert_eq!(size(Cause::Loss), Some(40 * (641 + 320 + 2 + 322)));
+    // 5 steps over 3 pairs of 2·32: norm (2n − 1), clipping n, AdamW 14n; 6 + 2 for the factor.
+    assert_eq!(size(Cause::Optimizer), Some(5 * (6 * (2 * 64 - 1 + 64 + 14 * 64) + 8)));
+    // Each second micro-step's 6 gradients of 64.
+    assert_eq!(size(Cause::Accumulation), Some(5 * 6 * 64));
+    assert!(size(Cause::Recompute).unwrap() > 0);
+}
+
+#[test]
+fn an_evaluation_is_its_passes_and_their_loss() {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let task = Task::Evaluate { batch: 1, seq: 4, passes: 3 };
     let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
     let end = |structure| End { structure, prices: Prices::matmul() };
     let way = reconcile("tiny", &[workload], &end(Structure::Torch), &end(Structure::Exact));
-    let error = way.unwrap_err().to_string();
-    assert!(error.starts_with("--structure: exact") && error.contains("evaluate"), "{error}");
+    assert_eq!(named(&way.unwrap()), []);
 }

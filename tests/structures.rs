@@ -41,7 +41,7 @@ fn generate(prompt_tokens: u64, new_tokens: u64, temperature: f64) -> Task {
 }
 
 fn train(steps: u64) -> Task {
-    Task::Train { batch: 4, seq: 512, accumulate: 1, steps, full: false }
+    Task::Train { batch: 4, seq: 512, accumulate: 1, steps, full: false, recompute: false, clip: true }
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn the_notebooks_totals() {
     let adapted = notebook_total(5, generate(512, 512, 0.0));
     assert_eq!(adapted, (473_527_096_538_624, 354_814_586_880));
     assert_eq!(notebook_total(0, generate(512, 512, 1.0)), (473_173_215_446_016, 0));
-    let evaluate = Task::Evaluate { batch: 100, seq: 512 };
+    let evaluate = Task::Evaluate { batch: 100, seq: 512, passes: 1 };
     assert_eq!(notebook_total(0, evaluate), (60_341_912_907_200, 0));
 
     let printed = |(total, lora): (u128, u128)| format!("{:.4e} {:.4e}", total as f64, lora as f64);
@@ -118,7 +118,7 @@ fn torchs_totals() {
         serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
     let forward = |batch, seq, past, logits| Task::Forward { batch, seq, past, logits };
     let (train, full) = (
-        |full| Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full },
+        |full| Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full, recompute: false, clip: true },
         forward(2, 64, 0, Logits::All),
     );
     let cases = [
@@ -179,14 +179,14 @@ fn formulas_by_hand() {
         }
         let adapters = if structure == HfTrainer { 3 * 2 * (64 + 80) } else { 0 };
         assert_eq!(flops(structure, tied, true, pass(0)), 2 * 6 * (n + adapters), "{structure}");
-        let task = Task::Train { batch: 2, seq: 3, accumulate: 5, steps: 7, full: true };
+        let task = Task::Train { batch: 2, seq: 3, accumulate: 5, steps: 7, full: true, recompute: false, clip: true };
         assert_eq!(flops(structure, tied, false, task), 6 * 6 * 35 * n, "{structure}");
     }
     // 12·L·H·Q·T a token in training, 4·L·H·Q·T forward: 6 tokens of 3 + past.
     let scores = |held: u128| 2 * 2 * 3 * 32 * 6 * held;
     assert_eq!(flops(Palm, true, true, pass(0)), 2 * 6 * (layers + table) + scores(3));
     assert_eq!(flops(Palm, true, true, pass(7)), 2 * 6 * (layers + table) + scores(10));
-    let train = Task::Train { batch: 2, seq: 3, accumulate: 1, steps: 1, full: true };
+    let train = Task::Train { batch: 2, seq: 3, accumulate: 1, steps: 1, full: true, recompute: false, clip: true };
     assert_eq!(flops(Palm, true, true, train), 3 * (2 * 6 * (layers + table) + scores(3)));
     // Matrices and head at every position, whichever logits are asked for; half of 3 × 3 scores.
     let products = 2 * 6 * (matrices + table);
@@ -208,7 +208,7 @@ fn torchs_attention_is_its_bmm() {
     let golden: serde_json::Value =
         serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
     let bmm = golden["cases"]["lora_r8_fwd_bwd_B2_T64"]["by_op"]["aten.bmm"].as_u64().unwrap();
-    let task = Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full: false };
+    let task = Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full: false, recompute: false, clip: true };
     let tally = count(Structure::Torch, &workload(8, task)).unwrap();
     let attention = tally.sum(|_, component| component == Component::Attention).unwrap();
     assert_eq!(2 * attention.macs, bmm.into());
@@ -263,7 +263,7 @@ fn sums_past_128_bits_are_refused() {
         sampling: Sampling::GREEDY,
     };
     let (batch, seq, steps) = (1, 1 << 20, u64::MAX);
-    let train = Task::Train { batch, seq, accumulate: 1 << 20, steps, full: true };
+    let train = Task::Train { batch, seq, accumulate: 1 << 20, steps, full: true, recompute: false, clip: true };
     for task in [generate, train] {
         let lora = LoraConfig::none();
         let workload = Workload { model: model.clone(), lora, dtype: Dtype::F32, task };

@@ -6,7 +6,10 @@ use std::{env, fs, path::PathBuf};
 
 use candle_core::{DType, Device, quantized::GgmlDType, quantized::gguf_file::Value};
 use checkpoints::*;
-use flopaudit::{text::Text, weights};
+use flopaudit::{
+    text::{Message, Text},
+    weights,
+};
 use serde_json::json;
 
 /// The text side of a fresh directory with these further files.
@@ -134,6 +137,42 @@ fn the_chat_template_is_the_checkpoints_own() {
     });
     let error = one_line(&text.chat(None, "Hi").unwrap_err());
     assert!(error.contains("chat template fails: roles must alternate"), "{error}");
+}
+
+#[test]
+fn conversations_are_rendered_whole_or_up_to_the_next_answer() {
+    let text = gguf_text(|_| {});
+    let messages = [Message::new("user", "Hi"), Message::new("assistant", "Yes?")];
+    let whole = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n";
+    assert_eq!(text.render(&messages, false).unwrap(), whole);
+    let asks = text.render(&messages[..1], true).unwrap();
+    assert_eq!(asks, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    let error = one_line(&Text::bytes(256).render(&messages, false).unwrap_err());
+    assert_eq!(error, "prompt: the model has no chat template");
+}
+
+#[test]
+fn fingerprints_tell_text_sides_apart() {
+    let print =
+        |files: &[(&str, serde_json::Value)]| text_of(files).unwrap().fingerprint().unwrap();
+    let template = |source: &str| ("tokenizer_config.json", json!({"chat_template": source}));
+    let eos = ("generation_config.json", json!({"eos_token_id": 257}));
+    assert_eq!(print(&[]), print(&[]));
+    assert_eq!(print(&[template(CHAT)]), print(&[template(CHAT)]));
+    let bytes = |vocab| Text::bytes(vocab).fingerprint().unwrap();
+    let mut prints = [
+        print(&[]),
+        print(&[eos]),
+        print(&[template(CHAT)]),
+        print(&[template("x")]),
+        gguf_text(|_| {}).fingerprint().unwrap(),
+        bytes(320),
+        bytes(256),
+    ]
+    .to_vec();
+    prints.sort();
+    prints.dedup();
+    assert_eq!(prints.len(), 7);
 }
 
 #[test]

@@ -71,6 +71,20 @@ pub enum Cause {
     FrozenWeights,
     /// No gradients below the first adapter.
     BelowAdapters,
+    /// Cross-entropy and its gradient.
+    Loss,
+    /// Gradient norm, clipping, update.
+    Optimizer,
+    /// Layers run forward again.
+    Recompute,
+    /// Gradients' products sum over lengths of their own.
+    ShorterSums,
+    /// Derivatives of what is no product.
+    Derivatives,
+    /// Sums of gradients of what is read more than once.
+    SumsOfReaders,
+    /// Sums of gradients over micro-steps.
+    Accumulation,
     /// Another price of a primitive, or of a matmul.
     Price(&'static str),
 }
@@ -111,6 +125,13 @@ impl Cause {
             Self::LoraSums => "LoRA's scale and sum left out",
             Self::FrozenWeights => "no gradients of frozen weights",
             Self::BelowAdapters => "no gradients below the first adapters",
+            Self::Loss => "loss",
+            Self::Optimizer => "optimizer",
+            Self::Recompute => "recomputed layers",
+            Self::ShorterSums => "lengths of the sums in gradients",
+            Self::Derivatives => "derivatives of what is no matmul",
+            Self::SumsOfReaders => "gradients summed where they meet",
+            Self::Accumulation => "gradients summed over micro-steps",
             Self::Price(what) => return format!("price of {what}"),
         }
         .into()
@@ -161,6 +182,17 @@ impl Cause {
             Self::BelowAdapters => {
                 "backward is not 2 x forward: nothing is computed towards what lies before every trained weight"
             }
+            Self::Loss => "cross-entropy of every position, and its gradient",
+            Self::Optimizer => "norm of the gradients, clipping and AdamW, once a step",
+            Self::Recompute => "each layer runs forward again when its gradients are computed",
+            Self::ShorterSums => {
+                "a sum of k products takes k - 1 adds, and gradients sum over rows or outputs"
+            }
+            Self::Derivatives => {
+                "norms, softmax, SiLU and the rest have derivatives of their own, not twice the op"
+            }
+            Self::SumsOfReaders => "a tensor that several ops read gets the sum of their gradients",
+            Self::Accumulation => "each further micro-step adds its gradients to the sum",
             Self::Price(_) => "the two price lists differ",
         }
         .into()

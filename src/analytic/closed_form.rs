@@ -54,6 +54,7 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
                     layers(&mut pass, Phase::Recompute, model, lora, &m)?;
                 }
                 pass.extend(training().backward()?)?;
+                pass.extend(training().sums_of_readers()?)?;
                 tally.extend_times(accumulate * steps, &pass)?;
                 let sums = (accumulate - 1) * steps;
                 tally.extend_times(sums, &training().sum_of_gradients()?)?;
@@ -118,7 +119,7 @@ fn body(
 }
 
 /// The layers alone.
-fn layers(
+pub(super) fn layers(
     tally: &mut Tally,
     phase: Phase,
     model: &ModelConfig,

@@ -35,6 +35,7 @@ pub(super) fn times(n: u128, cost: Cost) -> Result<Cost> {
 pub(super) fn micro_steps(task: &Task) -> u128 {
     match *task {
         Task::Train { accumulate, steps, .. } => u128::from(accumulate) * u128::from(steps),
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 1,
+        Task::Evaluate { passes, .. } => passes.into(),
+        Task::Forward { .. } | Task::Generate { .. } => 1,
     }
 }

@@ -7,10 +7,11 @@
 use super::{
     Structure,
     causes::{Cause, Term},
-    closed_form::{adapter, closed_form, draws, passes, setup},
+    closed_form::{adapter, closed_form, draws, layers, passes, setup},
     moments::Moments,
     notebook,
     pieces::{macs, micro_steps, only, product, times, zero},
+    training::Training,
 };
 use crate::{
     config::Projection,
@@ -45,12 +46,7 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
     pass.m.check(&workload.model)?;
     let (task, model) = (&workload.task, &workload.model);
     let mut terms = match structure {
-        Structure::Exact => match task {
-            Task::Forward { .. } | Task::Generate { .. } => vec![],
-            Task::Train { .. } | Task::Evaluate { .. } => {
-                return Err(super::closed_form::not_executed(task));
-            }
-        },
+        Structure::Exact => vec![],
         Structure::Notebook => pass.notebook()?,
         Structure::SixNd => [pass.parameters(), vec![pass.scores(), pass.lora()]].concat(),
         Structure::Palm => [pass.parameters(), vec![pass.lora()]].concat(),
@@ -72,14 +68,16 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
     let runs = runs(task);
     let scaled = |term: Term| term.checked_mul(runs).ok_or_else(overflow);
     let mut terms = terms.into_iter().map(scaled).collect::<Result<Vec<_>, _>>()?;
-    if let (Structure::Torch, Task::Train { full: false, .. }) = (structure, task) {
+    let by_gradient = matches!(structure, Structure::Exact | Structure::Torch);
+    if let (true, Task::Train { full: false, .. }) = (by_gradient, task) {
         for term in [pass.frozen_weights(), pass.below_adapters()] {
             terms.push(term.checked_mul(micro_steps(task)).ok_or_else(overflow)?);
         }
     }
-    // What runs once, not once a pass.
-    if !matches!(structure, Structure::Exact) {
-        terms.extend(once(structure, workload)?);
+    match structure {
+        Structure::Exact => terms.extend(pass.beside_the_passes()?),
+        // What runs once, not once a pass.
+        _ => terms.extend(once(structure, workload)?),
     }
     Ok(terms)
 }
@@ -92,7 +90,8 @@ fn overflow() -> Error {
 fn runs(task: &Task) -> u128 {
     match task {
         Task::Train { .. } => micro_steps(task).saturating_mul(3),
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 1,
+        Task::Evaluate { .. } => micro_steps(task),
+        Task::Forward { .. } | Task::Generate { .. } => 1,
     }
 }
 
@@ -111,14 +110,10 @@ fn executed(workload: &Workload, m: &Moments) -> Result<Cost> {
 /// Rotary tables, and the choice of tokens.
 fn once(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
     let model = &workload.model;
-    let positions = match workload.task {
-        Task::Forward { seq, past, .. } => past + seq,
-        Task::Generate { prompt_tokens, max_new_tokens, .. } => prompt_tokens + max_new_tokens - 1,
-        Task::Train { .. } | Task::Evaluate { .. } => return Ok(vec![]),
-    };
-    let mut tables = Tally::default();
-    setup(&mut tables, model, positions)?;
-    let mut terms = vec![Term::less(Cause::RotaryTables, tables.sum(|_, _| true)?)];
+    if let Task::Train { .. } | Task::Evaluate { .. } = workload.task {
+        return Ok(vec![]);
+    }
+    let mut terms = vec![Term::less(Cause::RotaryTables, tables(workload)?)];
     if let Task::Generate { batch, new_tokens, sampling, .. } = workload.task {
         let rows = u128::from(batch) * u128::from(new_tokens);
         let counted = match structure {
@@ -129,6 +124,13 @@ fn once(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
         terms.push(Term::swap(Cause::Sampling, counted, chosen));
     }
     Ok(terms)
+}
+
+/// Rotary tables of all positions.
+fn tables(workload: &Workload) -> Result<Cost> {
+    let mut tables = Tally::default();
+    setup(&mut tables, &workload.model, workload.positions())?;
+    tables.sum(|_, _| true)
 }
 
 /// Passes and the model that they run: terms of one forward pass each.
@@ -351,6 +353,52 @@ impl Pass<'_> {
         let [layers, d, f, v, q, kv] = self.sizes();
         let matrices = layers * (2 * d * (q + kv) + 3 * d * f) + d * v;
         Term::less(Cause::FrozenWeights, macs(self.m.rows * matrices))
+    }
+
+    /// What a training or an evaluation executes beside forward passes, and in place of two more
+    /// of them: gradients op by op, their sums, loss, update.
+    fn beside_the_passes(&self) -> Result<Vec<Term>> {
+        let Workload { model, lora, task, .. } = self.workload;
+        let training = |full| Training::new(self.workload, full, self.m);
+        let runs = micro_steps(task);
+        let all = |tally: Tally, n| times(n, tally.sum(|_, _| true)?);
+        let is_loss = |phase, _| phase == Phase::Loss;
+        let (trains, full) = match *task {
+            Task::Forward { .. } | Task::Generate { .. } => return Ok(vec![]),
+            Task::Evaluate { .. } => (false, false),
+            Task::Train { full, .. } => (true, full),
+        };
+        let head = training(full).head_and_loss(trains)?;
+        let mut terms = vec![
+            Term::more(Cause::RotaryTables, tables(self.workload)?),
+            Term::more(Cause::Loss, times(runs, head.sum(is_loss)?)?),
+        ];
+        let Task::Train { accumulate, steps, recompute, clip, .. } = *task else {
+            return Ok(terms);
+        };
+        let towards = |phase, _| !matches!(phase, Phase::Loss | Phase::Forward);
+        let backward = training(full).backward()?.sum(|_, _| true)?;
+        let backward = backward.checked_add(head.sum(towards)?).ok_or_else(overflow)?;
+        let backward = times(runs, backward)?;
+        let twice = times(runs, times(2, executed(self.workload, &self.m)?)?)?;
+        // The products themselves are those of the forward pass, less what is not needed.
+        let outputs = |cost: &Cost| Cost { outputs: cost.outputs, ..Cost::default() };
+        let sums = training(full).sum_of_gradients()?;
+        let again = (u128::from(accumulate) - 1) * u128::from(steps);
+        let readers = all(training(full).sums_of_readers()?, runs)?;
+        terms.extend([
+            Term::swap(Cause::ShorterSums, outputs(&backward), outputs(&twice)),
+            Term::swap(Cause::Derivatives, only(backward.other), only(twice.other)),
+            Term::more(Cause::SumsOfReaders, readers),
+            Term::more(Cause::Accumulation, all(sums, again)?),
+            Term::more(Cause::Optimizer, all(training(full).update(clip)?, steps.into())?),
+        ]);
+        if recompute {
+            let mut tally = Tally::default();
+            layers(&mut tally, Phase::Recompute, model, lora, &self.m)?;
+            terms.push(Term::more(Cause::Recompute, all(tally, runs)?));
+        }
+        Ok(terms)
     }
 
     /// In the lowest layer, gradients towards activations that no adapter has touched yet.

@@ -71,38 +71,67 @@ impl<'a> Training<'a> {
         if self.full {
             let dw = Cost { outputs: chunks * v * d, ..product(v, rows, d) };
             self.add(Phase::BackwardW, Component::LmHead, chunks, dw)?;
-            // A tied head's gradient is the embedding's.
-            let tied = self.model.tie_word_embeddings;
-            let owner = if tied { Component::Embedding } else { Component::LmHead };
-            self.add(Phase::BackwardW, owner, chunks - 1, adds((chunks - 1) * v * d))?;
         }
         Ok(self.tally)
     }
 
-    /// Gradients from the final norm down.
-    pub fn backward(mut self) -> Result<Tally> {
-        let [rows, d, _, v, ..] = self.sizes();
+    /// The lowest layer and the others above it: how many, and what needs gradients there.
+    fn stack(&self) -> [(u128, Needs); 2] {
         let upper = self.model.num_hidden_layers as u128 - 1;
+        let needs = |input| Needs::of(self.lora, self.full, input);
+        [(1, needs(self.full)), (upper, needs(true))]
+    }
+
+    /// Gradients of each op, from the final norm down.
+    pub fn backward(mut self) -> Result<Tally> {
+        let [rows, d, ..] = self.sizes();
         self.norm(1, true)?;
-        let lowest = Needs::of(self.lora, self.full, self.full);
-        let others = Needs::of(self.lora, self.full, true);
-        for (layers, needs) in [(1, lowest), (upper, others)] {
+        for (layers, needs) in self.stack() {
             self.layers(layers, &needs)?;
         }
+        if self.full {
+            self.add(Phase::BackwardW, Component::Embedding, 1, adds(rows * d))?;
+        }
+        Ok(self.tally)
+    }
+
+    /// Sums of the gradients of what is read more than once: one sum less than readers.
+    pub fn sums_of_readers(mut self) -> Result<Tally> {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let [rows, d, f, v, q, _] = self.sizes();
+        let lora = self.lora;
+        let adapters = |of: &[Projection]| of.iter().filter(|p| lora.adapts(**p)).count() as u128;
+        for (layers, needs) in self.stack() {
+            let sums = [
+                (needs.normed, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), d),
+                (needs.normed_again, Component::Norm, 1 + adapters(&[GateProj, UpProj]), d),
+                (needs.mixed, Component::Attention, adapters(&[OProj]), q),
+                (needs.inner, Component::SwiGlu, adapters(&[DownProj]), f),
+                (needs.middle, Component::Residual, 1, d),
+            ];
+            for (_, component, sums, width) in sums.into_iter().filter(|(needed, ..)| *needed) {
+                let sums = layers * sums;
+                self.add(Phase::BackwardX, component, sums, adds(sums * rows * width))?;
+            }
+        }
         // A layer's input goes to its norm and past its attention.
+        let [_, (upper, _)] = self.stack();
         self.add(Phase::BackwardX, Component::Residual, upper, adds(upper * rows * d))?;
         if self.full {
             self.add(Phase::BackwardX, Component::Embedding, 1, adds(rows * d))?;
-            let tied = u128::from(self.model.tie_word_embeddings);
-            let table = adds(rows * d + tied * v * d);
-            self.add(Phase::BackwardW, Component::Embedding, 1 + tied, table)?;
+            // The head is read by every chunk; a tied one is the embedding, read once more.
+            let again = rows.div_ceil(LOSS_ROWS as u128) - 1;
+            let (owner, sums) = match self.model.tie_word_embeddings {
+                true => (Component::Embedding, again + 1),
+                false => (Component::LmHead, again),
+            };
+            self.add(Phase::BackwardW, owner, sums, adds(sums * v * d))?;
         }
         Ok(self.tally)
     }
 
     fn layers(&mut self, layers: u128, needs: &Needs) -> Result<()> {
-        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
-        let [rows, d, f, _, q, _] = self.sizes();
+        let [rows, _, f, ..] = self.sizes();
         for projection in Projection::ALL {
             self.projection(layers, projection, needs.fed(projection))?;
         }
@@ -117,23 +146,7 @@ impl<'a> Training<'a> {
             self.add(Phase::BackwardX, Component::SwiGlu, layers, only(silu))?;
         }
         self.norm(layers, needs.input)?;
-        self.norm(layers, needs.middle)?;
-
-        // What is read by several has its gradients summed: one sum less than readers.
-        let lora = self.lora;
-        let adapters = |of: &[Projection]| of.iter().filter(|p| lora.adapts(**p)).count() as u128;
-        let sums = [
-            (needs.normed, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), rows * d),
-            (needs.normed_again, Component::Norm, 1 + adapters(&[GateProj, UpProj]), rows * d),
-            (needs.mixed, Component::Attention, adapters(&[OProj]), rows * q),
-            (needs.inner, Component::SwiGlu, adapters(&[DownProj]), n),
-            (needs.middle, Component::Residual, 1, rows * d),
-        ];
-        for (_, component, sums, n) in sums.into_iter().filter(|(needed, ..)| *needed) {
-            let sums = layers * sums;
-            self.add(Phase::BackwardX, component, sums, adds(sums * n))?;
-        }
-        Ok(())
+        self.norm(layers, needs.middle)
     }
 
     /// A norm in each of `layers`: towards its input where that needs it, and towards its gain.

@@ -369,13 +369,19 @@ pub struct TrainingArgs {
     /// Train every weight, not the adapters alone
     #[arg(long)]
     pub full: bool,
+    /// Keep only each layer's input, and run it forward again for its gradients
+    #[arg(long)]
+    pub recompute: bool,
+    /// Do not scale gradients down to a norm
+    #[arg(long)]
+    pub no_clip: bool,
 }
 
 impl TrainingArgs {
     /// The task.
     pub fn task(&self) -> Task {
-        let &Self { batch, seq, accumulate, steps, full } = self;
-        Task::Train { batch, seq, accumulate, steps, full }
+        let &Self { batch, seq, accumulate, steps, full, recompute, no_clip } = self;
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip: !no_clip }
     }
 }
 
@@ -386,15 +392,18 @@ pub struct EvaluationArgs {
     /// Tokens of each sequence
     #[arg(long, value_name = "T", default_value_t = 512)]
     pub seq: u64,
-    /// Sequences
+    /// Sequences of one pass
     #[arg(long, value_name = "B", default_value_t = 1)]
     pub batch: u64,
+    /// Passes
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub passes: u64,
 }
 
 impl EvaluationArgs {
     /// The task.
     pub fn task(&self) -> Task {
-        let &Self { batch, seq } = self;
-        Task::Evaluate { batch, seq }
+        let &Self { batch, seq, passes } = self;
+        Task::Evaluate { batch, seq, passes }
     }
 }

@@ -286,7 +286,7 @@ fn tokens(workload: &Workload) -> (u64, u64) {
         }
         Task::Forward { batch, seq, .. }
         | Task::Train { batch, seq, .. }
-        | Task::Evaluate { batch, seq } => (batch * seq, 0),
+        | Task::Evaluate { batch, seq, .. } => (batch * seq, 0),
     }
 }
 

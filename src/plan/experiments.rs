@@ -254,8 +254,10 @@ fn task(table: &ExperimentTable, batch: u64, length: u64) -> Task {
             accumulate: table.accumulate.map_or(1, |Count(n)| n),
             steps: number(table.steps),
             full: table.full.unwrap_or(false),
+            recompute: false,
+            clip: true,
         },
-        Kind::Evaluate => Task::Evaluate { batch, seq: length },
+        Kind::Evaluate => Task::Evaluate { batch, seq: length, passes: 1 },
         Kind::Generate => {
             let new_tokens = number(table.new_tokens);
             let greedy = Sampling::GREEDY;

@@ -88,11 +88,15 @@ pub fn describe(workload: &Workload) -> String {
                 t => format!("temperature {t}"),
             }
         ),
-        Task::Train { batch, seq, accumulate, steps, full } => format!(
-            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {seq} tokens",
-            if full { "every weight" } else { "the adapters" }
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => format!(
+            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {seq} tokens{}{}",
+            if full { "every weight" } else { "the adapters" },
+            if recompute { ", recomputed" } else { "" },
+            if clip { "" } else { ", unclipped" },
         ),
-        Task::Evaluate { batch, seq } => format!("evaluate batch {batch}, {seq} tokens"),
+        Task::Evaluate { batch, seq, passes } => {
+            format!("evaluate {passes} x batch {batch}, {seq} tokens")
+        }
     };
     what + &lora
 }

@@ -4,11 +4,29 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::{Environment, ErrorKind, Value, context, syntax::SyntaxConfig, value::Kwargs};
 use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// One message of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Message {
+    /// Who speaks; which roles there are is the template's to say.
+    pub role: String,
+    /// What they say.
+    pub content: String,
+}
+
+impl Message {
+    /// What `role` says.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
 /// A Jinja template and the tokens that it may ask for.
-#[derive(Debug)]
+#[derive(Debug, Hash)]
 pub(super) struct Template {
     source: String,
     bos: Option<String>,
@@ -20,15 +38,13 @@ impl Template {
         Self { source, bos, eos }
     }
 
-    /// One user message, after a `system` one where given, ready for the assistant's answer.
-    pub(super) fn render(&self, system: Option<&str>, user: &str) -> Result<String> {
-        let message = |role: &str, content: &str| context! { role, content };
-        let mut messages: Vec<Value> =
-            system.map(|text| message("system", text)).into_iter().collect();
-        messages.push(message("user", user));
+    /// The messages; with `generation_prompt`, ready for the assistant's answer.
+    pub(super) fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
+        let message = |m: &Message| context! { role => &*m.role, content => &*m.content };
+        let messages: Vec<Value> = messages.iter().map(message).collect();
         let context = context! {
             messages,
-            add_generation_prompt => true,
+            add_generation_prompt => generation_prompt,
             bos_token => self.bos.as_deref(),
             eos_token => self.eos.as_deref(),
             tools => (),
@@ -160,7 +176,8 @@ mod tests {
     use super::*;
 
     fn render(source: &str) -> Result<String> {
-        Template::new(source.into(), Some("<s>".into()), None).render(Some("Be brief."), "Hi")
+        let messages = [Message::new("system", "Be brief."), Message::new("user", "Hi")];
+        Template::new(source.into(), Some("<s>".into()), None).render(&messages, true)
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Training: text into batches, steps within a budget, checkpoints.
 
+pub mod data;
+
 mod optimizer;
 mod step;
 

@@ -1,0 +1,268 @@
+//! Training data: a file of text or of conversations, as rows of tokens of one length.
+//!
+//! ```text
+//! file ─> documents ─> tokens, and which of them count ─> rows ─> batches, in a seeded order
+//! ```
+
+mod cache;
+mod conversation;
+mod documents;
+mod order;
+
+use std::{
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use rayon::prelude::*;
+
+use crate::{
+    error::{Error, Result},
+    text::Text,
+};
+use {cache::Entry, conversation::tokenize, documents::Documents};
+
+pub use order::Order;
+
+/// How a file becomes rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// Tokens that a row feeds, at least 1.
+    pub seq: usize,
+    /// Of conversations, only what the assistant says counts.
+    pub mask_prompt: bool,
+    /// A directory that keeps the tokens of files for later runs.
+    pub cache: Option<PathBuf>,
+}
+
+/// Rows of equal length, each fed to predict, at every position, the token after.
+///
+/// A row holds 2 to `seq` + 1 tokens: all but the last are fed, all but the first are predicted.
+/// A shorter one is padded at the right, where nothing counts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dataset {
+    seq: usize,
+    tokens: Vec<u32>,
+    /// For each token, whether its prediction counts.
+    counted: Vec<bool>,
+    /// Where in `tokens` each row lies.
+    rows: Vec<Range<usize>>,
+}
+
+/// Rows as a model takes them; each vector is `rows` × `seq`, row after row.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// Tokens to feed; padding is 0.
+    pub ids: Vec<u32>,
+    /// Tokens to predict; padding is 0.
+    pub targets: Vec<u32>,
+    /// 1 where the prediction counts, else 0, as in padding.
+    pub weights: Vec<f32>,
+    /// Number of rows.
+    pub rows: usize,
+    /// Positions of a row.
+    pub seq: usize,
+}
+
+impl Dataset {
+    /// Reads and tokenizes `file`.
+    ///
+    /// With the extension `jsonl` or `ndjson`, each line that is not blank is a document: an
+    /// object with `text`, or with `messages`, a list of objects of `role` and `content`; its
+    /// other keys are ignored. Any other file is one plain text.
+    ///
+    /// - Text: one stream of tokens cut into rows, each beginning with the token that the one
+    ///   before predicted last. Documents come one after another, each ended by the checkpoint's
+    ///   first end-of-sequence token, if it has one.
+    /// - Conversations: one row each, as the checkpoint's chat template renders it.
+    ///
+    /// A cache that cannot be read or written is no error: the file is tokenized anew.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not UTF-8, is blank or holds a single token; a line that is
+    /// no such document or of another kind than those before; a conversation that the template
+    /// refuses, that is longer than a row, or in which nothing counts; `mask_prompt` without
+    /// conversations.
+    pub fn load(file: &Path, text: &Text, options: &Options) -> Result<Self> {
+        if options.seq == 0 {
+            return Err(Error::flag("--seq", "must be at least 1").into());
+        }
+        let fail = |why: String| Error::File { file: file.into(), why };
+        let bytes = fs::read(file).map_err(|e| fail(e.to_string()))?;
+        let jsonl = file
+            .extension()
+            .is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
+        let entry = match &options.cache {
+            Some(dir) => {
+                let source = (&bytes, jsonl, options.mask_prompt, text.fingerprint()?);
+                Some(Entry::new(dir, options.seq, source))
+            }
+            None => None,
+        };
+        if let Some(dataset) = entry.as_ref().and_then(Entry::read) {
+            return Ok(dataset);
+        }
+        let documents = Documents::parse(&bytes, jsonl).map_err(fail)?;
+        if options.mask_prompt && !matches!(documents, Documents::Conversations(_)) {
+            let why = format!("{} holds text; only conversations have prompts", file.display());
+            return Err(Error::flag("--mask-prompt", why).into());
+        }
+        let dataset = Self::tokenize(&documents, text, options).map_err(fail)?;
+        if let Some(entry) = entry {
+            // Without it, the next run tokenizes again.
+            let _ = entry.write(&dataset);
+        }
+        Ok(dataset)
+    }
+
+    fn tokenize(documents: &Documents, text: &Text, options: &Options) -> Result<Self, String> {
+        match documents {
+            Documents::Plain(plain) => Self::windows(text.encode(plain).map_err(why)?, options.seq),
+            Documents::Texts(texts) => {
+                let documents = each(texts, |document| text.encode(document).map_err(why))?;
+                let ended =
+                    |tokens: Vec<u32>| tokens.into_iter().chain(text.eos_ids().first().copied());
+                Self::windows(documents.into_iter().flat_map(ended).collect(), options.seq)
+            }
+            Documents::Conversations(conversations) => {
+                let documents = each(conversations, |messages| tokenize(messages, text, options))?;
+                let (mut tokens, mut counted, mut rows) = (vec![], vec![], vec![]);
+                for document in documents {
+                    let start = tokens.len();
+                    tokens.extend(document.tokens);
+                    counted.extend(document.counted);
+                    rows.push(start..tokens.len());
+                }
+                Ok(Self { seq: options.seq, tokens, counted, rows })
+            }
+        }
+    }
+
+    /// Cuts a stream into rows that predict each token but the first once.
+    fn windows(tokens: Vec<u32>, seq: usize) -> Result<Self, String> {
+        let n = tokens.len();
+        if n < 2 {
+            return Err("makes fewer than two tokens, one to feed and one to predict".into());
+        }
+        let window = |start: usize| start..n.min(start.saturating_add(seq).saturating_add(1));
+        let rows = (0..n - 1).step_by(seq).map(window).collect();
+        Ok(Self { seq, tokens, counted: vec![true; n], rows })
+    }
+
+    /// Positions of a row.
+    pub fn seq(&self) -> usize {
+        self.seq
+    }
+
+    /// Number of rows, at least 1.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Tokens of the data, without padding.
+    pub fn tokens(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Tokens whose prediction counts, over all rows.
+    pub fn loss_tokens(&self) -> usize {
+        let counted = self.rows.iter().flat_map(|row| &self.counted[row.start + 1..row.end]);
+        counted.filter(|&&counts| counts).count()
+    }
+
+    /// The rows of these indices, each from 0 to below [`rows`](Self::rows), in this order.
+    ///
+    /// # Panics
+    /// With an index that is no row's.
+    pub fn batch(&self, indices: &[usize]) -> Batch {
+        let (rows, seq) = (indices.len(), self.seq);
+        let mut batch = Batch {
+            ids: vec![0; rows * seq],
+            targets: vec![0; rows * seq],
+            weights: vec![0.0; rows * seq],
+            rows,
+            seq,
+        };
+        for (row, &index) in indices.iter().enumerate() {
+            let Range { start, end } = self.rows[index];
+            let at = row * seq..row * seq + (end - start - 1);
+            batch.ids[at.clone()].copy_from_slice(&self.tokens[start..end - 1]);
+            batch.targets[at.clone()].copy_from_slice(&self.tokens[start + 1..end]);
+            for (weight, counts) in batch.weights[at].iter_mut().zip(&self.counted[start + 1..end])
+            {
+                *weight = f32::from(*counts);
+            }
+        }
+        batch
+    }
+}
+
+/// `work` on each document, on all cores; the error is that of the first line that has one.
+fn each<D: Sync, T: Send>(
+    documents: &[(usize, D)],
+    work: impl Fn(&D) -> Result<T, String> + Sync,
+) -> Result<Vec<T>, String> {
+    let work =
+        |(line, document): &(usize, D)| work(document).map_err(|why| format!("line {line}: {why}"));
+    let done: Vec<Result<T, String>> = documents.par_iter().map(work).collect();
+    done.into_iter().collect()
+}
+
+/// What is wrong, without what it is wrong with: that is the file here.
+fn why(error: anyhow::Error) -> String {
+    match error.downcast() {
+        Ok(Error::Prompt(why)) => why,
+        Ok(other) => other.to_string(),
+        Err(other) => format!("{other:#}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(dataset: &Dataset, index: usize) -> (Vec<u32>, Vec<u32>, Vec<f32>) {
+        let Batch { ids, targets, weights, .. } = dataset.batch(&[index]);
+        (ids, targets, weights)
+    }
+
+    #[test]
+    fn windows_overlap_by_the_token_that_one_predicts_and_the_next_feeds() {
+        let dataset = Dataset::windows(vec![5, 6, 7, 8, 9, 10], 3).unwrap();
+        assert_eq!((dataset.rows(), dataset.tokens(), dataset.loss_tokens()), (2, 6, 5));
+        assert_eq!(row(&dataset, 0), (vec![5, 6, 7], vec![6, 7, 8], vec![1.0; 3]));
+        assert_eq!(row(&dataset, 1), (vec![8, 9, 0], vec![9, 10, 0], vec![1.0, 1.0, 0.0]));
+        let batch = dataset.batch(&[1, 0]);
+        assert_eq!((batch.rows, batch.seq, batch.ids), (2, 3, vec![8, 9, 0, 5, 6, 7]));
+        // What the last row predicts last needs no row of its own.
+        assert_eq!(Dataset::windows(vec![5, 6, 7, 8], 3).unwrap().rows(), 1);
+        let widest = Dataset::windows(vec![5, 6], usize::MAX).unwrap();
+        assert_eq!((widest.rows(), widest.loss_tokens()), (1, 1));
+    }
+
+    #[test]
+    fn the_first_line_at_fault_is_named() {
+        let documents: Vec<(usize, usize)> = (1..500).map(|line| (line, line)).collect();
+        let work = |&n: &usize| if n % 7 == 0 { Err(format!("{n}!")) } else { Ok(n) };
+        assert_eq!(each(&documents, work), Err("line 7: 7!".into()));
+        assert_eq!(each(&documents[..3], work), Ok(vec![1, 2, 3]));
+    }
+
+    #[test]
+    fn a_valid_cache_entry_is_taken_at_its_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.txt");
+        fs::write(&file, "abc").unwrap();
+        let text = Text::bytes(256);
+        let source = (b"abc".to_vec(), false, false, text.fingerprint().unwrap());
+        let entry = Entry::new(&dir.path().join("new/cache"), 4, source);
+        let other = Dataset::windows(vec![1, 2, 3, 4, 5, 6], 4).unwrap();
+        entry.write(&other).unwrap();
+        let cache = Some(dir.path().join("new/cache"));
+        let mut options = Options { seq: 4, mask_prompt: false, cache };
+        assert_eq!(Dataset::load(&file, &text, &options).unwrap(), other);
+        options.seq = 2;
+        assert_eq!(Dataset::load(&file, &text, &options).unwrap().tokens, b"abc".map(u32::from));
+    }
+}
