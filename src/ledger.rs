@@ -5,6 +5,8 @@
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
 use crate::config::Projection;
 
 /// What the run was doing when the op ran.
@@ -41,6 +43,24 @@ pub enum Phase {
 }
 
 impl Phase {
+    /// All of them, in order.
+    pub const ALL: [Self; 14] = [
+        Self::Setup,
+        Self::Forward,
+        Self::Recompute,
+        Self::Loss,
+        Self::Backward,
+        Self::BackwardX,
+        Self::BackwardA,
+        Self::BackwardB,
+        Self::BackwardW,
+        Self::Clipping,
+        Self::Optimizer,
+        Self::Prefill,
+        Self::Decode,
+        Self::Sampling,
+    ];
+
     /// Lower-case name for tables and JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -68,14 +88,22 @@ impl fmt::Display for Phase {
     }
 }
 
-impl serde::Serialize for Phase {
-    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+impl Serialize for Phase {
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_str(self.name())
     }
 }
 
+impl<'de> Deserialize<'de> for Phase {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(d)?;
+        let found = Self::ALL.into_iter().find(|phase| phase.name() == name);
+        found.ok_or_else(|| D::Error::custom(format!("no phase `{name}`")))
+    }
+}
+
 /// A module of the model, as checkpoints name it; inside a layer or outside all of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Module {
     /// Token embedding.
     EmbedTokens,
@@ -108,7 +136,7 @@ pub enum Module {
 }
 
 /// Which part of an adapter: y += scale · B(A x).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Lora {
     /// A x: in → rank.
     A,
@@ -121,7 +149,7 @@ pub enum Lora {
 }
 
 /// Where an op ran: `layers.3.self_attn.q_proj.lora_a`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Scope {
     /// The decoder layer, from 0; none outside the layers.
     pub layer: Option<u32>,
@@ -166,7 +194,7 @@ impl fmt::Display for Scope {
 
 /// One executed tensor operation, with the dimensions it ran with. What each costs, and why, is
 /// derived at [`Op::cost`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Op {
     /// `b` products (m×k)·(k×n).
     Matmul {
@@ -427,8 +455,8 @@ impl fmt::Display for Op {
     Hash,
     PartialOrd,
     Ord,
-    serde::Serialize,
-    serde::Deserialize,
+    Serialize,
+    Deserialize,
     clap::ValueEnum,
 )]
 #[serde(rename_all = "lowercase")]
@@ -462,7 +490,7 @@ impl Dtype {
 }
 
 /// What makes two calls the same fact.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {
     /// What the run was doing.
     pub phase: Phase,
@@ -492,6 +520,23 @@ pub struct Entry {
 /// The multiset {(phase, scope, op, dtype)} → calls.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Ledger(BTreeMap<Key, Entry>);
+
+impl Serialize for Ledger {
+    /// As a list of [key, calls]; times are not kept.
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(self.iter().map(|(key, entry)| (key, entry.calls)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Ledger {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let mut ledger = Self::default();
+        for (key, calls) in Vec::<(Key, u64)>::deserialize(d)? {
+            ledger.add(key, calls, Duration::ZERO);
+        }
+        Ok(ledger)
+    }
+}
 
 impl Ledger {
     /// Counts `calls` more calls of `key`.

@@ -127,6 +127,11 @@ impl Gradients {
         self.remove(leaf.node.as_ref()?)
     }
 
+    /// The gradient of `leaf`, if anything depended on it.
+    pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
+        self.0.get(&Arc::as_ptr(leaf.node.as_ref()?)).map(|(_, gradient)| gradient)
+    }
+
     /// Adds a gradient of `leaf`: an op where it has one already.
     ///
     /// # Errors

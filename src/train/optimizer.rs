@@ -128,6 +128,28 @@ impl Optimizer {
         }
     }
 
+    /// Moves parameter `index` by `factor` · `direction`, its moments as they are: to look at the
+    /// loss beside where it is.
+    ///
+    /// # Errors
+    /// A direction of another size.
+    pub fn nudge(
+        &self,
+        model: &mut Qwen2,
+        index: usize,
+        direction: &[f32],
+        factor: f64,
+    ) -> Result<()> {
+        let parameter = &self.parameters[index];
+        let mut values = parameter.moments.to_vec()?;
+        for (value, d) in values.iter_mut().zip(direction) {
+            *value += factor as f32 * d;
+        }
+        parameter.moments.restore(&values)?;
+        let mut trained = model.trained();
+        parameter.publish(trained[index].2)
+    }
+
     /// Every parameter with its moments: name, then values as [`Moments::to_vec`] orders them.
     ///
     /// # Errors
