@@ -2,7 +2,6 @@
 """Times LoRA training steps of PyTorch and PEFT: forward, backward, AdamW."""
 
 import argparse
-import json
 import resource
 import statistics
 import sys
@@ -123,7 +122,7 @@ def main() -> None:
         "lora": {"rank": args.rank, "alpha": alpha, "targets": args.targets},
         "trained_parameters": sum(p.numel() for p in trained),
         "batch": args.batch, "seq": args.seq, "warmup": args.warmup,
-        "seconds": seconds, "losses": losses, "median_seconds": median,
+        "seconds": seconds, "losses": losses, "median_seconds": median, "fastest_seconds": min(seconds),
         "tokens_per_second": args.batch * args.seq / median,
         "flops_forward_backward": flops,
         "flops_by_op": {str(op): n for op, n in counter.get_flop_counts()["Global"].items()},
@@ -139,7 +138,7 @@ def main() -> None:
     print(f"tokens    batch {args.batch} x {args.seq}, {args.ids or 'random'}")
     for number, (s, loss) in enumerate(zip(seconds, losses), 1):
         print(f"  step {number}  {s:8.3f} s  loss {loss:.6f}")
-    print(f"median    {median:.3f} s a step, {report['tokens_per_second']:.1f} tokens/s,"
+    print(f"median    {median:.3f} s a step (fastest {min(seconds):.3f}), {report['tokens_per_second']:.1f} tokens/s,"
           f" {flops / median / 1e9:.1f} GFLOP/s")
     print(f"FLOPs     {flops:,} forward and backward, FlopCounterMode")
     print(f"memory    peak {steps_peak / mib:,.0f} MiB resident during {report['peak_rss_is_of']},"
