@@ -113,6 +113,14 @@ impl ModelConfig {
         Self::from_json(&text, &path.display().to_string())
     }
 
+    /// The same as a config.json of the hub.
+    pub fn to_hub(&self) -> serde_json::Value {
+        let mut json = serde_json::json!(self);
+        json["model_type"] = "qwen2".into();
+        json["architectures"] = serde_json::json!(["Qwen2ForCausalLM"]);
+        json
+    }
+
     /// [`ModelConfig::from_file`] on text already read; `origin` names it in errors.
     ///
     /// # Errors

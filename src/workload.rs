@@ -262,9 +262,19 @@ impl Workload {
         u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
     }
 
-    /// Bytes that the largest forward pass needs at once beside weights and cache, about: scores before
+    /// Bytes that a training holds beside weights and activations: gradients, and both moments,
+    /// in f32; and where the weights are narrower, their f32 masters.
+    pub fn training_bytes(&self) -> u128 {
+        let Task::Train { full, .. } = self.task else { return 0 };
+        let base = if full { self.model.parameters() } else { 0 };
+        let trained = base + self.lora.parameters(&self.model);
+        let masters = u128::from(self.dtype != Dtype::F32);
+        trained * 4 * (3 + masters)
+    }
+
+    /// Bytes that the largest pass needs at once beside weights and cache, about: scores before
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
-    /// logits with their f32 copy.
+    /// logits with their f32 copy. In training, layer upon layer, what gradients will read.
     pub fn activations_bytes(&self) -> u128 {
         let (batch, seq, held, head_rows) = match self.task {
             Task::Forward { batch, seq, past, logits: Logits::All } => {
@@ -278,15 +288,28 @@ impl Workload {
                 (batch, prompt_tokens, prompt_tokens, batch)
             }
             Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq, .. } => {
-                (batch, seq, seq, batch * seq)
+                (batch, seq, seq, (batch * seq).min(LOSS_ROWS as u64))
             }
         };
         let [batch, seq, held, head_rows] = [batch, seq, held, head_rows].map(u128::from);
         let model = &self.model;
-        let scores = (2 * batch * model.num_attention_heads as u128 + 1) * seq * held;
+        let (rows, layers) = (batch * seq, model.num_hidden_layers as u128);
+        let of_heads = batch * model.num_attention_heads as u128 * seq * held;
         let wide = 3 * model.intermediate_size as u128 + 4 * model.hidden_size as u128;
+        let once = 2 * of_heads + seq * held + rows * wide;
+        // Softmax's output; queries, keys and values; gate, up and their product; both norms'
+        // inputs and outputs.
+        let kept = of_heads
+            + rows * (wide + model.q_width() as u128 + 2 * model.kv_width() as u128);
+        let layered = match self.task {
+            Task::Train { recompute: true, .. } => {
+                kept + layers * rows * model.hidden_size as u128
+            }
+            Task::Train { .. } => layers * kept,
+            Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 0,
+        };
         let bytes = u128::from(self.dtype.bytes());
         let logits = head_rows * model.vocab_size as u128 * (bytes + 4);
-        (scores + batch * seq * wide) * bytes + logits
+        (once + layered) * bytes + logits
     }
 }

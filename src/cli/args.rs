@@ -1,6 +1,6 @@
 //! Flags that several commands share, each spelled and explained once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use clap::Args;
@@ -15,6 +15,7 @@ use crate::{
     model::{AdapterSource, Qwen2},
     prices::Prices,
     report::{self, Report, Target},
+    train::data::{Dataset, Options},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
 };
@@ -347,6 +348,41 @@ impl SamplingArgs {
         let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
         sampling.validate()?;
         Ok(sampling)
+    }
+}
+
+/// How text becomes rows.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Data")]
+pub struct DataArgs {
+    /// Tokens that a row feeds
+    #[arg(long, value_name = "T", default_value_t = 512)]
+    pub seq: usize,
+    /// Rows of one pass
+    #[arg(long, value_name = "B", default_value_t = 1)]
+    pub batch: usize,
+    /// Of conversations, learn and score the assistant's turns alone
+    #[arg(long)]
+    pub mask_prompt: bool,
+    /// Keep the tokens of files in DIR for later runs
+    #[arg(long, value_name = "DIR")]
+    pub token_cache: Option<PathBuf>,
+}
+
+impl DataArgs {
+    /// Reads and tokenizes `file` for `checkpoint`.
+    pub fn load(&self, file: &Path, checkpoint: &Checkpoint) -> Result<Dataset> {
+        let most = checkpoint.config.max_position_embeddings;
+        if self.seq > most {
+            let why = format!("{} is past the model's {most} positions", self.seq);
+            return Err(Error::flag("--seq", why).into());
+        }
+        if self.batch == 0 {
+            return Err(Error::flag("--batch", "must be at least 1").into());
+        }
+        let &Self { seq, mask_prompt, .. } = self;
+        let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };
+        Dataset::load(file, &checkpoint.text, &options)
     }
 }
 

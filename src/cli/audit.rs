@@ -7,7 +7,8 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::{
     args::{
-        CountingArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs, ModelArgs, OutputArgs,
+        CountingArgs, EvaluationArgs, ExecutionArgs, ForwardArgs, GenerationArgs, LoraArgs,
+        ModelArgs, OutputArgs, TrainingArgs,
     },
     interrupt::Interrupt,
     memory,
@@ -19,8 +20,9 @@ use crate::{
     generate::{Request, generate},
     ledger::{Ledger, Phase},
     meter::Meter,
-    model::Qwen2,
+    model::{Labelled, Qwen2, Trained},
     report::Report,
+    train::{Hyper, Trainer, data::Batch},
     workload::{Task, Workload},
 };
 
@@ -31,6 +33,10 @@ pub enum Command {
     Forward(Box<Run<ForwardArgs>>),
     /// A generation.
     Generate(Box<Run<GenerationArgs>>),
+    /// A training: forward, backward, update.
+    Train(Box<Run<TrainingArgs>>),
+    /// Passes over known text with their loss.
+    Evaluate(Box<Run<EvaluationArgs>>),
 }
 
 /// A workload's dimensions and how to run it.
@@ -55,6 +61,8 @@ pub fn run(command: Command) -> Result<()> {
     match command {
         Command::Forward(args) => audit(&args, args.task.task()),
         Command::Generate(args) => audit(&args, args.task.task()?),
+        Command::Train(args) => audit(&args, args.task.task()),
+        Command::Evaluate(args) => audit(&args, args.task.task()),
     }
 }
 
@@ -76,7 +84,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     workload.validate()?;
     memory::check(&workload)?;
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let ledger = execute(&model, task, execution, &interrupt)?;
+    let ledger = execute(model, task, execution, &interrupt)?;
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
@@ -92,7 +100,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
 /// Runs `task` on random tokens; cached tokens before a forward pass are zeros, which cost the
 /// same.
 fn execute(
-    model: &Qwen2,
+    model: Qwen2,
     task: Task,
     execution: &ExecutionArgs,
     interrupt: &Interrupt,
@@ -119,12 +127,51 @@ fn execute(
                 eos: vec![],
                 timed: execution.op_times,
             };
-            generate(model, &request, &ledger, |_, _| interrupt.check())?;
+            generate(&model, &request, &ledger, |_, _| interrupt.check())?;
         }
-        Task::Train { .. } | Task::Evaluate { .. } => {
-            anyhow::bail!("{} is not executed yet", task.name())
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => {
+            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let trained = if full { Trained::All } else { Trained::Adapters };
+            let hyper = Hyper { clip: clip.then_some(1.0), ..Hyper::DEFAULT };
+            let shape = (batch as usize, seq as usize);
+            let mut trainer = Trainer::new(meter, model, trained, hyper, shape, recompute)?;
+            for _ in 0..steps {
+                let rows = batch * accumulate;
+                let texts = tokens(rows * (seq + 1));
+                let batches = random_batches(&texts, shape, accumulate as usize);
+                let texts: Vec<Labelled> = batches.iter().map(Batch::labelled).collect();
+                let found = trainer.gradients(meter, &texts)?;
+                trainer.update(meter, found, 1e-4)?;
+                interrupt.check()?;
+            }
+        }
+        Task::Evaluate { batch, seq, passes } => {
+            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let shape = (batch as usize, seq as usize);
+            let positions = model.positions(meter, shape.0, shape.1)?;
+            for _ in 0..passes {
+                let texts = tokens(batch * (seq + 1));
+                for text in random_batches(&texts, shape, 1) {
+                    model.loss(meter, text.labelled(), &positions)?;
+                }
+                interrupt.check()?;
+            }
         }
     }
     interrupt.check()?;
     Ok(ledger.into_inner())
+}
+
+/// `batches` micro-batches of batch × seq tokens and the ones after, with weights that sum to 1.
+fn random_batches(tokens: &[u32], (batch, seq): (usize, usize), batches: usize) -> Vec<Batch> {
+    let weight = 1.0 / (batches * batch * seq) as f32;
+    let rows: Vec<&[u32]> = tokens.chunks_exact(seq + 1).collect();
+    let one = |rows: &[&[u32]]| Batch {
+        ids: rows.iter().flat_map(|row| &row[..seq]).copied().collect(),
+        targets: rows.iter().flat_map(|row| &row[1..]).copied().collect(),
+        weights: vec![weight; batch * seq],
+        rows: batch,
+        seq,
+    };
+    rows.chunks_exact(batch).map(one).collect()
 }

@@ -15,11 +15,17 @@ pub fn check(workload: &Workload) -> Result<()> {
         ("weights", workload.weights_bytes()),
         ("KV cache", workload.kv_cache_bytes()),
         ("activations", workload.activations_bytes()),
+        ("gradients and moments", workload.training_bytes()),
     ];
     let needed: u128 = parts.iter().map(|(_, n)| n).sum();
     match available() {
         Some(free) if needed > free => {
-            let parts = parts.map(|(name, n)| format!("{} of {name}", bytes(n as f64))).join(", ");
+            let parts: Vec<String> = parts
+                .into_iter()
+                .filter(|(_, n)| *n > 0)
+                .map(|(name, n)| format!("{} of {name}", bytes(n as f64)))
+                .collect();
+            let parts = parts.join(", ");
             let (needed, free) = (bytes(needed as f64), bytes(free as f64));
             Err(Error::Memory(format!("{needed} needed ({parts}), {free} free")).into())
         }

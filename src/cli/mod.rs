@@ -3,11 +3,13 @@
 mod args;
 mod audit;
 mod count;
+mod eval;
 mod generate;
 mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod train;
 mod workload;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +29,10 @@ pub struct Cli {
 enum Command {
     /// Generate text with every op metered, then audit the run.
     Generate(Box<generate::Args>),
+    /// Train adapters (or every weight) on text, within a budget, then audit the run.
+    Train(Box<train::Args>),
+    /// Score text: cross-entropy and perplexity, audited.
+    Eval(Box<eval::Args>),
     /// Execute a workload on random tokens and compare all three countings.
     #[command(subcommand)]
     Audit(audit::Command),
@@ -54,6 +60,8 @@ pub fn usage_error(error: &clap::Error) -> Error {
 pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Generate(args) => generate::run(*args),
+        Command::Train(args) => train::run(*args),
+        Command::Eval(args) => eval::run(*args),
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),

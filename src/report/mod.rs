@@ -6,6 +6,7 @@ mod run;
 mod sweep;
 mod table;
 mod target;
+mod training;
 mod waterfall;
 
 pub use figures::{bytes, digits, human, percent, signed, three_digits};
@@ -14,6 +15,7 @@ pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use target::Target;
+pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
@@ -81,6 +83,12 @@ pub struct Report {
     /// Text and timings, where text was generated.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub generation: Option<GenerationReport>,
+    /// Losses, budget and checks, where something was trained.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<TrainingReport>,
+    /// Loss, where text was scored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evaluation: Option<EvaluationReport>,
 }
 
 /// One component in one phase.
@@ -108,6 +116,8 @@ pub struct Memory {
     pub kv_cache_bytes: u128,
     /// What the largest pass needs beside them, about.
     pub activations_bytes: u128,
+    /// Gradients and optimizer, in training.
+    pub training_bytes: u128,
 }
 
 /// The audit's outcome.
@@ -241,6 +251,7 @@ impl Report {
                 activations_bytes: {
                     workload.iter().map(Workload::activations_bytes).max().unwrap_or(0)
                 },
+                training_bytes: workload.iter().map(Workload::training_bytes).max().unwrap_or(0),
             },
             workload,
             structure,
@@ -254,6 +265,8 @@ impl Report {
             notebook_table,
             audit: None,
             generation: None,
+            training: None,
+            evaluation: None,
         })
     }
 

@@ -6,7 +6,7 @@ use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
-    AuditReport, GenerationReport, Report,
+    AuditReport, GenerationReport, Report, training,
     figures::{bytes, digits, human, rate, three_digits},
 };
 use crate::{
@@ -38,10 +38,19 @@ pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()
     if let Some(generation) = &report.generation {
         speeds(out, report, generation)?;
     }
+    if let Some(training) = &report.training {
+        training::training(out, training, unicode)?;
+    }
+    if let Some(evaluation) = &report.evaluation {
+        training::evaluation(out, report, evaluation)?;
+    }
     let table = match &report.notebook_table {
         Some(rows) => notebook(rows, unicode),
         None => components(report, unicode),
     };
+    if report.notebook_table.is_none() && phases_of(report).len() > COLUMNS {
+        writeln!(out, "\n{}", phases(report, unicode).trim_fmt())?;
+    }
     writeln!(out, "\n{}\n", table.trim_fmt())?;
     totals(out, report)?;
     if let Some(audit) = &report.audit {
@@ -53,16 +62,28 @@ pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()
 fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
-    for workload in &report.workload {
-        writeln!(out, "workload  {}", describe(workload))?;
+    let mut lines: Vec<(String, usize)> = vec![];
+    for line in report.workload.iter().map(describe) {
+        match lines.iter_mut().find(|(seen, _)| *seen == line) {
+            Some((_, times)) => *times += 1,
+            None => lines.push((line, 1)),
+        }
+    }
+    for (line, times) in lines {
+        let times = if times > 1 { format!(", {times} times") } else { String::new() };
+        writeln!(out, "workload  {line}{times}")?;
     }
     let [weights, cache, activations] =
         [memory.weights_bytes, memory.kv_cache_bytes, memory.activations_bytes]
             .map(|n| bytes(n as f64));
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
+    let training = match memory.training_bytes {
+        0 => String::new(),
+        n => format!(", {} of gradients and moments", bytes(n as f64)),
+    };
     writeln!(
         out,
-        "memory    {weights} of weights, {cache} of KV cache, {activations} of activations, {dtype}"
+        "memory    {weights} of weights, {cache} of KV cache, {activations} of activations{training}, {dtype}"
     )?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
 }
@@ -138,10 +159,36 @@ fn notebook(rows: &[TableRow], unicode: bool) -> Table {
     table
 }
 
-/// Components down, phases across.
-fn components(report: &Report, unicode: bool) -> Table {
+/// Phases down: where there are too many to stand beside the components.
+fn phases(report: &Report, unicode: bool) -> Table {
+    let mut table = new_table(unicode);
+    table.set_header(["phase", "calls", "FLOPs", "share"]);
+    for phase in phases_of(report) {
+        let rows = || report.rows.iter().filter(|r| r.phase == phase);
+        let flops: u128 = rows().map(|r| r.flops).sum();
+        let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
+        let calls = digits(rows().map(|r| r.calls).sum());
+        table.add_row([phase.to_string(), calls, digits(flops), format!("{share:.2} %")]);
+    }
+    align(&mut table, 1);
+    table
+}
+
+fn phases_of(report: &Report) -> Vec<Phase> {
     let mut phases: Vec<Phase> = report.rows.iter().map(|r| r.phase).collect();
     phases.dedup();
+    phases
+}
+
+/// Most phases that stand beside the components.
+const COLUMNS: usize = 4;
+
+/// Components down, phases across where they fit.
+fn components(report: &Report, unicode: bool) -> Table {
+    let mut phases = phases_of(report);
+    if phases.len() > COLUMNS {
+        phases.clear();
+    }
     let mut parts: Vec<_> = report.rows.iter().map(|r| r.component).collect();
     parts.sort();
     parts.dedup();

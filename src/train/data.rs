@@ -11,6 +11,7 @@ mod order;
 
 use std::{
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -19,6 +20,7 @@ use rayon::prelude::*;
 
 use crate::{
     error::{Error, Result},
+    model::Labelled,
     text::Text,
 };
 use {cache::Entry, conversation::tokenize, documents::Documents};
@@ -63,6 +65,14 @@ pub struct Batch {
     pub rows: usize,
     /// Positions of a row.
     pub seq: usize,
+}
+
+impl Batch {
+    /// The same as a model takes it.
+    pub fn labelled(&self) -> Labelled<'_> {
+        let Self { ids, targets, weights, rows, .. } = self;
+        Labelled { ids, targets, weights, batch: *rows }
+    }
 }
 
 impl Dataset {
@@ -114,6 +124,13 @@ impl Dataset {
             let _ = entry.write(&dataset);
         }
         Ok(dataset)
+    }
+
+    /// Tells datasets of other tokens, rows or weights apart.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.seq, &self.tokens, &self.counted, &self.rows).hash(&mut hasher);
+        hasher.finish()
     }
 
     fn tokenize(documents: &Documents, text: &Text, options: &Options) -> Result<Self, String> {

@@ -5,7 +5,7 @@ use crate::{
     error::Result,
     ledger::Phase,
     meter::Meter,
-    model::{Labelled, Qwen2},
+    model::Qwen2,
     workload::{Task, Workload},
 };
 
@@ -57,13 +57,7 @@ pub fn evaluate(
         for _ in 0..passes {
             let rows: Vec<usize> = (done..done + batch).collect();
             let text = data.batch(&rows);
-            let labelled = Labelled {
-                ids: &text.ids,
-                targets: &text.targets,
-                weights: &text.weights,
-                batch,
-            };
-            sum += model.loss(meter, labelled, &positions)?;
+            sum += model.loss(meter, text.labelled(), &positions)?;
             done += batch;
             progress(done)?;
         }

@@ -21,6 +21,12 @@ pub struct Hyper {
     pub clip: Option<f64>,
 }
 
+impl Hyper {
+    /// What PyTorch's AdamW and most training scripts start from.
+    pub const DEFAULT: Self =
+        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: Some(1.0) };
+}
+
 /// Parameters in training, with their moments.
 #[derive(Debug)]
 pub struct Optimizer {
@@ -128,26 +134,35 @@ impl Optimizer {
         }
     }
 
-    /// Moves parameter `index` by `factor` · `direction`, its moments as they are: to look at the
-    /// loss beside where it is.
+    /// Moves parameter `index` by `factor` · `direction`, its moments as they are, to look at the
+    /// loss from there: the values before, for [`Optimizer::put_back`].
     ///
     /// # Errors
-    /// A direction of another size.
-    pub fn nudge(
+    /// The device's.
+    pub(super) fn nudge(
         &self,
         model: &mut Qwen2,
         index: usize,
         direction: &[f32],
         factor: f64,
-    ) -> Result<()> {
-        let parameter = &self.parameters[index];
-        let mut values = parameter.moments.to_vec()?;
+    ) -> Result<Vec<f32>> {
+        let before = self.parameters[index].moments.to_vec()?;
+        let mut values = before.clone();
         for (value, d) in values.iter_mut().zip(direction) {
             *value += factor as f32 * d;
         }
-        parameter.moments.restore(&values)?;
-        let mut trained = model.trained();
-        parameter.publish(trained[index].2)
+        self.put_back(model, index, &values)?;
+        Ok(before)
+    }
+
+    /// Sets parameter `index` and its moments.
+    ///
+    /// # Errors
+    /// Another number of values.
+    pub(super) fn put_back(&self, model: &mut Qwen2, index: usize, values: &[f32]) -> Result<()> {
+        let parameter = &self.parameters[index];
+        parameter.moments.restore(values)?;
+        parameter.publish(model.trained()[index].2)
     }
 
     /// Every parameter with its moments: name, then values as [`Moments::to_vec`] orders them.

@@ -9,13 +9,18 @@ mod header;
 mod hub;
 mod peft;
 mod place;
+mod save;
 mod synthetic;
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-pub use self::{peft::PeftAdapter, synthetic::synthetic};
+pub use self::{
+    peft::{PeftAdapter, save_adapter},
+    save::{Named, read, save},
+    synthetic::synthetic,
+};
 use crate::{
     config::{ModelConfig, Projection},
     error::{Error, Result},

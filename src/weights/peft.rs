@@ -8,10 +8,15 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::{directory::Shards, place::place};
+use super::{
+    directory::Shards,
+    place::place,
+    save::{Named, save},
+};
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
+    report::Target,
 };
 
 const CONFIG: &str = "adapter_config.json";
@@ -27,6 +32,32 @@ pub struct PeftAdapter {
     pub origin: String,
     shards: Shards,
     widths: Vec<(Projection, usize, usize)>,
+}
+
+/// Writes an adapter of the model `base` to `dir`, as PEFT saves one: `tensors` by its names.
+///
+/// # Errors
+/// A folder that cannot be written, or a full disk; each file is whole or as before.
+pub fn save_adapter(dir: &Path, base: &str, lora: &LoraConfig, tensors: &[Named]) -> Result<()> {
+    let targets: Vec<&str> = lora.targets.iter().map(|target| target.name()).collect();
+    let config = serde_json::json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "use_rslora": false,
+        "use_dora": false,
+        "init_lora_weights": true,
+        "inference_mode": true,
+    });
+    Target::open(&dir.join(CONFIG))?.write(&config)?;
+    let metadata = [("format".to_string(), "pt".to_string())].into();
+    save(&dir.join(MODEL), tensors, metadata)
 }
 
 impl PeftAdapter {

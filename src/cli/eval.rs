@@ -1,0 +1,95 @@
+//! `flopaudit eval`: the loss over known text, audited.
+
+use std::{cell::RefCell, path::PathBuf, time::Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{
+    args::{CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs},
+    interrupt::Interrupt,
+    memory,
+};
+use crate::{
+    analytic::Structure,
+    audit::Audit,
+    error::Result,
+    ledger::{Ledger, Phase},
+    meter::Meter,
+    report::{EvaluationReport, Report},
+    train::{evaluate, evaluation_tasks},
+    workload::Workload,
+};
+
+/// Flags of `eval`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Text to score: .jsonl with `text` or chat `messages` a line, or any plain text
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    #[command(flatten)]
+    rows: DataArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    lora: LoraArgs,
+    #[command(flatten)]
+    execution: ExecutionArgs,
+    #[command(flatten)]
+    counting: CountingArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Scores, reports, audits.
+pub fn run(args: Args) -> Result<()> {
+    let execution = &args.execution;
+    execution.set_threads();
+    let output = args.output.open()?;
+    let prices = args.counting.prices()?;
+    let device = execution.open_device()?;
+    let interrupt = Interrupt::listen()?;
+    let checkpoint = args.model.open()?;
+    let adapters = execution.adapters(&checkpoint.config, &args.lora)?;
+    let data = args.rows.load(&args.data, &checkpoint)?;
+    for task in evaluation_tasks(data.rows(), data.seq(), args.rows.batch) {
+        let (model, lora) = (checkpoint.config.clone(), adapters.lora().clone());
+        let workload = Workload { model, lora, dtype: execution.dtype.dtype, task };
+        workload.validate()?;
+        memory::check(&workload)?;
+    }
+    let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+
+    let bar = ProgressBar::new(data.rows() as u64);
+    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} rows  {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let progress = |rows: usize| {
+        bar.set_position(rows as u64);
+        interrupt.check()
+    };
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Forward).timed(execution.op_times);
+    let start = Instant::now();
+    let found = evaluate(meter, &model, &data, args.rows.batch, progress)?;
+    let seconds = start.elapsed().as_secs_f64();
+    bar.finish_and_clear();
+
+    let ledger = ledger.into_inner();
+    let audit = Audit::new(&found.workloads, &ledger)?;
+    let (origin, exact) = (&checkpoint.origin, Structure::Exact);
+    let workloads = found.workloads.clone();
+    let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?;
+    report.device = Some(execution.device.clone());
+    if execution.op_times {
+        report = report.with_times(&ledger);
+    }
+    report.evaluation = Some(EvaluationReport {
+        loss: found.loss,
+        perplexity: found.perplexity(),
+        tokens: found.tokens,
+        seconds,
+        tokens_per_s: data.tokens() as f64 / seconds,
+        adapter: execution.adapter.as_ref().map(|dir| dir.display().to_string()),
+    });
+    output.write(&report.with_audit(&audit)?, false)?;
+    audit.verdict()
+}

@@ -1,0 +1,83 @@
+//! Tensors to a safetensors file that appears whole or not at all, and back.
+
+use std::{borrow::Cow, collections::HashMap, fs, path::Path};
+
+use anyhow::Context;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
+
+use crate::error::{Error, Result};
+
+/// A named f32 tensor, its values row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Named {
+    /// Its name in the file.
+    pub name: String,
+    /// Lengths of its dimensions.
+    pub shape: Vec<usize>,
+    /// Its values.
+    pub values: Vec<f32>,
+}
+
+/// Writes `tensors` and `metadata` to `file`: beside it first, then in its place.
+///
+/// # Errors
+/// A folder that cannot be written, or a full disk; what was there before stays.
+pub fn save(file: &Path, tensors: &[Named], metadata: HashMap<String, String>) -> Result<()> {
+    let name = || file.display().to_string();
+    let dir = file.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // A temporary file is private to its owner; this is as any file, under the umask.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temporary = builder.tempfile_in(dir).with_context(name)?.into_temp_path();
+    let permissions = fs::metadata(&temporary).with_context(name)?.permissions();
+    let views = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor));
+    serialize_to_file(views, Some(metadata), &temporary).with_context(name)?;
+    // The library has put another file in its place.
+    fs::set_permissions(&temporary, permissions).with_context(name)?;
+    fs::File::open(&temporary).and_then(|written| written.sync_all()).with_context(name)?;
+    temporary.persist(file).with_context(name)
+}
+
+impl View for &Named {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    }
+
+    fn data_len(&self) -> usize {
+        4 * self.values.len()
+    }
+}
+
+/// Reads what [`save`] wrote.
+///
+/// # Errors
+/// A file that is missing, cut short or of other tensors than f32.
+pub fn read(file: &Path) -> Result<(Vec<Named>, HashMap<String, String>)> {
+    let bad = |why: String| Error::File { file: file.into(), why };
+    let opened = fs::File::open(file).map_err(|e| bad(e.to_string()))?;
+    // SAFETY: the file is replaced by renaming, never changed in place.
+    let bytes = unsafe { Mmap::map(&opened) }.map_err(|e| bad(e.to_string()))?;
+    let broken = |e: safetensors::SafeTensorError| bad(format!("cannot be read: {e}"));
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+    let metadata = header.metadata().clone().unwrap_or_default();
+    let tensors = SafeTensors::deserialize(&bytes).map_err(broken)?;
+    let tensors = tensors.iter().map(|(name, view)| {
+        if view.dtype() != Dtype::F32 {
+            return Err(bad(format!("tensor `{name}` is {:?}, not f32", view.dtype())).into());
+        }
+        let (values, _) = view.data().as_chunks::<4>();
+        let values = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        Ok(Named { name: name.into(), shape: view.shape().to_vec(), values })
+    });
+    Ok((tensors.collect::<Result<_>>()?, metadata))
+}
