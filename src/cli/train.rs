@@ -65,16 +65,16 @@ struct StepArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Rounds over the data
-    #[arg(long, value_name = "N", conflicts_with = "steps")]
+    #[arg(long, value_name = "N", conflicts_with = "steps", allow_negative_numbers = true)]
     epochs: Option<f64>,
     /// Most FLOPs to spend, 1e17 for example, as --structure and --prices count them
-    #[arg(long, value_name = "FLOPS")]
+    #[arg(long, value_name = "FLOPS", allow_negative_numbers = true)]
     budget: Option<f64>,
     /// Micro-steps whose gradients are summed into one step
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     accumulate: u32,
     /// Highest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 2e-4)]
+    #[arg(long, value_name = "RATE", default_value_t = 2e-4, allow_negative_numbers = true)]
     lr: f64,
     /// Steps of linear warm-up
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -83,10 +83,10 @@ struct StepArgs {
     #[arg(long, value_enum, default_value_t = Shape::Constant)]
     schedule: Shape,
     /// AdamW's decoupled weight decay
-    #[arg(long, value_name = "DECAY", default_value_t = 0.01)]
+    #[arg(long, value_name = "DECAY", default_value_t = 0.01, allow_negative_numbers = true)]
     weight_decay: f64,
     /// Most norm of all gradients together; 0 does not clip
-    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, allow_negative_numbers = true)]
     clip: f64,
     /// Train every weight, not the adapters alone
     #[arg(long)]

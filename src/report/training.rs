@@ -59,6 +59,8 @@ pub struct BudgetReport {
     pub spent: u128,
     /// One more step.
     pub next_step: u128,
+    /// One evaluation.
+    pub evaluation: u128,
 }
 
 /// An evaluation's account.
@@ -110,6 +112,7 @@ impl TrainingReport {
                 prices: budget.prices.name.clone(),
                 spent: budget.cost(&workloads)?,
                 next_step: two? - one?,
+                evaluation: budget.cost(&session.evaluation())?,
             },
         })
     }
@@ -126,7 +129,7 @@ pub(super) fn training(
         return Ok(());
     }
     writeln!(out, "speed     {:.1} tokens/s, {:.2} s a step", t.tokens_per_s, t.seconds / t.steps as f64)?;
-    let BudgetReport { flops, structure, prices, spent, next_step } = &t.budget;
+    let BudgetReport { flops, structure, prices, spent, next_step, .. } = &t.budget;
     match flops {
         Some(all) => writeln!(
             out,

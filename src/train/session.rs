@@ -98,6 +98,8 @@ pub struct Session<'a> {
     held_out: Option<&'a Dataset>,
     order: Order,
     ledger: RefCell<Ledger>,
+    /// Rotary tables that no step has used yet.
+    tables: Ledger,
     /// Steps that earlier processes did.
     began: u64,
 }
@@ -113,8 +115,8 @@ impl<'a> Session<'a> {
         data: &'a Dataset,
         held_out: Option<&'a Dataset>,
     ) -> Result<Self> {
-        let ledger = RefCell::new(Ledger::default());
-        let meter = Meter::new(&ledger, Phase::Setup);
+        let tables = RefCell::new(Ledger::default());
+        let meter = Meter::new(&tables, Phase::Setup);
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
         let shape = (settings.batch, settings.seq);
         let trainer =
@@ -123,7 +125,8 @@ impl<'a> Session<'a> {
         let checks = settings.checks.min(trainer.optimizer.names().count());
         let settings = Settings { checks, ..settings };
         let progress = Progress::default();
-        Ok(Self { settings, progress, trainer, data, held_out, order, ledger, began: 0 })
+        let (tables, ledger) = (tables.into_inner(), RefCell::default());
+        Ok(Self { settings, progress, trainer, data, held_out, order, ledger, tables, began: 0 })
     }
 
     /// Goes on from `progress`, after which `ledger` had been executed.
@@ -181,7 +184,6 @@ impl<'a> Session<'a> {
     /// What has run so far, in turn.
     pub fn workloads(&self) -> Vec<Workload> {
         let mut all = self.progress.finished.clone();
-        // Its tables are there before its first step.
         let steps = self.progress.steps - self.began;
         all.extend((steps > 0).then(|| self.training(steps)));
         all
@@ -190,6 +192,12 @@ impl<'a> Session<'a> {
     /// So many steps of it.
     pub fn training(&self, steps: u64) -> Workload {
         self.settings.training(self.trainer.model.config(), steps)
+    }
+
+    /// One evaluation of it.
+    pub fn evaluation(&self) -> Vec<(Workload, u64)> {
+        let tasks = self.settings.evaluation(self.trainer.model.config(), self.held_out);
+        tasks.into_iter().map(|workload| (workload, 1)).collect()
     }
 
     /// Whether `budget` pays for one more step, and for the evaluation that must follow the last.
@@ -201,7 +209,7 @@ impl<'a> Session<'a> {
         let steps = self.progress.steps - self.began + 1;
         let mut all: Vec<_> = self.progress.finished.iter().map(|w| (w.clone(), 1)).collect();
         all.push((settings.training(model, steps), 1));
-        all.extend(settings.evaluation(model, self.held_out).into_iter().map(|w| (w, 1)));
+        all.extend(self.evaluation());
         if self.progress.steps + 1 == settings.check_at() {
             all.extend(settings.check(model).map(|w| (w, 1)));
         }
@@ -214,6 +222,7 @@ impl<'a> Session<'a> {
     /// As [`Trainer::gradients`] and [`Trainer::update`].
     pub fn step(&mut self) -> Result<Step> {
         let start = std::time::Instant::now();
+        self.ledger.borrow_mut().extend(std::mem::take(&mut self.tables));
         let rate = self.settings.schedule.rate(self.progress.steps);
         let batches = self.batches();
         let texts: Vec<Labelled> = batches.iter().map(Batch::labelled).collect();
