@@ -6,7 +6,7 @@ use candle_core::Device;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::interrupt::Interrupt;
+use super::{device, interrupt::Interrupt};
 use crate::{
     analytic::Structure,
     config::{LoraConfig, ModelConfig, Projection},
@@ -126,7 +126,7 @@ pub struct ExecutionArgs {
     #[arg(long, default_value = "cpu")]
     pub device: String,
     #[command(flatten)]
-    pub dtype: DtypeArg,
+    dtype: DtypeArg,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -144,9 +144,16 @@ pub struct ExecutionArgs {
 /// Element type of weights and activations.
 #[derive(Debug, Args)]
 pub struct DtypeArg {
-    /// Element type of weights and activations
-    #[arg(long, value_enum, default_value_t = Dtype::F32)]
-    pub dtype: Dtype,
+    /// Element type of weights and activations [default: bf16 on cuda, else f32]
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
+}
+
+impl DtypeArg {
+    /// The element type asked for, or that of `device`.
+    pub fn on(&self, device: &str) -> Dtype {
+        self.dtype.unwrap_or_else(|| device::default_dtype(device))
+    }
 }
 
 impl ExecutionArgs {
@@ -161,30 +168,12 @@ impl ExecutionArgs {
 
     /// Opens the device.
     pub fn open_device(&self) -> Result<Device> {
-        let fail = |why: String| Error::flag("--device", why);
-        let (kind, index) = self.device.split_once(':').unwrap_or((&self.device, "0"));
-        let index: usize = match (kind, index.parse()) {
-            ("cpu" | "metal", _) if self.device.contains(':') => {
-                return Err(fail(format!("`{}`: only cuda takes a number", self.device)).into());
-            }
-            (_, Ok(index)) => index,
-            (_, Err(_)) => {
-                return Err(fail(format!("`{}`: `{index}` is no number", self.device)).into());
-            }
-        };
-        let opened = match kind {
-            "cpu" => Ok(Device::Cpu),
-            "cuda" if cfg!(feature = "cuda") => Device::new_cuda(index),
-            "metal" if cfg!(feature = "metal") => Device::new_metal(0),
-            "cuda" | "metal" => {
-                let why = format!("this build has no {kind}; build with `--features {kind}`");
-                return Err(fail(why).into());
-            }
-            other => {
-                return Err(fail(format!("no device `{other}`; cpu, cuda[:N] or metal")).into());
-            }
-        };
-        opened.map_err(|e| fail(format!("cannot open {}: {e}", self.device)).into())
+        device::open(&self.device)
+    }
+
+    /// The element type asked for, or the device's.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype.on(&self.device)
     }
 
     /// The adapters that `checkpoint` is to carry.
@@ -211,7 +200,7 @@ impl ExecutionArgs {
             bar.set_position(layer as u64);
             interrupt.check()
         };
-        let model = Qwen2::load(config, weights, adapters, self.dtype.dtype, device, progress);
+        let model = Qwen2::load(config, weights, adapters, self.dtype(), device, progress);
         bar.finish_and_clear();
         model
     }

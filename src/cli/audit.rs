@@ -78,11 +78,11 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let workload = Workload {
         model: checkpoint.config.clone(),
         lora: adapters.lora().clone(),
-        dtype: execution.dtype.dtype,
+        dtype: execution.dtype(),
         task,
     };
     workload.validate()?;
-    memory::check(&workload)?;
+    memory::check(&workload, &device)?;
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let ledger = execute(model, task, execution, &interrupt)?;
     let workloads = vec![workload];

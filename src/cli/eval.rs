@@ -53,9 +53,9 @@ pub fn run(args: Args) -> Result<()> {
     let data = args.rows.load(&args.data, &checkpoint)?;
     for task in evaluation_tasks(data.rows(), data.seq(), args.rows.batch) {
         let (model, lora) = (checkpoint.config.clone(), adapters.lora().clone());
-        let workload = Workload { model, lora, dtype: execution.dtype.dtype, task };
+        let workload = Workload { model, lora, dtype: execution.dtype(), task };
         workload.validate()?;
-        memory::check(&workload)?;
+        memory::check(&workload, &device)?;
     }
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
 

@@ -95,7 +95,7 @@ pub fn run(args: Args) -> Result<()> {
         request.check(&checkpoint.config)?;
         let workload = request.workload(&checkpoint.config, adapters.lora(), args.dtype());
         workload.validate()?;
-        memory::check(&workload)?;
+        memory::check(&workload, &device)?;
     }
     if checkpoint.synthetic {
         let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
@@ -174,7 +174,7 @@ impl Args {
     }
 
     fn dtype(&self) -> Dtype {
-        self.execution.dtype.dtype
+        self.execution.dtype()
     }
 
     /// Prompts of equal length together, each with its index.

@@ -1,16 +1,19 @@
 //! Refuses what cannot fit, before the operating system ends it.
 
+use candle_core::Device;
+
+use super::device;
 use crate::{
     error::{Error, Result},
     report::bytes,
     workload::Workload,
 };
 
-/// Compares what `workload` needs with the memory that this machine has free.
+/// Compares what `workload` needs with the memory that `device`, or this machine, has free.
 ///
 /// # Errors
 /// A workload that needs more. Where the system does not tell, nothing is refused.
-pub fn check(workload: &Workload) -> Result<()> {
+pub fn check(workload: &Workload, device: &Device) -> Result<()> {
     let parts = [
         ("weights", workload.weights_bytes()),
         ("KV cache", workload.kv_cache_bytes()),
@@ -18,7 +21,11 @@ pub fn check(workload: &Workload) -> Result<()> {
         ("gradients and moments", workload.training_bytes()),
     ];
     let needed: u128 = parts.iter().map(|(_, n)| n).sum();
-    match available() {
+    let (free, whose) = match device::free_memory(device) {
+        Some(free) => (Some(free), " on the GPU"),
+        None => (available(), ""),
+    };
+    match free {
         Some(free) if needed > free => {
             let parts: Vec<String> = parts
                 .into_iter()
@@ -27,7 +34,7 @@ pub fn check(workload: &Workload) -> Result<()> {
                 .collect();
             let parts = parts.join(", ");
             let (needed, free) = (bytes(needed as f64), bytes(free as f64));
-            Err(Error::Memory(format!("{needed} needed ({parts}), {free} free")).into())
+            Err(Error::Memory(format!("{needed} needed ({parts}), {free} free{whose}")).into())
         }
         _ => Ok(()),
     }

@@ -3,6 +3,7 @@
 mod args;
 mod audit;
 mod count;
+mod device;
 mod eval;
 mod generate;
 mod interrupt;
@@ -58,7 +59,7 @@ pub fn usage_error(error: &clap::Error) -> Error {
 /// # Errors
 /// What the user should read in one line; [`crate::error::Error::exit_code`] gives the status.
 pub fn run(cli: Cli) -> Result<()> {
-    match cli.command {
+    let done = match cli.command {
         Command::Generate(args) => generate::run(*args),
         Command::Train(args) => train::run(*args),
         Command::Eval(args) => eval::run(*args),
@@ -66,5 +67,6 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Reconcile(args) => reconcile::run(*args),
-    }
+    };
+    done.map_err(device::explained)
 }

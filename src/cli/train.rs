@@ -128,7 +128,7 @@ pub fn run(mut args: Args) -> Result<()> {
     let settings = args.settings(&checkpoint, adapters.lora(), &data, held_out.as_ref());
     let one = settings.training(&checkpoint.config, 1);
     one.validate()?;
-    memory::check(&one)?;
+    memory::check(&one, &device)?;
     let settings = args.with_steps(settings, &checkpoint, &data, held_out.as_ref(), &budget)?;
     saved.iter().try_for_each(|saved| saved.check(&settings))?;
 
@@ -230,7 +230,7 @@ impl Args {
             held_out: held_out.map(Dataset::fingerprint),
             lora: lora.clone(),
             full: args.full,
-            dtype: self.execution.dtype.dtype,
+            dtype: self.execution.dtype(),
             seq: self.rows.seq,
             batch: self.rows.batch,
             accumulate: args.accumulate as usize,
@@ -244,7 +244,7 @@ impl Args {
             hyper: Hyper { weight_decay: args.weight_decay, clip, ..Hyper::DEFAULT },
             seed: self.execution.seed,
             eval_every: args.eval_every,
-            checks: match self.execution.dtype.dtype {
+            checks: match self.execution.dtype() {
                 crate::ledger::Dtype::F32 => args.check_gradients,
                 _ => 0,
             },

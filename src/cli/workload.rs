@@ -19,7 +19,8 @@ pub struct WorkloadArgs<T: Args> {
     pub lora: LoraArgs,
     #[command(flatten)]
     dtype: DtypeArg,
-    /// Accepted so that one line serves `count` and `audit`; counting runs nowhere
+    /// Accepted so that one line serves `count` and `audit`: counting runs nowhere, but the element
+    /// type may be the device's
     #[arg(long, hide = true)]
     device: Option<String>,
     /// Likewise
@@ -32,6 +33,7 @@ impl<T: Args> WorkloadArgs<T> {
     pub fn of(&self, task: Task) -> Result<(Workload, String)> {
         let (model, origin) = self.model.config_only()?;
         let lora = self.lora.config(&model)?;
-        Ok((Workload { model, lora, dtype: self.dtype.dtype, task }, origin))
+        let dtype = self.dtype.on(self.device.as_deref().unwrap_or("cpu"));
+        Ok((Workload { model, lora, dtype, task }, origin))
     }
 }
