@@ -83,7 +83,8 @@ fn a_finished_run_is_an_end() {
 
     // A training is several too.
     std::fs::write(dir.path().join("text.txt"), "one two three four five").unwrap();
-    let line = "train --preset tiny --data text.txt --eval-data text.txt --seq 9 --steps 3 --out out";
+    let line =
+        "train --preset tiny --data text.txt --eval-data text.txt --seq 9 --steps 3 --out out";
     flopaudit(dir.path(), line).assert().success();
     flopaudit(dir.path(), "reconcile --from 6nd --to out/run.json").assert().success();
 
