@@ -14,7 +14,10 @@ use candle_core::quantized::{
 use serde_json::Value as Json;
 use tokenizers::{AddedToken, Tokenizer};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    report::Target,
+};
 
 pub use chat::Message;
 
@@ -126,6 +129,26 @@ impl Text {
             return Err(Error::File { file: file.into(), why }.into());
         }
         Ok(Self { model: Model::Tokenizer(Box::new(tokenizer)), chat, eos, vocab })
+    }
+
+    /// Writes tokenizer.json and what else [`Text::from_directory`] reads to `dir`; nothing for the
+    /// stand-in.
+    ///
+    /// # Errors
+    /// A folder that cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let Model::Tokenizer(tokenizer) = &self.model else { return Ok(()) };
+        let json = tokenizer.to_string(false).map_err(|e| anyhow::anyhow!("tokenizer: {e}"))?;
+        let write = |name: &str, text: String| {
+            Target::open(&dir.join(name))?.write_with(|out| Ok(out.write_all(text.as_bytes())?))
+        };
+        write("tokenizer.json", json)?;
+        let eos = serde_json::json!({ "eos_token_id": self.eos });
+        write("generation_config.json", eos.to_string())?;
+        let Some(chat) = &self.chat else { return Ok(()) };
+        let tokens = serde_json::json!({ "bos_token": chat.bos, "eos_token": chat.eos });
+        write("tokenizer_config.json", tokens.to_string())?;
+        write("chat_template.jinja", chat.source.clone())
     }
 
     /// Token ids of `text`. Special tokens spelt out in it are recognised; nothing is added.

@@ -299,12 +299,10 @@ impl Workload {
         let once = 2 * of_heads + seq * held + rows * wide;
         // Softmax's output; queries, keys and values; gate, up and their product; both norms'
         // inputs and outputs.
-        let kept = of_heads
-            + rows * (wide + model.q_width() as u128 + 2 * model.kv_width() as u128);
+        let kept =
+            of_heads + rows * (wide + model.q_width() as u128 + 2 * model.kv_width() as u128);
         let layered = match self.task {
-            Task::Train { recompute: true, .. } => {
-                kept + layers * rows * model.hidden_size as u128
-            }
+            Task::Train { recompute: true, .. } => kept + layers * rows * model.hidden_size as u128,
             Task::Train { .. } => layers * kept,
             Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 0,
         };

@@ -81,13 +81,20 @@ fn a_finished_run_is_an_end() {
     flopaudit(dir.path(), line).assert().success();
     flopaudit(dir.path(), "reconcile --from two.json --to palm").assert().success();
 
+    // A training is several too.
+    std::fs::write(dir.path().join("text.txt"), "one two three four five").unwrap();
+    let line =
+        "train --preset tiny --data text.txt --eval-data text.txt --seq 9 --steps 3 --out out";
+    flopaudit(dir.path(), line).assert().success();
+    flopaudit(dir.path(), "reconcile --from 6nd --to out/run.json").assert().success();
+
     // So is a count, under its own structure.
     let line =
         "count evaluate --structure notebook --preset tiny --prices coursework --json count.json";
     flopaudit(dir.path(), line).assert().success();
     let to_torch = "reconcile --from count.json --to torch --to-prices matmul";
     flopaudit(dir.path(), to_torch).assert().success();
-    refused(dir.path(), "reconcile --from count.json", &["--structure", "exact", "evaluate"]);
+    flopaudit(dir.path(), "reconcile --from count.json").assert().success();
     refused(dir.path(), "reconcile --from count.json --to 6nd forward", &["run", "workload"]);
     let own = "reconcile --from count.json --to 6nd --from-prices unit";
     refused(dir.path(), own, &["--from-prices", "own prices"]);
@@ -105,8 +112,7 @@ fn a_finished_run_is_an_end() {
 fn what_means_nothing_is_refused() {
     let dir = tmp();
     let path = dir.path();
-    refused(path, "count train --lora-rank 2", &["--structure", "exact", "train"]);
-    refused(path, "count evaluate", &["--structure", "exact", "evaluate"]);
+    refused(path, "count train --steps 2", &["--lora-rank", "--full"]);
     refused(path, "count train --structure torch", &["--lora-rank", "--full"]);
     refused(path, "count train --structure torch --full --steps 0", &["--steps", "at least 1"]);
     refused(path, "count train --structure 6nd --full --accumulate 0", &["--accumulate"]);
@@ -116,14 +122,14 @@ fn what_means_nothing_is_refused() {
     refused(path, "reconcile", &["forward, generate, train or evaluate"]);
     refused(path, "reconcile --from 7nd forward", &["--from", "7nd", "megatron-causal"]);
     refused(path, "reconcile --to no.json", &["no.json"]);
-    refused(path, "reconcile --from 6nd --to exact evaluate", &["exact", "evaluate"]);
     std::fs::write(path.join("odd.json"), "{\"schema_version\": 1}").unwrap();
     refused(path, "reconcile --to odd.json", &["odd.json", "no finished run"]);
 }
 
 #[test]
-fn the_guide_shows_what_is_printed() {
-    let guide = include_str!("../docs/conventions.md");
+fn the_guides_show_what_is_printed() {
+    let guide =
+        concat!(include_str!("../docs/conventions.md"), include_str!("../docs/training.md"));
     let mut commands = 0;
     for block in guide.split("```console\n").skip(1) {
         let block = block.split("```").next().unwrap();
@@ -136,5 +142,5 @@ fn the_guide_shows_what_is_printed() {
         }
         commands += 1;
     }
-    assert!(commands >= 5);
+    assert!(commands >= 7);
 }

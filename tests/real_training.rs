@@ -7,6 +7,7 @@ use std::{cell::RefCell, collections::HashMap, path::PathBuf, sync::Mutex};
 
 use candle_core::Device;
 use flopaudit::{
+    audit::Audit,
     config::{LoraConfig, Projection},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
@@ -14,6 +15,7 @@ use flopaudit::{
     prices::Prices,
     train::{Hyper, Trainer},
     weights::{self, Checkpoint, PeftAdapter},
+    workload::{Task, Workload},
 };
 use serde_json::Value;
 
@@ -138,4 +140,50 @@ fn executed_training_flops_equal_pytorchs() {
     let total = |case: &str| u128::from(cases[case]["total"].as_u64().unwrap());
     assert_eq!(flops(Trained::Adapters, 8, 2, 64), total("lora_r8_fwd_bwd_B2_T64"));
     assert_eq!(flops(Trained::All, 0, 2, 64), total("full_ft_fwd_bwd_B2_T64"));
+}
+
+#[test]
+fn the_audit_balances_with_and_without_recomputing() {
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let checkpoint = checkpoint();
+    let model = checkpoint.config.clone();
+    let targets = [Projection::QProj, Projection::VProj];
+    let lora = LoraConfig::new(&model, 4, 8.0, &targets).unwrap();
+    let (batch, seq, accumulate, steps) = (2, 128, 2, 3);
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/alice.txt"));
+    let ids = checkpoint.text.encode(&text.unwrap()[..8000]).unwrap();
+    let weights = vec![1.0 / (accumulate * batch * seq) as f32; batch * seq];
+    let micro = |i: usize| {
+        let start = i * batch * seq;
+        let (ids, targets) = (&ids[start..][..batch * seq], &ids[start + 1..][..batch * seq]);
+        Labelled { ids, targets, weights: &weights, batch }
+    };
+    let losses = [false, true].map(|recompute| {
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 1 };
+        let qwen = load(&checkpoint, &adapters);
+        let hyper = Hyper::DEFAULT;
+        let shape = (batch, seq);
+        let mut trainer =
+            Trainer::new(meter, qwen, Trained::Adapters, hyper, shape, recompute).unwrap();
+        let losses = [0, 1, 2].map(|step| {
+            let texts = [micro(2 * step), micro(2 * step + 1)];
+            let found = trainer.gradients(meter, &texts).unwrap();
+            let step = trainer.update(meter, found, 1e-3).unwrap();
+            // Once B has left zero, every adapter learns.
+            let all = step.norms.iter().all(|norm| *norm > 0.0);
+            assert!(all || trainer.optimizer.steps() == 1);
+            step.loss
+        });
+        let [batch, seq, accumulate] = [batch, seq, accumulate].map(|n| n as u64);
+        let task =
+            Task::Train { batch, seq, accumulate, steps, full: false, recompute, clip: true };
+        let workload =
+            Workload { model: model.clone(), lora: lora.clone(), dtype: Dtype::F32, task };
+        let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
+        assert!(audit.balanced(), "{:?} {:?}", audit.key_differences, audit.sum_differences);
+        losses
+    });
+    assert_eq!(losses[0], losses[1], "recomputing changes nothing but the memory");
 }

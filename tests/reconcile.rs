@@ -71,8 +71,11 @@ fn tasks() -> impl Strategy<Value = Task> {
                 clip,
             }
         ),
-        (1u64..9, LENGTHS, 1u64..9)
-            .prop_map(|(batch, seq, passes)| Task::Evaluate { batch, seq, passes }),
+        (1u64..9, LENGTHS, 1u64..9).prop_map(|(batch, seq, passes)| Task::Evaluate {
+            batch,
+            seq,
+            passes
+        }),
     ]
 }
 
@@ -197,7 +200,15 @@ fn a_small_way_by_hand() {
 fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
     let model = ModelConfig::preset("tiny").unwrap();
     let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::OProj]).unwrap();
-    let task = Task::Train { batch: 1, seq: 4, accumulate: 2, steps: 5, full: false, recompute: false, clip: true };
+    let task = Task::Train {
+        batch: 1,
+        seq: 4,
+        accumulate: 2,
+        steps: 5,
+        full: false,
+        recompute: false,
+        clip: true,
+    };
     let workload = Workload { model, lora, dtype: Dtype::F32, task };
     let end = |structure| End { structure, prices: Prices::matmul() };
     let way = reconcile("tiny", &[workload], &end(Structure::Megatron), &end(Structure::Torch));

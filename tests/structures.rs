@@ -41,7 +41,15 @@ fn generate(prompt_tokens: u64, new_tokens: u64, temperature: f64) -> Task {
 }
 
 fn train(steps: u64) -> Task {
-    Task::Train { batch: 4, seq: 512, accumulate: 1, steps, full: false, recompute: false, clip: true }
+    Task::Train {
+        batch: 4,
+        seq: 512,
+        accumulate: 1,
+        steps,
+        full: false,
+        recompute: false,
+        clip: true,
+    }
 }
 
 #[test]
@@ -118,7 +126,15 @@ fn torchs_totals() {
         serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
     let forward = |batch, seq, past, logits| Task::Forward { batch, seq, past, logits };
     let (train, full) = (
-        |full| Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full, recompute: false, clip: true },
+        |full| Task::Train {
+            batch: 2,
+            seq: 64,
+            accumulate: 1,
+            steps: 1,
+            full,
+            recompute: false,
+            clip: true,
+        },
         forward(2, 64, 0, Logits::All),
     );
     let cases = [
@@ -179,14 +195,30 @@ fn formulas_by_hand() {
         }
         let adapters = if structure == HfTrainer { 3 * 2 * (64 + 80) } else { 0 };
         assert_eq!(flops(structure, tied, true, pass(0)), 2 * 6 * (n + adapters), "{structure}");
-        let task = Task::Train { batch: 2, seq: 3, accumulate: 5, steps: 7, full: true, recompute: false, clip: true };
+        let task = Task::Train {
+            batch: 2,
+            seq: 3,
+            accumulate: 5,
+            steps: 7,
+            full: true,
+            recompute: false,
+            clip: true,
+        };
         assert_eq!(flops(structure, tied, false, task), 6 * 6 * 35 * n, "{structure}");
     }
     // 12·L·H·Q·T a token in training, 4·L·H·Q·T forward: 6 tokens of 3 + past.
     let scores = |held: u128| 2 * 2 * 3 * 32 * 6 * held;
     assert_eq!(flops(Palm, true, true, pass(0)), 2 * 6 * (layers + table) + scores(3));
     assert_eq!(flops(Palm, true, true, pass(7)), 2 * 6 * (layers + table) + scores(10));
-    let train = Task::Train { batch: 2, seq: 3, accumulate: 1, steps: 1, full: true, recompute: false, clip: true };
+    let train = Task::Train {
+        batch: 2,
+        seq: 3,
+        accumulate: 1,
+        steps: 1,
+        full: true,
+        recompute: false,
+        clip: true,
+    };
     assert_eq!(flops(Palm, true, true, train), 3 * (2 * 6 * (layers + table) + scores(3)));
     // Matrices and head at every position, whichever logits are asked for; half of 3 × 3 scores.
     let products = 2 * 6 * (matrices + table);
@@ -208,7 +240,15 @@ fn torchs_attention_is_its_bmm() {
     let golden: serde_json::Value =
         serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
     let bmm = golden["cases"]["lora_r8_fwd_bwd_B2_T64"]["by_op"]["aten.bmm"].as_u64().unwrap();
-    let task = Task::Train { batch: 2, seq: 64, accumulate: 1, steps: 1, full: false, recompute: false, clip: true };
+    let task = Task::Train {
+        batch: 2,
+        seq: 64,
+        accumulate: 1,
+        steps: 1,
+        full: false,
+        recompute: false,
+        clip: true,
+    };
     let tally = count(Structure::Torch, &workload(8, task)).unwrap();
     let attention = tally.sum(|_, component| component == Component::Attention).unwrap();
     assert_eq!(2 * attention.macs, bmm.into());
@@ -263,7 +303,15 @@ fn sums_past_128_bits_are_refused() {
         sampling: Sampling::GREEDY,
     };
     let (batch, seq, steps) = (1, 1 << 20, u64::MAX);
-    let train = Task::Train { batch, seq, accumulate: 1 << 20, steps, full: true, recompute: false, clip: true };
+    let train = Task::Train {
+        batch,
+        seq,
+        accumulate: 1 << 20,
+        steps,
+        full: true,
+        recompute: false,
+        clip: true,
+    };
     for task in [generate, train] {
         let lora = LoraConfig::none();
         let workload = Workload { model: model.clone(), lora, dtype: Dtype::F32, task };

@@ -237,7 +237,8 @@ fn what_cannot_be_trained_is_one_line() {
 #[test]
 fn a_diverging_run_loses_nothing_already_saved() {
     let dir = tmp();
-    let more = "--steps 40 --full --lr 1e30 --weight-decay 0 --clip 0 --save-every 1 --check-gradients 0";
+    let more =
+        "--steps 40 --full --lr 1e30 --weight-decay 0 --clip 0 --save-every 1 --check-gradients 0";
     refused(dir.path(), &line(more), &["training diverged", "lower --lr"]);
     let saved = fs::metadata(dir.path().join("out/checkpoint.safetensors")).unwrap();
     assert!(saved.len() > 0);

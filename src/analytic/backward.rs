@@ -129,10 +129,8 @@ impl List<'_> {
         if needs.up {
             ops.push((Phase::BackwardX, Module::Mlp, Op::Mul { n }));
         }
-        let norms = [
-            (Module::InputLayernorm, needs.input),
-            (Module::PostAttentionLayernorm, needs.middle),
-        ];
+        let norms =
+            [(Module::InputLayernorm, needs.input), (Module::PostAttentionLayernorm, needs.middle)];
         for (module, needed) in norms {
             if needed {
                 ops.push((Phase::BackwardX, module, Op::RmsNormGrad { rows, width }));

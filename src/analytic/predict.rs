@@ -96,7 +96,14 @@ pub(super) struct List<'a> {
 }
 
 impl List<'_> {
-    pub(super) fn add(&mut self, phase: Phase, layer: Option<u32>, module: Module, op: Op, dtype: Dtype) {
+    pub(super) fn add(
+        &mut self,
+        phase: Phase,
+        layer: Option<u32>,
+        module: Module,
+        op: Op,
+        dtype: Dtype,
+    ) {
         let scope = Scope { layer, module };
         if self.times == 0 {
             return;

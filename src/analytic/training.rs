@@ -200,8 +200,7 @@ impl<'a> Training<'a> {
         let scores = h * self.m.scores;
         let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
         let turn = |n| Primitives { mul: 2 * n, add: n, ..zero() };
-        let softmax =
-            Primitives { mul: 2 * scores, add: 2 * scores - h * rows, ..zero() };
+        let softmax = Primitives { mul: 2 * scores, add: 2 * scores - h * rows, ..zero() };
         let turned_q = turn(rows * q);
         let scaled_q = Primitives { mul: turned_q.mul + rows * q, ..turned_q };
         let gradients = [

@@ -138,7 +138,7 @@ pub fn run(mut args: Args) -> Result<()> {
         saved.restore(&mut session)?;
     }
     let ended = args.train(&mut session, &checkpoint, &budget, &interrupt);
-    let interrupted = ended.as_ref().is_err_and(|e| is_interrupt(e));
+    let interrupted = ended.as_ref().is_err_and(is_interrupt);
     if !interrupted {
         ended?;
     }
@@ -181,7 +181,7 @@ impl StepArgs {
             return fail("--epochs", format!("{epochs} is not a positive number"));
         }
         match self.budget {
-            Some(flops) if !(flops >= 1.0 && flops <= 1e30) => {
+            Some(flops) if !(1.0..=1e30).contains(&flops) => {
                 fail("--budget", format!("{flops} is not from 1 to 1e30"))
             }
             _ => Ok(()),
@@ -209,7 +209,8 @@ impl Args {
             (true, true) => Saved::read(&file).map(Some),
             (true, false) => Err(bad(format!("holds no {CHECKPOINT} to resume")).into()),
             (false, true) => {
-                Err(bad("holds a run: --resume goes on with it, another --out keeps it".into()).into())
+                Err(bad("holds a run: --resume goes on with it, another --out keeps it".into())
+                    .into())
             }
             (false, false) => Ok(None),
         }
@@ -342,6 +343,7 @@ impl Args {
             let format = [("format".to_string(), "pt".to_string())].into();
             save(&self.out.join("model.safetensors"), &trained, format)?;
             Target::open(&self.out.join("config.json"))?.write(&checkpoint.config.to_hub())?;
+            checkpoint.text.save(&self.out)?;
         } else {
             save_adapter(&self.out, &checkpoint.origin, &session.settings.lora, &trained)?;
         }
@@ -388,8 +390,7 @@ impl Metrics {
             let step = value.as_ref().and_then(|v| v["step"].as_u64());
             step.is_some_and(|step| steps > 0 && step <= steps)
         };
-        let kept: String =
-            kept.lines().filter(of_step).flat_map(|line| [line, "\n"]).collect();
+        let kept: String = kept.lines().filter(of_step).flat_map(|line| [line, "\n"]).collect();
         Target::open(file)?.write_with(|out| Ok(out.write_all(kept.as_bytes())?))?;
         let opened = fs::OpenOptions::new().append(true).open(file).with_context(name)?;
         Ok(Self(opened, file.into()))

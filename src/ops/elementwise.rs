@@ -11,7 +11,7 @@ pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Add { n: a.elements() as u64 };
     let sum = at.run(op, a.dtype()?, a.device(), || a.data.add(&b.data))?;
     let same = |_: At, dy: &Tensor| Ok(dy.clone());
-    Ok(Tensor::from(sum).from_input(at, a, same).from_input(at, b, same))
+    Ok(Tensor::from(sum).made_from(at, a, same).made_from(at, b, same))
 }
 
 /// a · b element by element, equal shapes. Towards one side, the gradient times the other.
@@ -22,9 +22,11 @@ pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Mul { n: a.elements() as u64 };
     let product = at.run(op, a.dtype()?, a.device(), || a.data.mul(&b.data))?;
     let (to_a, to_b) = (b.detach(), a.detach());
-    Ok(Tensor::from(product)
-        .from_input(at, a, move |at, dy| mul(at, dy, &to_a))
-        .from_input(at, b, move |at, dy| mul(at, dy, &to_b)))
+    Ok(Tensor::from(product).made_from(at, a, move |at, dy| mul(at, dy, &to_a)).made_from(
+        at,
+        b,
+        move |at, dy| mul(at, dy, &to_b),
+    ))
 }
 
 /// x times one factor, a tensor of one element (candle's `affine` would also add a zero). The
@@ -35,10 +37,9 @@ pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     anyhow::ensure!(factor.elements() == 1, "a factor has one element, not {:?}", factor.dims());
     let op = Op::Scale { n: x.elements() as u64 };
-    let scaled =
-        at.run(op, x.dtype()?, x.device(), || x.data.broadcast_mul(&factor.data))?;
+    let scaled = at.run(op, x.dtype()?, x.device(), || x.data.broadcast_mul(&factor.data))?;
     let factor = factor.detach();
-    Ok(Tensor::from(scaled).from_input(at, x, move |at, dy| scale(at, dy, &factor)))
+    Ok(Tensor::from(scaled).made_from(at, x, move |at, dy| scale(at, dy, &factor)))
 }
 
 /// x / (1 + exp(−x)).
@@ -52,7 +53,7 @@ pub fn silu(at: At, x: &Tensor) -> Result<Tensor> {
         false => x.data.silu(),
     })?;
     let saved = x.detach();
-    Ok(Tensor::from(y).from_input(at, x, move |at, dy| silu_grad(at, &saved, dy)))
+    Ok(Tensor::from(y).made_from(at, x, move |at, dy| silu_grad(at, &saved, dy)))
 }
 
 /// dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x)).

@@ -28,7 +28,7 @@ pub fn embed(at: At, table: &Tensor, ids: &[u32], batch: usize) -> Result<Tensor
     let rows = at.run(op, table.dtype()?, table.device(), || {
         table.data.index_select(&ids, 0)?.reshape((batch, (), width))
     })?;
-    Ok(Tensor::from(rows).from_input(at, table, move |at, dy| embed_grad(at, vocab, &ids, dy)))
+    Ok(Tensor::from(rows).made_from(at, table, move |at, dy| embed_grad(at, vocab, &ids, dy)))
 }
 
 /// A table of zeros to which each row of the gradient is added at its id.

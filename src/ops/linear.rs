@@ -20,9 +20,11 @@ pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Matmul { b: b_count as u64, m: m as u64, k: k as u64, n: n as u64 };
     let product = at.run(op, a.dtype()?, a.device(), || a.data.matmul(&b.data))?;
     let (to_a, to_b) = (b.detach(), a.detach());
-    Ok(Tensor::from(product)
-        .from_input(at, a, move |at, dy| matmul(at, dy, &to_a.t()?))
-        .from_input(at, b, move |at, dy| matmul(at, &to_b.t()?, dy)))
+    Ok(Tensor::from(product).made_from(at, a, move |at, dy| matmul(at, dy, &to_a.t()?)).made_from(
+        at,
+        b,
+        move |at, dy| matmul(at, &to_b.t()?, dy),
+    ))
 }
 
 /// x · wᵀ for a weight (n, k): (…, k) → (…, n), all rows in one product. Towards x the gradient is
@@ -50,12 +52,10 @@ pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     };
     let (x_shape, to_weight) = (x.data.shape().clone(), flat);
     Ok(y.reshape(shape)?
-        .from_input(at, x, move |at, dy| {
+        .made_from(at, x, move |at, dy| {
             matmul(at, &dy.reshape((rows, n))?, &frozen)?.reshape(x_shape)
         })
-        .from_input(at, weight, move |at, dy| {
-            matmul(at, &dy.reshape((rows, n))?.t()?, &to_weight)
-        }))
+        .made_from(at, weight, move |at, dy| matmul(at, &dy.reshape((rows, n))?.t()?, &to_weight)))
 }
 
 /// x + b, one vector (n) added to every row of (…, n). Towards b the gradient is the sum of rows.
@@ -66,9 +66,7 @@ pub fn bias(at: At, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Bias { rows, width };
     let y = at.run(op, x.dtype()?, x.device(), || x.data.broadcast_add(&bias.data))?;
-    Ok(Tensor::from(y)
-        .from_input(at, x, |_, dy| Ok(dy.clone()))
-        .from_input(at, bias, sum_rows))
+    Ok(Tensor::from(y).made_from(at, x, |_, dy| Ok(dy.clone())).made_from(at, bias, sum_rows))
 }
 
 /// The sum of all rows of (…, n): (n).

@@ -138,9 +138,8 @@ impl InplaceOp1 for Gradient<'_> {
 impl Gradient<'_> {
     fn composed(&self, x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
         let rows = self.targets.len();
-        let column = |values: Vec<f32>| {
-            candle_core::Tensor::from_vec(values, (rows, 1), x.device())
-        };
+        let column =
+            |values: Vec<f32>| candle_core::Tensor::from_vec(values, (rows, 1), x.device());
         let factors = self.weights.iter().zip(self.sums).map(|(w, s)| w / s).collect();
         let minus = column(self.weights.iter().map(|w| -w).collect())?;
         let scaled = x.broadcast_mul(&column(factors)?)?;

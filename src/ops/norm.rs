@@ -20,8 +20,8 @@ pub fn rms_norm(at: At, x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     })?;
     let (to_x, to_gain) = ((x.detach(), gain.detach()), x.detach());
     Ok(Tensor::from(y)
-        .from_input(at, x, move |at, dy| rms_norm_grad(at, &to_x.0, &to_x.1, eps, dy))
-        .from_input(at, gain, move |at, dy| gain_grad(at, &to_gain, eps, dy)))
+        .made_from(at, x, move |at, dy| rms_norm_grad(at, &to_x.0, &to_x.1, eps, dy))
+        .made_from(at, gain, move |at, dy| gain_grad(at, &to_gain, eps, dy)))
 }
 
 /// With i = 1 / sqrt(mean(x²) + eps), h = gain · dy and w columns: i · (h − x · i² · Σ(h·x) / w),
@@ -46,8 +46,8 @@ fn rms_norm_grad(at: At, x: &Tensor, gain: &Tensor, eps: f64, dy: &Tensor) -> Re
         by_row(&x.data, &dy.data, on_cpu, |x, dy| {
             let h = dy.broadcast_mul(&gain.data.to_dtype(DType::F32)?)?;
             let inverse = inverse_rms(x, eps)?;
-            let c = (h.mul(x)?.sum_keepdim(D::Minus1)?.mul(&inverse.mul(&inverse)?)?
-                / width as f64)?;
+            let c =
+                (h.mul(x)?.sum_keepdim(D::Minus1)?.mul(&inverse.mul(&inverse)?)? / width as f64)?;
             h.sub(&x.broadcast_mul(&c)?)?.broadcast_mul(&inverse)
         })
     })?;

@@ -126,7 +126,11 @@ impl AdamW {
         })
     }
 
-    fn composed(&self, state: &candle_core::Tensor, g: &candle_core::Tensor) -> candle_core::Result<()> {
+    fn composed(
+        &self,
+        state: &candle_core::Tensor,
+        g: &candle_core::Tensor,
+    ) -> candle_core::Result<()> {
         let (b1, b2) = self.betas;
         let row = |i| state.narrow(0, i, 1);
         let m = ((row(1)? * b1)? + (g * (1.0 - b1))?)?;

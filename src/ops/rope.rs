@@ -57,7 +57,7 @@ pub fn rope(at: At, x: &Tensor, table: &RopeTable, past: usize) -> Result<Tensor
     let cos = table.cos.narrow(0, past, seq)?;
     let sin = table.sin.narrow(0, past, seq)?;
     let y = rotate(at, x, &cos, &sin)?;
-    Ok(y.from_input(at, x, move |at, dy| rope_grad(at, dy, &cos, &sin)))
+    Ok(y.made_from(at, x, move |at, dy| rope_grad(at, dy, &cos, &sin)))
 }
 
 fn rotate(at: At, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {

@@ -28,7 +28,7 @@ pub fn softmax(at: At, x: Tensor) -> Result<Tensor> {
     })?;
     let y = Tensor::from(y);
     let saved = y.clone();
-    Ok(y.from_input(at, &x, move |at, dy| softmax_grad(at, &saved, dy)))
+    Ok(y.made_from(at, &x, move |at, dy| softmax_grad(at, &saved, dy)))
 }
 
 /// y · (dy − Σ y·dy), row by row.
@@ -72,5 +72,5 @@ pub fn mask(at: At, scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let op = Op::Mask { rows, width };
     let run = || scores.data.broadcast_add(&mask.data);
     let masked = at.run(op, scores.dtype()?, scores.device(), run)?;
-    Ok(Tensor::from(masked).from_input(at, scores, |_, dy| Ok(dy.clone())))
+    Ok(Tensor::from(masked).made_from(at, scores, |_, dy| Ok(dy.clone())))
 }

@@ -85,7 +85,7 @@ impl Tensor {
     }
 
     /// Says that this tensor, just made by an op at `at`, came from `input`.
-    pub(super) fn from_input(
+    pub(super) fn made_from(
         mut self,
         at: At,
         input: &Self,
@@ -155,9 +155,10 @@ impl Gradients {
     /// # Errors
     /// The device's.
     pub fn widened(self) -> Result<Self> {
-        let wide = self.0.into_iter().map(|(key, (node, gradient))| {
-            Ok((key, (node, gradient.to_dtype(Dtype::F32)?)))
-        });
+        let wide = self
+            .0
+            .into_iter()
+            .map(|(key, (node, gradient))| Ok((key, (node, gradient.to_dtype(Dtype::F32)?))));
         Ok(Self(wide.collect::<Result<_>>()?))
     }
 

@@ -6,8 +6,9 @@ use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
-    AuditReport, GenerationReport, Report, training,
+    AuditReport, GenerationReport, Report,
     figures::{bytes, digits, human, rate, three_digits},
+    training,
 };
 use crate::{
     analytic::notebook::TableRow,

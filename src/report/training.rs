@@ -119,16 +119,17 @@ impl TrainingReport {
 }
 
 /// The account for people.
-pub(super) fn training(
-    out: &mut impl Write,
-    t: &TrainingReport,
-    unicode: bool,
-) -> Result<()> {
+pub(super) fn training(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> {
     writeln!(out, "\ntraining  {} of {} steps, {}", t.steps, t.planned_steps, t.out)?;
     if t.steps == 0 {
         return Ok(());
     }
-    writeln!(out, "speed     {:.1} tokens/s, {:.2} s a step", t.tokens_per_s, t.seconds / t.steps as f64)?;
+    writeln!(
+        out,
+        "speed     {:.1} tokens/s, {:.2} s a step",
+        t.tokens_per_s,
+        t.seconds / t.steps as f64
+    )?;
     let BudgetReport { flops, structure, prices, spent, next_step, .. } = &t.budget;
     match flops {
         Some(all) => writeln!(
@@ -188,17 +189,23 @@ fn proof(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> 
     let (yes, no) = if unicode { ("✔ ", "✘ ") } else { ("", "") };
     let (all, with) = (t.tensors, t.with_gradient);
     let smallest = t.smallest_gradient.as_ref();
-    let smallest =
-        smallest.map_or(String::new(), |(name, norm)| format!(", the smallest {norm:.1e} at {name}"));
+    let smallest = smallest
+        .map_or(String::new(), |(name, norm)| format!(", the smallest {norm:.1e} at {name}"));
     // At the first step B is zero, and A has no gradient.
     match with == all || t.steps < 2 {
-        true => writeln!(out, "\n{GOOD}{yes}trained{GOOD:#}: {with} of {all} tensors have a gradient{smallest}")?,
-        false => writeln!(out, "\n{BAD}{no}not trained{BAD:#}: {} of {all} tensors have no gradient{smallest}", all - with)?,
+        true => writeln!(
+            out,
+            "\n{GOOD}{yes}trained{GOOD:#}: {with} of {all} tensors have a gradient{smallest}"
+        )?,
+        false => writeln!(
+            out,
+            "\n{BAD}{no}not trained{BAD:#}: {} of {all} tensors have no gradient{smallest}",
+            all - with
+        )?,
     }
     let (Some(check), Some(passed)) = (&t.check, t.check_passed) else { return Ok(()) };
     let worst = check.slopes.iter().map(|s| s.error()).fold(0.0, f64::max);
-    let (style, mark, verb) =
-        if passed { (GOOD, yes, "equal") } else { (BAD, no, "differ from") };
+    let (style, mark, verb) = if passed { (GOOD, yes, "equal") } else { (BAD, no, "differ from") };
     Ok(writeln!(
         out,
         "{style}{mark}gradients {verb} finite differences{style:#}: {} tensors, {:.2} % apart at most",
@@ -208,7 +215,11 @@ fn proof(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> 
 }
 
 /// An evaluation for people.
-pub(super) fn evaluation(out: &mut impl Write, report: &Report, e: &EvaluationReport) -> Result<()> {
+pub(super) fn evaluation(
+    out: &mut impl Write,
+    report: &Report,
+    e: &EvaluationReport,
+) -> Result<()> {
     if let Some(adapter) = &e.adapter {
         writeln!(out, "adapter   {adapter}")?;
     }

@@ -28,9 +28,9 @@ impl Message {
 /// A Jinja template and the tokens that it may ask for.
 #[derive(Debug, Hash)]
 pub(super) struct Template {
-    source: String,
-    bos: Option<String>,
-    eos: Option<String>,
+    pub(super) source: String,
+    pub(super) bos: Option<String>,
+    pub(super) eos: Option<String>,
 }
 
 impl Template {

@@ -23,7 +23,10 @@ impl Budget {
     ///
     /// # Errors
     /// A workload that the structure does not cover, or a sum past 128 bits.
-    pub fn cost<'a>(&self, workloads: impl IntoIterator<Item = &'a (Workload, u64)>) -> Result<u128> {
+    pub fn cost<'a>(
+        &self,
+        workloads: impl IntoIterator<Item = &'a (Workload, u64)>,
+    ) -> Result<u128> {
         workloads.into_iter().try_fold(0u128, |sum, (workload, times)| {
             let tally = analytic::count(self.structure, workload)?;
             let cost = self.prices.flops(&tally.sum(|_, _| true)?)?;
@@ -49,7 +52,11 @@ impl Budget {
     ///
     /// # Errors
     /// As [`Budget::cost`].
-    pub fn steps(&self, most: u64, run: impl Fn(u64) -> Vec<(Workload, u64)>) -> Result<Option<u64>> {
+    pub fn steps(
+        &self,
+        most: u64,
+        run: impl Fn(u64) -> Vec<(Workload, u64)>,
+    ) -> Result<Option<u64>> {
         let paid = |steps| self.covers(&run(steps));
         if !paid(1)? {
             return Ok(None);

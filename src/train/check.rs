@@ -79,7 +79,9 @@ pub(super) fn run(
     let shape = (texts[0].batch, texts[0].ids.len() / texts[0].batch);
     let positions = trainer.model.positions(meter.phase(Phase::Setup), shape.0, shape.1)?;
     let total = |model: &Qwen2| {
-        texts.iter().try_fold(0.0, |sum, t| Ok::<_, anyhow::Error>(sum + model.loss(meter, *t, &positions)?))
+        texts.iter().try_fold(0.0, |sum, t| {
+            Ok::<_, anyhow::Error>(sum + model.loss(meter, *t, &positions)?)
+        })
     };
     let mut slopes = vec![];
     for which in chosen {

@@ -53,8 +53,10 @@ impl Session<'_> {
         let tensors: Vec<Named> = self
             .state()?
             .into_iter()
-            .map(|(name, values)| {
-                Named { name: name.into(), shape: vec![3, values.len() / 3], values }
+            .map(|(name, values)| Named {
+                name: name.into(),
+                shape: vec![3, values.len() / 3],
+                values,
             })
             .collect();
         save(file, &tensors, HashMap::from([(KEY.to_string(), rest)]))

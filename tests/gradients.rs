@@ -1,0 +1,287 @@
+//! The gradient of each op against finite differences, in f32 on small random inputs.
+
+use std::cell::RefCell;
+
+use candle_core::Device;
+use flopaudit::{
+    error::Result,
+    ledger::{Dtype, Module, Phase, Scope},
+    meter::{At, Meter},
+    ops::{self, CrossEntropy, Gradients, RopeTable, Tensor, backward},
+};
+use proptest::prelude::*;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+/// How far an input moves to either side; f32 rounds outputs by a hundred-thousandth of it.
+const STEP: f32 = 1e-2;
+/// Most distance between the gradient and the slopes found, of the gradient's norm.
+const TOLERANCE: f64 = 2e-3;
+
+const SCOPE: Scope = Scope { layer: None, module: Module::Mlp };
+
+type Run = Box<dyn Fn(At, &[Tensor]) -> Result<Tensor>>;
+
+/// An op of inputs that all need a gradient.
+struct Case {
+    name: &'static str,
+    shapes: Vec<Vec<usize>>,
+    run: Run,
+}
+
+/// Every differentiable op, and every layout, on inputs as long as `b`, `m`, `k` and `n` say.
+fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
+    let case = |name, shapes: &[&[usize]], run: Run| {
+        let shapes = shapes.iter().map(|shape| shape.to_vec()).collect();
+        Case { name, shapes, run }
+    };
+    let ids: Vec<u32> = (0..b * m).map(|i| (i * i % (n + 1)) as u32).collect();
+    vec![
+        case("linear", &[&[b, m, k], &[n, k]], Box::new(|at, x| ops::linear(at, &x[0], &x[1]))),
+        case("bias", &[&[b, m, n], &[n]], Box::new(|at, x| ops::bias(at, &x[0], &x[1]))),
+        case(
+            "matmul",
+            &[&[b, 2, m, k], &[b, 2, k, n]],
+            Box::new(|at, x| ops::matmul(at, &x[0], &x[1])),
+        ),
+        case(
+            "matmul of a view",
+            &[&[b, m, k], &[b, n, k]],
+            Box::new(|at, x| ops::matmul(at, &x[0], &x[1].t()?)),
+        ),
+        case("add", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::add(at, &x[0], &x[1]))),
+        case("mul", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::mul(at, &x[0], &x[1]))),
+        case("square", &[&[m, n]], Box::new(|at, x| ops::mul(at, &x[0], &x[0]))),
+        case("scale", &[&[b, n]], Box::new(|at, x| ops::scale(at, &x[0], &tensor(&[-0.7], &[1])))),
+        case("silu", &[&[b, m, n]], Box::new(|at, x| ops::silu(at, &x[0]))),
+        case(
+            "rms_norm",
+            &[&[b, m, n], &[n]],
+            Box::new(|at, x| ops::rms_norm(at, &x[0], &x[1], 1e-2)),
+        ),
+        case(
+            "rope",
+            &[&[b, n, m, 2 * k]],
+            Box::new(move |at, x| {
+                let table = RopeTable::new(at, m + 3, 2 * k, 10.0, Dtype::F32, &Device::Cpu)?;
+                ops::rope(at, &x[0], &table, 3)
+            }),
+        ),
+        case("softmax", &[&[b, m, n]], Box::new(|at, x| ops::softmax(at, x[0].clone()))),
+        case(
+            "mask and softmax",
+            &[&[b, m, k + m]],
+            Box::new(move |at, x| {
+                let mask = ops::causal_mask(m, k, Dtype::F32, &Device::Cpu)?;
+                ops::softmax(at, ops::mask(at, &x[0], &mask)?)
+            }),
+        ),
+        case("embed", &[&[n + 1, k]], Box::new(move |at, x| ops::embed(at, &x[0], &ids, b))),
+        case("reshape", &[&[b, m, n]], Box::new(move |_, x| x[0].reshape((n, m * b)))),
+        case("transpose", &[&[b, m, n]], Box::new(|_, x| x[0].transpose(0, 2))),
+        case("t", &[&[b, m, n]], Box::new(|_, x| x[0].t())),
+        case("contiguous", &[&[m, n]], Box::new(|_, x| x[0].t()?.contiguous())),
+        case("narrow", &[&[b, m + k, n]], Box::new(move |_, x| x[0].narrow(1, k / 2, m))),
+        case(
+            "one input read by many",
+            &[&[b, m], &[m, m]],
+            Box::new(|at, x| {
+                let y = ops::linear(at, &x[0], &x[1])?;
+                let gated = ops::mul(at, &ops::silu(at, &y)?, &x[0])?;
+                ops::add(at, &ops::add(at, &gated, &y)?, &ops::linear(at, &gated, &x[1])?)
+            }),
+        ),
+    ]
+}
+
+fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
+    Tensor::from_vec(values.to_vec(), shape, Dtype::F32, &Device::Cpu).unwrap()
+}
+
+/// Of either sign and away from zero, where a norm of few elements has a kink.
+fn random(rng: &mut StdRng, n: usize) -> Vec<f32> {
+    (0..n).map(|_| rng.random_range(0.4..1.2) * [-1.0, 1.0][rng.random_range(0..2)]).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}
+
+/// (f(x + h) − f(x − h)) / 2h, element by element.
+fn slopes(x: &[f32], f: impl Fn(&[f32]) -> f64) -> Vec<f32> {
+    let slope = |i: usize| {
+        let at = |h| {
+            let mut x = x.to_vec();
+            x[i] += h;
+            (f64::from(x[i]), f(&x))
+        };
+        let (ahead, behind) = (at(STEP), at(-STEP));
+        ((ahead.1 - behind.1) / (ahead.0 - behind.0)) as f32
+    };
+    (0..x.len()).map(slope).collect()
+}
+
+/// ‖a − b‖ / ‖b‖, or of `least` where ‖b‖ is next to nothing.
+fn apart(a: &[f32], b: &[f32], least: f64) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let difference: Vec<f32> = a.iter().zip(b).map(|(a, b)| a - b).collect();
+    dot(&difference, &difference).sqrt() / dot(b, b).sqrt().max(least)
+}
+
+/// Gradients of Σ cotangent · run(values) towards those inputs that are `needed`.
+fn gradients(
+    run: &Run,
+    inputs: &[Tensor],
+    needed: &[bool],
+    cotangent: &[f32],
+) -> Vec<Option<Vec<f32>>> {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Forward).taped(true);
+    // An op may overwrite its input: a copy of each.
+    let copy = |x: &Tensor| tensor(&x.to_vec().unwrap(), x.dims());
+    let inputs: Vec<_> = inputs
+        .iter()
+        .zip(needed)
+        .map(|(x, needed)| if *needed { copy(x).leaf(SCOPE) } else { copy(x) })
+        .collect();
+    let y = run(meter.at(Module::Mlp), &inputs).unwrap();
+    let mut found = backward(meter, &y, tensor(cotangent, y.dims())).unwrap();
+    let take = |x: &Tensor| {
+        let gradient = found.take(x)?;
+        assert_eq!(gradient.dims(), x.dims());
+        Some(gradient.to_vec().unwrap())
+    };
+    inputs.iter().map(take).collect()
+}
+
+/// The worst error of `case`'s gradients.
+fn error(Case { name, shapes, run }: &Case, seed: u64) -> f64 {
+    let observer = RefCell::new(());
+    let at = Meter::new(&observer, Phase::Forward).at(Module::Mlp);
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut draw = |shape: &Vec<usize>| random(&mut rng, shape.iter().product());
+    let values: Vec<Vec<f32>> = shapes.iter().map(&mut draw).collect();
+    let inputs = |values: &[Vec<f32>]| -> Vec<Tensor> {
+        values.iter().zip(shapes).map(|(values, shape)| tensor(values, shape)).collect()
+    };
+    let output = |values: &[Vec<f32>]| run(at, &inputs(values)).unwrap();
+    let y = output(&values);
+    assert!(!y.needs_gradient(), "{name} keeps a graph that nobody asked for");
+    let cotangent = draw(&y.dims().to_vec());
+
+    let together = gradients(run, &inputs(&values), &vec![true; shapes.len()], &cotangent);
+    let mut worst: f64 = 0.0;
+    for (i, found) in together.into_iter().enumerate() {
+        let expected = slopes(&values[i], |moved| {
+            let mut values = values.clone();
+            values[i] = moved.to_vec();
+            dot(&cotangent, &output(&values).to_vec().unwrap())
+        });
+        let found = found.unwrap_or_else(|| panic!("{name} has no gradient of input {i}"));
+        let least = 0.1 * dot(&cotangent, &cotangent).sqrt();
+        worst = worst.max(apart(&found, &expected, least));
+        // Alone it is the same, and nothing else gets one.
+        let needed: Vec<bool> = (0..shapes.len()).map(|j| j == i).collect();
+        for (j, alone) in
+            gradients(run, &inputs(&values), &needed, &cotangent).into_iter().enumerate()
+        {
+            assert_eq!(alone, (j == i).then(|| found.clone()), "{name}, input {j}");
+        }
+    }
+    worst
+}
+
+#[test]
+fn every_op_has_the_gradient_of_its_slopes() {
+    // Also rows wider than a vector register's lanes, and more than the product of few rows takes.
+    for dims in [[2, 3, 4, 5], [1, 9, 2, 40], [1, 2, 36, 3]] {
+        for case in cases(dims) {
+            let error = error(&case, 1);
+            println!("{dims:?} {}: {error:.1e}", case.name);
+            assert!(error < TOLERANCE, "{} on {dims:?}: {error}", case.name);
+        }
+    }
+}
+
+/// Loss and gradient of `logits` (rows, V).
+fn cross_entropy(logits: &[f32], targets: &[u32], weights: &[f32]) -> (f64, Vec<f32>) {
+    let observer = RefCell::new(());
+    let at = Meter::new(&observer, Phase::Loss).at(Module::Loss);
+    let logits = tensor(logits, &[targets.len(), logits.len() / targets.len()]);
+    let entropy = CrossEntropy::new(at, logits, targets, weights).unwrap();
+    let loss = entropy.loss;
+    (loss, entropy.gradient(at, targets, weights).unwrap().to_vec().unwrap())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    #[test]
+    fn so_it_has_on_any_shape(dims in [1usize..5, 1usize..5, 1usize..5, 1usize..5], seed: u64) {
+        for case in cases(dims) {
+            let error = error(&case, seed);
+            prop_assert!(error < TOLERANCE, "{} on {:?}: {}", case.name, dims, error);
+        }
+    }
+
+    #[test]
+    fn cross_entropy_has_the_gradient_of_its_slopes(
+        rows in 1usize..6, width in 1usize..40, unlearnt in 0usize..6, seed: u64,
+    ) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let logits: Vec<f32> = (0..rows * width).map(|_| rng.random_range(-3.0..3.0)).collect();
+        let targets: Vec<u32> = (0..rows).map(|_| rng.random_range(0..width as u32)).collect();
+        let mut weights: Vec<f32> = (0..rows).map(|_| rng.random_range(0.1..1.0)).collect();
+        if let Some(weight) = weights.get_mut(unlearnt) {
+            *weight = 0.0;
+        }
+        let (loss, found) = cross_entropy(&logits, &targets, &weights);
+        let by_hand = |row: usize| {
+            let exp = |x: &f32| f64::from(*x).exp();
+            let logits = &logits[row * width..(row + 1) * width];
+            let share = exp(&logits[targets[row] as usize]) / logits.iter().map(exp).sum::<f64>();
+            -f64::from(weights[row]) * share.ln()
+        };
+        let expected: f64 = (0..rows).map(by_hand).sum();
+        prop_assert!((loss - expected).abs() < 1e-5 * expected.max(1.0), "{loss}, not {expected}");
+
+        let expected = slopes(&logits, |logits| cross_entropy(logits, &targets, &weights).0);
+        let error = apart(&found, &expected, 0.1);
+        prop_assert!(error < TOLERANCE, "{error}");
+        if unlearnt < rows {
+            let row = &found[unlearnt * width..(unlearnt + 1) * width];
+            prop_assert!(row.iter().all(|x| *x == 0.0), "{row:?}");
+        }
+    }
+}
+
+#[test]
+fn a_graph_is_used_up_by_its_gradients() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Forward).taped(true);
+    let x = tensor(&[1.0, 2.0], &[2]).leaf(SCOPE);
+    let y = ops::mul(meter.at(Module::Mlp), &x, &x).unwrap();
+    let ones = || tensor(&[1.0, 1.0], &[2]);
+    let mut first = backward(meter, &y, ones()).unwrap();
+    assert_eq!(first.take(&x).unwrap().to_vec().unwrap(), [2.0, 4.0]);
+    assert!(first.take(&x).is_none() && first.take(&y).is_none());
+    assert!(backward(meter, &y, ones()).unwrap().take(&x).is_none());
+    // A leaf's gradient is its own; what has no graph has none.
+    assert!(backward(meter, &x, ones()).unwrap().take(&x).is_some());
+    assert!(backward(meter, &ones(), ones()).unwrap().take(&ones()).is_none());
+}
+
+#[test]
+fn gradients_of_several_passes_add_up() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Forward);
+    let (x, y) = (tensor(&[0.0; 2], &[2]).parameter(SCOPE), tensor(&[0.0], &[1]).parameter(SCOPE));
+    let mut sum = Gradients::default();
+    sum.add(meter, &x, tensor(&[1.0, 2.0], &[2])).unwrap();
+    let mut other = Gradients::default();
+    other.add(meter, &x, tensor(&[10.0, 20.0], &[2])).unwrap();
+    other.add(meter, &y, tensor(&[5.0], &[1])).unwrap();
+    sum.merge(meter, other).unwrap();
+    assert_eq!(sum.get(&x).unwrap().to_vec().unwrap(), [11.0, 22.0]);
+    assert_eq!(sum.get(&y).unwrap().to_vec().unwrap(), [5.0]);
+    assert!(sum.add(meter, &tensor(&[1.0], &[1]), tensor(&[1.0], &[1])).is_err());
+}

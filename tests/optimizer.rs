@@ -1,0 +1,194 @@
+//! Updates against AdamW and clipping written out in f64.
+
+mod tiny;
+
+use std::cell::RefCell;
+
+use candle_core::Device;
+use flopaudit::{
+    config::{ModelConfig, Projection},
+    error::Error,
+    ledger::{Dtype, Phase},
+    meter::Meter,
+    model::Trained,
+    ops::{Gradients, Tensor},
+    train::{Hyper, Trainer},
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+use tiny::norm;
+
+const RATE: f64 = 0.03;
+const HYPER: Hyper = Hyper { betas: (0.8, 0.95), eps: 1e-4, weight_decay: 0.1, clip: None };
+
+fn trainer(meter: Meter, config: &ModelConfig, trained: Trained, hyper: Hyper) -> Trainer {
+    let model = tiny::model(config, &[Projection::QProj], trained);
+    Trainer::new(meter, model, trained, hyper, (1, 4), false).unwrap()
+}
+
+/// A gradient for every trained parameter, and the same values.
+fn draw(meter: Meter, trainer: &mut Trainer, rng: &mut StdRng) -> (Gradients, Vec<Vec<f64>>) {
+    let (mut gradients, mut all) = (Gradients::default(), vec![]);
+    for (_, _, tensor) in trainer.model.trained() {
+        let values: Vec<f32> =
+            (0..tensor.elements()).map(|_| rng.random_range(-0.2..0.2)).collect();
+        all.push(values.iter().copied().map(f64::from).collect());
+        let gradient = Tensor::from_vec(values, tensor.dims(), Dtype::F32, &Device::Cpu).unwrap();
+        gradients.add(meter, tensor, gradient).unwrap();
+    }
+    (gradients, all)
+}
+
+/// Every parameter with its moments, as p, m and v of each.
+fn state(trainer: &Trainer) -> Vec<[Vec<f64>; 3]> {
+    let split = |(_, values): (&str, Vec<f32>)| {
+        let n = values.len() / 3;
+        [0, 1, 2].map(|i| values[i * n..(i + 1) * n].iter().copied().map(f64::from).collect())
+    };
+    trainer.optimizer.state().unwrap().into_iter().map(split).collect()
+}
+
+/// What the model computes with.
+fn parameters(trainer: &mut Trainer) -> Vec<Vec<f32>> {
+    trainer.model.trained().into_iter().map(|(.., tensor)| tensor.to_vec().unwrap()).collect()
+}
+
+#[test]
+fn five_steps_equal_adamw_by_hand() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    // An embedding of more elements than one task of the kernel takes.
+    let config = ModelConfig { vocab_size: 1500, ..tiny::config(true) };
+    for trained in [Trained::Adapters, Trained::All] {
+        let mut trainer = trainer(meter, &config, trained, HYPER);
+        let mut rng = StdRng::seed_from_u64(4);
+        let mut expected = state(&trainer);
+        let mut worst: f64 = 0.0;
+        for t in 1..=5 {
+            let (gradients, values) = draw(meter, &mut trainer, &mut rng);
+            let step = trainer.update(meter, (0.5, gradients), RATE).unwrap();
+            let norms: Vec<f64> = values.iter().map(|g| norm(g)).collect();
+            assert_eq!((step.loss, step.norms.len()), (0.5, norms.len()));
+            for (a, b) in step.norms.iter().zip(&norms) {
+                assert!((a / b - 1.0).abs() < 1e-6, "a norm of {a}, not {b}");
+            }
+            assert!((step.gradient_norm / norm(&norms) - 1.0).abs() < 1e-6);
+
+            let Hyper { betas: (b1, b2), eps, weight_decay, .. } = HYPER;
+            for ([p, m, v], g) in expected.iter_mut().zip(values) {
+                for i in 0..g.len() {
+                    p[i] -= RATE * weight_decay * p[i];
+                    m[i] = b1 * m[i] + (1.0 - b1) * g[i];
+                    v[i] = b2 * v[i] + (1.0 - b2) * g[i] * g[i];
+                    let (mean, square) = (m[i] / (1.0 - b1.powi(t)), v[i] / (1.0 - b2.powi(t)));
+                    p[i] -= RATE * mean / (square.sqrt() + eps);
+                }
+            }
+            let found = state(&trainer);
+            for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
+                let off: Vec<f64> = found.iter().zip(expected).map(|(a, b)| a - b).collect();
+                worst = worst.max(norm(&off) / norm(expected));
+            }
+            // The model reads the master itself.
+            for (read, [master, ..]) in parameters(&mut trainer).iter().zip(&found) {
+                assert!(read.iter().zip(master).all(|(a, b)| f64::from(*a) == *b));
+            }
+        }
+        println!("{trained:?}: worst error {worst:.1e} after 5 steps");
+        assert!(worst < 1e-5, "{trained:?}: {worst}");
+        assert_eq!(trainer.optimizer.steps(), 5);
+    }
+}
+
+#[test]
+fn gradients_are_scaled_down_to_the_norm_asked_for() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    for clip in [None, Some(0.3), Some(1e6)] {
+        let hyper = Hyper { clip, ..HYPER };
+        let mut trainer = trainer(meter, &tiny::config(false), Trained::All, hyper);
+        let (gradients, values) = draw(meter, &mut trainer, &mut StdRng::seed_from_u64(5));
+        let step = trainer.update(meter, (0.0, gradients), RATE).unwrap();
+        let size = norm(&values.concat());
+        assert!(size > 1.0 && (step.gradient_norm / size - 1.0).abs() < 1e-6);
+        let factor = clip.map_or(1.0, |most| (most / (size + 1e-6)).min(1.0));
+        // The first moments are what arrived, times 1 − β₁.
+        let arrived = |m: &[f64]| norm(m) / (1.0 - HYPER.betas.0);
+        let moments = state(&trainer);
+        for ([_, m, _], g) in moments.iter().zip(&values) {
+            assert!((arrived(m) / (factor * norm(g)) - 1.0).abs() < 1e-5, "clipped to {clip:?}");
+        }
+        let all: Vec<f64> = moments.into_iter().flat_map(|[_, m, _]| m).collect();
+        let expected = if clip == Some(0.3) { 0.3 } else { size };
+        assert!((arrived(&all) / expected - 1.0).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn gradients_that_are_no_numbers_change_nothing() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    for (clip, bad) in [(None, f32::NAN), (Some(1.0), f32::NAN), (Some(1.0), f32::INFINITY)] {
+        let hyper = Hyper { clip, ..HYPER };
+        let mut trainer = trainer(meter, &tiny::config(true), Trained::Adapters, hyper);
+        let rng = &mut StdRng::seed_from_u64(6);
+        let (gradients, _) = draw(meter, &mut trainer, rng);
+        trainer.update(meter, (1.0, gradients), RATE).unwrap();
+        let before = (parameters(&mut trainer), state(&trainer));
+
+        let (mut gradients, _) = draw(meter, &mut trainer, rng);
+        let (_, _, last) = trainer.model.trained().pop().unwrap();
+        let mut values = vec![0.0; last.elements()];
+        values[1] = bad;
+        let poison = Tensor::from_vec(values, last.dims(), Dtype::F32, &Device::Cpu).unwrap();
+        gradients.add(meter, last, poison).unwrap();
+        let error = trainer.update(meter, (1.0, gradients), RATE).unwrap_err();
+        let Some(Error::Diverged(why)) = error.downcast_ref() else { panic!("{error:?}") };
+        assert!(why.contains("norm of step 2"), "{why}");
+        assert_eq!((parameters(&mut trainer), state(&trainer)), before);
+        assert_eq!(trainer.optimizer.steps(), 1);
+
+        // And it can go on.
+        let (gradients, _) = draw(meter, &mut trainer, rng);
+        trainer.update(meter, (1.0, gradients), RATE).unwrap();
+        assert_eq!(trainer.optimizer.steps(), 2);
+    }
+}
+
+#[test]
+fn a_loss_that_is_no_number_and_a_gradient_too_few_are_errors() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    let config = tiny::config(true);
+    let mut trainer = trainer(meter, &config, Trained::All, HYPER);
+    let error = trainer.update(meter, (1.0, Gradients::default()), RATE).unwrap_err();
+    assert!(error.to_string().contains("model.embed_tokens.weight has no gradient"), "{error}");
+
+    let text = tiny::Text::new(&config, 1, 4);
+    trainer.gradients(meter, &[text.labelled()]).unwrap();
+    let (.., norm) = trainer.model.trained().pop().unwrap();
+    tiny::write(norm, vec![f32::NAN; norm.elements()]);
+    let error = trainer.gradients(meter, &[text.labelled()]).unwrap_err();
+    assert!(error.to_string().contains("the loss of step 1 is NaN"), "{error}");
+}
+
+#[test]
+fn micro_batches_add_up() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    let config = tiny::config(false);
+    let mut trainer = trainer(meter, &config, Trained::All, HYPER);
+    let rows = tiny::Text::new(&config, 3, 4).rows();
+    let texts: Vec<_> = rows.iter().map(tiny::Text::labelled).collect();
+    let (loss, mut together) = trainer.gradients(meter, &texts).unwrap();
+    let mut apart: Vec<_> =
+        texts.iter().map(|text| trainer.gradients(meter, &[*text]).unwrap()).collect();
+    assert_eq!(loss, apart.iter().map(|(loss, _)| loss).sum::<f64>());
+    for (name, _, tensor) in trainer.model.trained() {
+        let take = |found: &mut Gradients| found.take(tensor).unwrap().to_vec().unwrap();
+        let mut sum = vec![0.0; tensor.elements()];
+        for (_, found) in &mut apart {
+            sum.iter_mut().zip(take(found)).for_each(|(sum, x)| *sum += x);
+        }
+        assert_eq!(take(&mut together), sum, "{name}");
+    }
+}
