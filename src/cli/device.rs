@@ -112,7 +112,7 @@ mod cuda {
         Device, Result,
         cuda_backend::{
             WrapErr,
-            cudarc::driver::{CudaContext, result, sys},
+            cudarc::driver::{CudaContext, DriverError, result, sys},
         },
     };
 
@@ -131,7 +131,7 @@ mod cuda {
     }
 
     /// Else the pool gives its memory back at each synchronization, and takes it anew.
-    fn keep_memory(context: &CudaContext) -> Result<(), result::DriverError> {
+    fn keep_memory(context: &CudaContext) -> std::result::Result<(), DriverError> {
         let mut threshold = u64::MAX;
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: the context holds the device, whose default pool lives as long as it does; the
