@@ -206,6 +206,16 @@ impl ExecutionArgs {
     }
 }
 
+/// Says where text will be noise.
+pub fn warn_of_noise(checkpoint: &Checkpoint) {
+    if checkpoint.synthetic {
+        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+        anstream::eprintln!(
+            "{yellow}warning:{yellow:#} synthetic weights: the FLOPs are real, the text is noise"
+        );
+    }
+}
+
 /// Where the result goes.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]

@@ -5,7 +5,7 @@ use std::{cell::RefCell, path::PathBuf, time::Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    args::{CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs},
+    args::{CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, warn_of_noise},
     interrupt::Interrupt,
     memory,
 };
@@ -57,6 +57,7 @@ pub fn run(args: Args) -> Result<()> {
         workload.validate()?;
         memory::check(&workload, &device)?;
     }
+    warn_of_noise(&checkpoint);
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
 
     let bar = ProgressBar::new(data.rows() as u64);

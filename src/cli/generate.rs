@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::{
-    args::{CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs},
+    args::{
+        CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
+        warn_of_noise,
+    },
     interrupt::Interrupt,
     memory,
 };
@@ -97,12 +100,7 @@ pub fn run(args: Args) -> Result<()> {
         workload.validate()?;
         memory::check(&workload, &device)?;
     }
-    if checkpoint.synthetic {
-        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
-        anstream::eprintln!(
-            "{yellow}warning:{yellow:#} synthetic weights: the FLOPs are real, the text is noise"
-        );
-    }
+    warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let load = start.elapsed();
 

@@ -11,7 +11,10 @@ use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
-    args::{CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg},
+    args::{
+        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg,
+        warn_of_noise,
+    },
     interrupt::Interrupt,
     memory,
 };
@@ -20,7 +23,7 @@ use crate::{
     audit::Audit,
     error::{Error, Result},
     report::{Report, Target, TrainingReport, human},
-    train::{Budget, Hyper, Saved, Schedule, Session, Settings, Shape, data::Dataset},
+    train::{Budget, Hyper, Progress, Saved, Schedule, Session, Settings, Shape, data::Dataset},
     weights::{Checkpoint, save, save_adapter},
 };
 
@@ -132,6 +135,7 @@ pub fn run(mut args: Args) -> Result<()> {
     let settings = args.with_steps(settings, &checkpoint, &data, held_out.as_ref(), &budget)?;
     saved.iter().try_for_each(|saved| saved.check(&settings))?;
 
+    warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let mut session = Session::new(settings, model, &data, held_out.as_ref())?;
     if let Some(saved) = saved {
@@ -286,7 +290,7 @@ impl Args {
         budget: &Budget,
         interrupt: &Interrupt,
     ) -> Result<()> {
-        let mut metrics = Metrics::open(&self.out.join(METRICS), session.progress.steps)?;
+        let mut metrics = Metrics::open(&self.out.join(METRICS), &session.progress)?;
         let bar = bar(session.settings.schedule.steps);
         let began = (Instant::now(), session.progress.steps);
         loop {
@@ -381,16 +385,19 @@ fn bar(steps: u64) -> ProgressBar {
 struct Metrics(fs::File, PathBuf);
 
 impl Metrics {
-    /// Opens `file`, with the lines of the first `steps` steps kept.
-    fn open(file: &Path, steps: u64) -> Result<Self> {
+    /// Opens `file`, with the lines kept of what `progress` holds.
+    fn open(file: &Path, progress: &Progress) -> Result<Self> {
         let name = || file.display().to_string();
-        let kept = fs::read_to_string(file).unwrap_or_default();
-        let of_step = |line: &&str| {
-            let value: Option<serde_json::Value> = serde_json::from_str(line).ok();
-            let step = value.as_ref().and_then(|v| v["step"].as_u64());
-            step.is_some_and(|step| steps > 0 && step <= steps)
+        let text = fs::read_to_string(file).unwrap_or_default();
+        let known = |line: &&str| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+            let points = match line.get("eval_loss") {
+                Some(_) => &progress.evaluations,
+                None => &progress.losses,
+            };
+            line["step"].as_u64().is_some_and(|step| points.iter().any(|p| p.step == step))
         };
-        let kept: String = kept.lines().filter(of_step).flat_map(|line| [line, "\n"]).collect();
+        let kept: String = text.lines().filter(known).flat_map(|line| [line, "\n"]).collect();
         Target::open(file)?.write_with(|out| Ok(out.write_all(kept.as_bytes())?))?;
         let opened = fs::OpenOptions::new().append(true).open(file).with_context(name)?;
         Ok(Self(opened, file.into()))
