@@ -59,6 +59,7 @@ pub fn usage_error(error: &clap::Error) -> Error {
 /// # Errors
 /// What the user should read in one line; [`crate::error::Error::exit_code`] gives the status.
 pub fn run(cli: Cli) -> Result<()> {
+    memory::keep_freed();
     let done = match cli.command {
         Command::Generate(args) => generate::run(*args),
         Command::Train(args) => train::run(*args),

@@ -320,7 +320,7 @@ impl Args {
             metrics.write(&serde_json::json!({
                 "step": done + 1, "loss": step.loss, "lr": rate,
                 "gradient_norm": step.gradient_norm, "flops": flops,
-                "seconds": session.progress.seconds,
+                "seconds": session.progress.step_seconds.last(),
             }))?;
             let tokens = (session.progress.steps - began.1) * session.settings.tokens();
             let speed = tokens as f64 / began.0.elapsed().as_secs_f64();

@@ -1,4 +1,6 @@
-//! Gradients of row-wise ops: one pass over two tensors on the CPU.
+//! Row-wise and element-wise ops: one pass over two tensors, on the CPU's threads in f32.
+
+use std::mem::MaybeUninit;
 
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
@@ -18,6 +20,27 @@ pub(super) fn by_row(
         false => composed(&wide_a, &wide_b)?,
     };
     out.to_dtype(a.dtype())
+}
+
+/// `ours(a's element, b's element)` where both are dense f32 on the CPU and `b`, again and again,
+/// has the shape of `a`; else `theirs`.
+pub(super) fn by_element(
+    a: &Tensor,
+    b: &Tensor,
+    ours: impl Fn(f32, f32) -> f32 + Send + Sync,
+    theirs: impl FnOnce() -> Result<Tensor>,
+) -> Result<Tensor> {
+    let dense = |t: &Tensor| t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous();
+    let repeats = b.rank() > 0 && a.dims().ends_with(b.dims());
+    let on_cpu = |a: &[f32], b: &[f32], out: &mut [f32]| {
+        for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+            *out = ours(a, b);
+        }
+    };
+    match dense(a) && dense(b) && repeats {
+        true => a.apply_op2_no_bwd(b, &ByRow(on_cpu)),
+        false => theirs(),
+    }
 }
 
 struct ByRow<F>(F);
@@ -40,17 +63,39 @@ impl<F: Fn(&[f32], &[f32], &mut [f32]) + Send + Sync> CustomOp2 for ByRow<F> {
         else {
             bail!("takes dense f32");
         };
-        if shape != b_layout.shape() {
+        if !shape.dims().ends_with(b_layout.dims()) {
             bail!("{shape:?} beside {:?}", b_layout.shape());
         }
         let (a, b) = (&a[in_a.0..in_a.1], &b[in_b.0..in_b.1]);
         let width = shape.dims().last().copied().unwrap_or(1).max(1);
-        let mut out = vec![0f32; a.len()];
-        let rows = a.par_chunks(width).zip(b.par_chunks(width)).zip(out.par_chunks_mut(width));
-        let few = FEW.div_ceil(width);
-        rows.with_min_len(few).for_each(|((a, b), out)| (self.0)(a, b, out));
+        let out = rows(a.len(), width, |start, out| {
+            (self.0)(&a[start..][..width], &b[start % b.len()..][..width], out);
+        });
         Ok((CpuStorage::F32(out), shape.clone()))
     }
+}
+
+/// `n` new values, filled row by row: `fill(index of the first, row)`, rows being zeros until then.
+fn rows(n: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Send + Sync) -> Vec<f32> {
+    let mut out = Vec::with_capacity(n);
+    let fill = |(row, out): (usize, &mut [MaybeUninit<f32>])| {
+        // By the thread that fills it, while it is in the cache: zeros of the whole vector at once
+        // would go to memory and back.
+        out.fill(MaybeUninit::new(0.0));
+        // SAFETY: just written.
+        fill(row * width, unsafe { out.assume_init_mut() });
+    };
+    let free = &mut out.spare_capacity_mut()[..n];
+    match n < FEW {
+        true => free.chunks_mut(width).enumerate().for_each(fill),
+        false => {
+            let rows = free.par_chunks_mut(width).enumerate();
+            rows.with_min_len(FEW.div_ceil(width)).for_each(fill);
+        }
+    }
+    // SAFETY: every chunk was written.
+    unsafe { out.set_len(n) };
+    out
 }
 
 /// Fewer elements than this are not worth another thread.

@@ -1,6 +1,10 @@
 //! One operation an element.
 
-use super::{Tensor, by_row::by_row, exp};
+use super::{
+    Tensor,
+    by_row::{by_element, by_row},
+    exp,
+};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// a + b, equal shapes. Towards either side, the gradient as it is.
@@ -9,7 +13,10 @@ use crate::{error::Result, ledger::Op, meter::At};
 /// Shapes or types that differ.
 pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Add { n: a.elements() as u64 };
-    let sum = at.run(op, a.dtype()?, a.device(), || a.data.add(&b.data))?;
+    same_shape(a, b)?;
+    let sum = at.run(op, a.dtype()?, a.device(), || {
+        by_element(&a.data, &b.data, |a, b| a + b, || a.data.add(&b.data))
+    })?;
     let same = |_: At, dy: &Tensor| Ok(dy.clone());
     Ok(Tensor::from(sum).made_from(at, a, same).made_from(at, b, same))
 }
@@ -20,13 +27,21 @@ pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// Shapes or types that differ.
 pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let op = Op::Mul { n: a.elements() as u64 };
-    let product = at.run(op, a.dtype()?, a.device(), || a.data.mul(&b.data))?;
+    same_shape(a, b)?;
+    let product = at.run(op, a.dtype()?, a.device(), || {
+        by_element(&a.data, &b.data, |a, b| a * b, || a.data.mul(&b.data))
+    })?;
     let (to_a, to_b) = (b.detach(), a.detach());
     Ok(Tensor::from(product).made_from(at, a, move |at, dy| mul(at, dy, &to_a)).made_from(
         at,
         b,
         move |at, dy| mul(at, dy, &to_b),
     ))
+}
+
+fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
+    anyhow::ensure!(a.dims() == b.dims(), "{:?} beside {:?}", a.dims(), b.dims());
+    Ok(())
 }
 
 /// x times one factor, a tensor of one element (candle's `affine` would also add a zero). The
@@ -37,7 +52,12 @@ pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     anyhow::ensure!(factor.elements() == 1, "a factor has one element, not {:?}", factor.dims());
     let op = Op::Scale { n: x.elements() as u64 };
-    let scaled = at.run(op, x.dtype()?, x.device(), || x.data.broadcast_mul(&factor.data))?;
+    // Read by the host only where that waits for nothing.
+    let known = if x.device().is_cpu() { factor.to_vec()?[0] } else { f32::NAN };
+    let scaled = at.run(op, x.dtype()?, x.device(), || {
+        let theirs = || x.data.broadcast_mul(&factor.data);
+        by_element(&x.data, &x.data, |x, _| x * known, theirs)
+    })?;
     let factor = factor.detach();
     Ok(Tensor::from(scaled).made_from(at, x, move |at, dy| scale(at, dy, &factor)))
 }
@@ -48,9 +68,8 @@ pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
 /// The device's.
 pub fn silu(at: At, x: &Tensor) -> Result<Tensor> {
     let op = Op::Silu { n: x.elements() as u64 };
-    let y = at.run(op, x.dtype()?, x.device(), || match x.is_dense_f32_on_cpu() {
-        true => x.data.apply_op1_no_bwd(&exp::Silu),
-        false => x.data.silu(),
+    let y = at.run(op, x.dtype()?, x.device(), || {
+        by_element(&x.data, &x.data, |x, _| exp::silu(x), || x.data.silu())
     })?;
     let saved = x.detach();
     Ok(Tensor::from(y).made_from(at, x, move |at, dy| silu_grad(at, &saved, dy)))

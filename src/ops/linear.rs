@@ -1,6 +1,6 @@
 //! Matrix products.
 
-use super::{Tensor, gemv::Gemv};
+use super::{Tensor, by_row::by_element, gemv::Gemv, product::Product};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -18,7 +18,11 @@ pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     };
     let b_count = a.elements() / (m * k).max(1);
     let op = Op::Matmul { b: b_count as u64, m: m as u64, k: k as u64, n: n as u64 };
-    let product = at.run(op, a.dtype()?, a.device(), || a.data.matmul(&b.data))?;
+    let ours = Product::SERVES && a.device().is_cpu() && a.dtype()? == Dtype::F32;
+    let product = at.run(op, a.dtype()?, a.device(), || match ours {
+        true => a.data.apply_op2_no_bwd(&b.data, &Product),
+        false => a.data.matmul(&b.data),
+    })?;
     let (to_a, to_b) = (b.detach(), a.detach());
     Ok(Tensor::from(product).made_from(at, a, move |at, dy| matmul(at, dy, &to_a.t()?)).made_from(
         at,
@@ -65,7 +69,9 @@ pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 pub fn bias(at: At, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Bias { rows, width };
-    let y = at.run(op, x.dtype()?, x.device(), || x.data.broadcast_add(&bias.data))?;
+    let y = at.run(op, x.dtype()?, x.device(), || {
+        by_element(&x.data, &bias.data, |x, b| x + b, || x.data.broadcast_add(&bias.data))
+    })?;
     Ok(Tensor::from(y).made_from(at, x, |_, dy| Ok(dy.clone())).made_from(at, bias, sum_rows))
 }
 

@@ -12,6 +12,7 @@ mod linear;
 mod loss;
 mod norm;
 mod optimize;
+mod product;
 mod rope;
 mod sample;
 mod softmax;

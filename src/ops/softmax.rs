@@ -4,7 +4,7 @@ use candle_core::{D, Device};
 
 use super::{
     Tensor,
-    by_row::{by_row, dot},
+    by_row::{by_element, by_row, dot},
     exp,
 };
 use crate::{
@@ -70,7 +70,9 @@ pub fn causal_mask(seq: usize, past: usize, dtype: Dtype, device: &Device) -> Re
 pub fn mask(at: At, scores: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let (rows, width) = scores.rows_width()?;
     let op = Op::Mask { rows, width };
-    let run = || scores.data.broadcast_add(&mask.data);
-    let masked = at.run(op, scores.dtype()?, scores.device(), run)?;
+    let masked = at.run(op, scores.dtype()?, scores.device(), || {
+        let theirs = || scores.data.broadcast_add(&mask.data);
+        by_element(&scores.data, &mask.data, |score, mask| score + mask, theirs)
+    })?;
     Ok(Tensor::from(masked).made_from(at, scores, |_, dy| Ok(dy.clone())))
 }

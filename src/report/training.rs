@@ -30,6 +30,8 @@ pub struct TrainingReport {
     pub evaluations: Vec<Point>,
     /// Seconds of all steps, without evaluations.
     pub seconds: f64,
+    /// Of each step.
+    pub step_seconds: Vec<f64>,
     /// Tokens fed per second.
     pub tokens_per_s: f64,
     /// Trained tensors.
@@ -99,8 +101,9 @@ impl TrainingReport {
             out: out.display().to_string(),
             losses: progress.losses.clone(),
             evaluations: progress.evaluations.clone(),
-            seconds: progress.seconds,
-            tokens_per_s: (progress.steps * settings.tokens()) as f64 / progress.seconds,
+            seconds: progress.seconds(),
+            step_seconds: progress.step_seconds.clone(),
+            tokens_per_s: (progress.steps * settings.tokens()) as f64 / progress.seconds(),
             tensors: names.len(),
             with_gradient: progress.norms.iter().filter(|norm| **norm > 0.0).count(),
             smallest_gradient: smallest.map(|(norm, name)| (name.to_string(), *norm)),

@@ -82,8 +82,8 @@ pub struct Progress {
     pub norms: Vec<f64>,
     /// Finite differences, once taken.
     pub check: Option<Check>,
-    /// Seconds of steps.
-    pub seconds: f64,
+    /// Seconds of each step, without what else is done between them.
+    pub step_seconds: Vec<f64>,
 }
 
 /// A run in this process.
@@ -238,7 +238,7 @@ impl<'a> Session<'a> {
         let start = std::time::Instant::now();
         let step = self.trainer.update(meter, found, rate)?;
         self.progress.steps += 1;
-        self.progress.seconds += (taken + start.elapsed()).as_secs_f64();
+        self.progress.step_seconds.push((taken + start.elapsed()).as_secs_f64());
         self.progress.losses.push(Point { step: self.progress.steps, loss: step.loss });
         self.progress.norms.clone_from(&step.norms);
         Ok(step)
@@ -285,6 +285,13 @@ impl<'a> Session<'a> {
         let latest = self.progress.evaluations.last().map(|point| point.step);
         let due = last || steps.is_multiple_of(self.settings.eval_every);
         self.held_out.is_some() && due && latest != Some(steps)
+    }
+}
+
+impl Progress {
+    /// Seconds of all steps.
+    pub fn seconds(&self) -> f64 {
+        self.step_seconds.iter().sum()
     }
 }
 
