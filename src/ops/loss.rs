@@ -16,7 +16,7 @@ use crate::{
 /// exponentials, in their place, and each row's sum of them.
 #[derive(Debug)]
 pub struct CrossEntropy {
-    /// Σ over rows of weight · −log softmax(logits)[target], natural log.
+    /// Σ over rows of weight · −log softmax(logits) at the target, natural log.
     pub loss: f64,
     exponentials: Tensor, // (rows, V)
     sums: Vec<f32>,
