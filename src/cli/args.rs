@@ -193,9 +193,8 @@ impl ExecutionArgs {
         interrupt: &Interrupt,
     ) -> Result<Qwen2> {
         let Checkpoint { config, weights, .. } = checkpoint;
-        let bar = ProgressBar::new(config.num_hidden_layers as u64);
-        let style = ProgressStyle::with_template("loading weights {bar:30} {pos}/{len} layers");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let layers = config.num_hidden_layers as u64;
+        let bar = bar(layers, "loading weights {bar:30} {pos}/{len} layers");
         let progress = |layer| {
             bar.set_position(layer as u64);
             interrupt.check()
@@ -204,6 +203,12 @@ impl ExecutionArgs {
         bar.finish_and_clear();
         model
     }
+}
+
+/// Progress over `length` of something, on a terminal.
+pub fn bar(length: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// Says where text will be noise.

@@ -2,10 +2,10 @@
 
 use std::{cell::RefCell, path::PathBuf, time::Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
-
 use super::{
-    args::{CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, warn_of_noise},
+    args::{
+        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, bar, warn_of_noise,
+    },
     interrupt::Interrupt,
     memory,
 };
@@ -60,9 +60,7 @@ pub fn run(args: Args) -> Result<()> {
     warn_of_noise(&checkpoint);
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
 
-    let bar = ProgressBar::new(data.rows() as u64);
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} rows  {eta} left");
-    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = bar(data.rows() as u64, "{bar:24} {pos}/{len} rows  {eta} left");
     let progress = |rows: usize| {
         bar.set_position(rows as u64);
         interrupt.check()

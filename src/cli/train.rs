@@ -8,11 +8,10 @@ use std::{
 };
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{
     args::{
-        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg,
+        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg, bar,
         warn_of_noise,
     },
     interrupt::Interrupt,
@@ -291,7 +290,8 @@ impl Args {
         interrupt: &Interrupt,
     ) -> Result<()> {
         let mut metrics = Metrics::open(&self.out.join(METRICS), &session.progress)?;
-        let bar = bar(session.settings.schedule.steps);
+        let template = "{bar:24} {pos}/{len} steps  {msg}  {eta} left";
+        let bar = bar(session.settings.schedule.steps, template);
         let began = (Instant::now(), session.progress.steps);
         loop {
             let done = session.progress.steps;
@@ -374,11 +374,6 @@ impl Args {
 fn spent(session: &Session, budget: &Budget) -> Result<u128> {
     let workloads: Vec<_> = session.workloads().into_iter().map(|w| (w, 1)).collect();
     budget.cost(&workloads)
-}
-
-fn bar(steps: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{bar:24} {pos}/{len} steps  {msg}  {eta} left");
-    ProgressBar::new(steps).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
 /// metrics.jsonl: a line a step and a line an evaluation.

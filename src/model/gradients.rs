@@ -65,11 +65,7 @@ impl Qwen2 {
     /// device's.
     pub fn loss(&self, meter: Meter, text: Labelled, positions: &KvCache) -> Result<f64> {
         let forward = meter.phase(Phase::Forward);
-        let mut x = self.embed(forward, text.ids, text.batch)?; // (B, T, D)
-        let mask = self.mask(text.batch, x.dims()[1], positions)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(forward.layer(i), i, &x, mask.as_ref(), positions)?;
-        }
+        let x = self.hidden(forward, text.ids, text.batch, positions)?; // (B, T, D)
         let x = self.normed(forward, &x)?;
         self.head_loss(meter, &x, text, None).map(|(loss, _)| loss)
     }

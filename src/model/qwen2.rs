@@ -14,10 +14,10 @@ use super::{Adapter, AdapterSource, KvCache};
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
-    ledger::{Dtype, Lora, Module, Scope},
+    ledger::{Dtype, Module, Scope},
     meter::Meter,
     ops::{self, Tensor},
-    weights::Weights,
+    weights::{Weights, adapter_name},
     workload::Logits,
 };
 
@@ -208,18 +208,30 @@ impl Qwen2 {
         cache: &mut KvCache,
         logits: Logits,
     ) -> Result<Tensor> {
-        let mut x = self.embed(meter, ids, batch)?; // (B, T, D)
+        let mut x = self.hidden(meter, ids, batch, cache)?; // (B, T, D)
         let seq = x.dims()[1];
-        let mask = self.mask(batch, seq, cache)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(meter.layer(i), i, &x, mask.as_ref(), cache)?;
-        }
         cache.set_past(cache.past() + seq)?;
         if logits == Logits::Last {
             x = x.narrow(1, seq - 1, 1)?; // (B, 1, D)
         }
         let x = self.normed(meter, &x)?;
         ops::linear(meter.at(Module::LmHead), &x, self.head())
+    }
+
+    /// What the last layer gives, (B, T, D).
+    pub(super) fn hidden(
+        &self,
+        meter: Meter,
+        ids: &[u32],
+        batch: usize,
+        cache: &KvCache,
+    ) -> Result<Tensor> {
+        let mut x = self.embed(meter, ids, batch)?;
+        let mask = self.mask(batch, x.dims()[1], cache)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = layer.forward(meter.layer(i), i, &x, mask.as_ref(), cache)?;
+        }
+        Ok(x)
     }
 
     /// (B, T, D)
@@ -371,8 +383,7 @@ impl Linear {
         }
         for (part, tensor) in adapter.iter_mut().flat_map(Adapter::factors) {
             let scope = at(Module::Lora(*projection, part));
-            let factor = if part == Lora::A { 'A' } else { 'B' };
-            let name = format!("base_model.model.{name}.lora_{factor}.weight");
+            let name = adapter_name(layer, *projection, part);
             all.push(Parameter { name, scope, tensor });
         }
     }

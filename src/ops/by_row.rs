@@ -30,17 +30,21 @@ pub(super) fn by_element(
     ours: impl Fn(f32, f32) -> f32 + Send + Sync,
     theirs: impl FnOnce() -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let dense = |t: &Tensor| t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous();
     let repeats = b.rank() > 0 && a.dims().ends_with(b.dims());
     let on_cpu = |a: &[f32], b: &[f32], out: &mut [f32]| {
         for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
             *out = ours(a, b);
         }
     };
-    match dense(a) && dense(b) && repeats {
+    match is_dense_f32_on_cpu(a) && is_dense_f32_on_cpu(b) && repeats {
         true => a.apply_op2_no_bwd(b, &ByRow(on_cpu)),
         false => theirs(),
     }
+}
+
+/// Whether the CPU's own f32 kernels can take it.
+pub(super) fn is_dense_f32_on_cpu(t: &Tensor) -> bool {
+    t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous()
 }
 
 struct ByRow<F>(F);
@@ -99,18 +103,4 @@ fn rows(n: usize, width: usize, fill: impl Fn(usize, &mut [f32]) + Send + Sync) 
 }
 
 /// Fewer elements than this are not worth another thread.
-const FEW: usize = 1 << 14;
-
-/// Σ a·b in independent lanes, which the compiler turns into vector registers.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 32;
-    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    let mut sums = [0f32; LANES];
-    for (a, b) in a.iter().zip(b) {
-        for lane in 0..LANES {
-            sums[lane] = a[lane].mul_add(b[lane], sums[lane]);
-        }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
-}
+pub(super) const FEW: usize = 1 << 14;

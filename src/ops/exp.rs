@@ -4,6 +4,8 @@
 use candle_core::{CpuStorage, InplaceOp1, Layout, Result, bail};
 use rayon::prelude::*;
 
+use super::by_row::FEW;
+
 /// exp(x − max) / sum over the last dimension, in place: scores are as large as a layer's other
 /// activations together.
 pub(super) struct Softmax;
@@ -40,9 +42,6 @@ pub(super) fn silu_grad(x: &[f32], dy: &[f32], out: &mut [f32]) {
         *out = dy * s * (1.0 + x * (1.0 - s));
     }
 }
-
-/// Fewer elements than this are not worth waking a thread for.
-const FEW: usize = 1 << 14;
 
 /// exp(x − max) in the place of each x of a row; (max, sum of those).
 pub(super) fn exponentials(row: &mut [f32]) -> (f32, f32) {

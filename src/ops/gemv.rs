@@ -73,7 +73,7 @@ fn rows<T: Copy + Sync>(x: &[f32], w: &[T], k: usize, widen: impl Fn(T) -> f32 +
 }
 
 /// Σ w·x in independent lanes, which the compiler turns into vector registers.
-fn dot<T: Copy>(w: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
+pub(super) fn dot<T: Copy>(w: &[T], x: &[f32], widen: impl Fn(T) -> f32) -> f32 {
     const LANES: usize = 32;
     let ((w, w_rest), (x, x_rest)) = (w.as_chunks::<LANES>(), x.as_chunks::<LANES>());
     let mut sums = [0f32; LANES];

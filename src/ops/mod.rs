@@ -199,11 +199,6 @@ impl Tensor {
         Ok(self.data.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 
-    /// Whether the CPU's own f32 kernels can take it.
-    fn is_dense_f32_on_cpu(&self) -> bool {
-        self.device().is_cpu() && self.data.dtype() == DType::F32 && self.data.is_contiguous()
-    }
-
     /// (rows, width) of the tensor seen as rows along its last dimension.
     fn rows_width(&self) -> Result<(u64, u64)> {
         let width = *self.dims().last().ok_or_else(|| anyhow::anyhow!("a scalar has no rows"))?;

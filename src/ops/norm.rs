@@ -2,10 +2,7 @@
 
 use candle_core::{D, DType};
 
-use super::{
-    Tensor,
-    by_row::{by_row, dot},
-};
+use super::{Tensor, by_row::by_row, gemv::dot};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// x / sqrt(mean(x²) + eps) · gain over the last dimension, by candle's fused kernel.
@@ -37,8 +34,8 @@ fn rms_norm_grad(at: At, x: &Tensor, gain: &Tensor, eps: f64, dy: &Tensor) -> Re
                 *out = dy * gain;
             }
             let width = x.len() as f32;
-            let inverse = 1.0 / (dot(x, x) / width + eps as f32).sqrt();
-            let c = inverse * inverse * dot(out, x) / width;
+            let inverse = 1.0 / (dot(x, x, |v| v) / width + eps as f32).sqrt();
+            let c = inverse * inverse * dot(out, x, |v| v) / width;
             for (out, x) in out.iter_mut().zip(x) {
                 *out = inverse * (*out - c * x);
             }

@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, bail};
 use rayon::prelude::*;
 
-use super::Tensor;
+use super::{Tensor, gemv::dot};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -28,7 +28,7 @@ pub fn sum_squares(at: At, x: &Tensor) -> Result<f64> {
         match (&*storage, layout.contiguous_offsets()) {
             // In f64 between chunks: a sum of many small squares in f32 would lose them.
             (Storage::Cpu(CpuStorage::F32(x)), Some((start, end))) => {
-                let squares = |x: &[f32]| f64::from(super::by_row::dot(x, x));
+                let squares = |x: &[f32]| f64::from(dot(x, x, |v| v));
                 Ok(x[start..end].par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum())
             }
             _ => {

@@ -4,8 +4,9 @@ use candle_core::{D, Device};
 
 use super::{
     Tensor,
-    by_row::{by_element, by_row, dot},
+    by_row::{by_element, by_row, is_dense_f32_on_cpu},
     exp,
+    gemv::dot,
 };
 use crate::{
     error::Result,
@@ -22,7 +23,7 @@ pub fn softmax(at: At, x: Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Softmax { rows, width };
     let (dtype, device) = (x.dtype()?, x.device().clone());
-    let y = at.run(op, dtype, &device, || match x.is_dense_f32_on_cpu() {
+    let y = at.run(op, dtype, &device, || match is_dense_f32_on_cpu(&x.data) {
         true => x.data.inplace_op1(&exp::Softmax).map(|()| x.data.clone()),
         false => candle_nn::ops::softmax_last_dim(&x.data),
     })?;
@@ -37,7 +38,7 @@ fn softmax_grad(at: At, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let op = Op::SoftmaxGrad { rows, width };
     let dx = at.run(op, y.dtype()?, y.device(), || {
         let on_cpu = |y: &[f32], dy: &[f32], out: &mut [f32]| {
-            let sum = dot(y, dy);
+            let sum = dot(y, dy, |v| v);
             for ((out, y), dy) in out.iter_mut().zip(y).zip(dy) {
                 *out = y * (dy - sum);
             }

@@ -14,7 +14,7 @@ pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
-pub use target::Target;
+pub use target::{Target, temporary_beside};
 pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
 

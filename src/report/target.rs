@@ -22,6 +22,19 @@ pub enum Target {
     Special(File),
 }
 
+/// A temporary file in the folder of `file`, to be renamed to it.
+///
+/// # Errors
+/// A folder that cannot be written.
+pub fn temporary_beside(file: &Path) -> std::io::Result<NamedTempFile> {
+    let dir = file.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    // A temporary file is private to its owner; this is as any file, under the umask.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(dir)
+}
+
 impl Target {
     /// Opens what `--json` or `--csv` names; `-` is standard output.
     ///
@@ -42,12 +55,7 @@ impl Target {
         }
         // A link stays a link: what it points to is replaced.
         let target = target.canonicalize().unwrap_or(target.into());
-        let dir = target.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        // A temporary file is private to its owner; a report is as any file, under the umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(dir).map_err(unwritable)?;
+        let file = temporary_beside(&target).map_err(unwritable)?;
         Ok(Self::File(file, target))
     }
 

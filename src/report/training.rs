@@ -108,7 +108,7 @@ impl TrainingReport {
             with_gradient: progress.norms.iter().filter(|norm| **norm > 0.0).count(),
             smallest_gradient: smallest.map(|(norm, name)| (name.to_string(), *norm)),
             check: progress.check.clone(),
-            check_passed: progress.check.as_ref().map(|c| c.passes(settings.dtype)),
+            check_passed: progress.check.as_ref().map(Check::passes),
             budget: BudgetReport {
                 flops: budget.flops,
                 structure: budget.structure,

@@ -11,7 +11,6 @@ mod order;
 
 use std::{
     fs,
-    hash::{DefaultHasher, Hash, Hasher},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -128,9 +127,7 @@ impl Dataset {
 
     /// Tells datasets of other tokens, rows or weights apart.
     pub fn fingerprint(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        (self.seq, &self.tokens, &self.counted, &self.rows).hash(&mut hasher);
-        hasher.finish()
+        cache::hash((self.seq, &self.tokens, &self.counted, &self.rows))
     }
 
     fn tokenize(documents: &Documents, text: &Text, options: &Options) -> Result<Self, String> {

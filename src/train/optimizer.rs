@@ -6,6 +6,7 @@ use crate::{
     meter::Meter,
     model::{Qwen2, Trained},
     ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sum_squares},
+    weights::Named,
 };
 
 /// What an update depends on besides gradients and learning rate.
@@ -163,6 +164,18 @@ impl Optimizer {
         let parameter = &self.parameters[index];
         parameter.moments.restore(values)?;
         parameter.publish(model.trained()[index].2)
+    }
+
+    /// Every parameter of `model` at its latest update, in f32: the model's own may be narrower.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn masters(&self, model: &mut Qwen2) -> Result<Vec<Named>> {
+        let named = |(parameter, (name, _, tensor)): (&Parameter, (String, Scope, &mut Tensor))| {
+            let values = parameter.moments.master(tensor)?.to_vec()?;
+            Ok(Named { name, shape: tensor.dims().to_vec(), values })
+        };
+        self.parameters.iter().zip(model.trained()).map(named).collect()
     }
 
     /// Every parameter with its moments: name, then values as [`Moments::to_vec`] orders them.

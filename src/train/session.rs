@@ -152,15 +152,8 @@ impl<'a> Session<'a> {
     /// # Errors
     /// The device's.
     pub fn trained(&mut self) -> Result<Vec<Named>> {
-        // In f32, from the optimizer: the model's own may be narrower.
-        let shapes: Vec<Vec<usize>> =
-            self.trainer.model.trained().iter().map(|(.., t)| t.dims().to_vec()).collect();
-        let state = self.trainer.optimizer.state()?;
-        let named = state.into_iter().zip(shapes).map(|((name, mut values), shape)| {
-            values.truncate(values.len() / 3);
-            Named { name: name.into(), shape, values }
-        });
-        Ok(named.collect())
+        let Trainer { model, optimizer, .. } = &mut self.trainer;
+        optimizer.masters(model)
     }
 
     /// The trained tensors with their moments, as [`super::Optimizer::state`].

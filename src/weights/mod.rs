@@ -17,7 +17,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 pub use self::{
-    peft::{PeftAdapter, save_adapter},
+    peft::{PeftAdapter, adapter_name, save_adapter},
     save::{Named, read, save},
     synthetic::synthetic,
 };

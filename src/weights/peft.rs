@@ -16,6 +16,7 @@ use super::{
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
+    ledger::Lora,
     report::Target,
 };
 
@@ -98,7 +99,7 @@ impl PeftAdapter {
     /// # Errors
     /// A projection or layer without an adapter, or a value that is not finite.
     pub fn a(&self, layer: usize, p: Projection, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.load(&name(layer, p, 'A'), dtype, device)
+        self.load(&adapter_name(layer, p, Lora::A), dtype, device)
     }
 
     /// B of one projection: (out, rank), the second factor.
@@ -106,7 +107,7 @@ impl PeftAdapter {
     /// # Errors
     /// As [`PeftAdapter::a`].
     pub fn b(&self, layer: usize, p: Projection, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.load(&name(layer, p, 'B'), dtype, device)
+        self.load(&adapter_name(layer, p, Lora::B), dtype, device)
     }
 
     fn load(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
@@ -119,9 +120,10 @@ impl PeftAdapter {
         let rank = self.lora.rank;
         for layer in 0..config.num_hidden_layers {
             for &(p, k, n) in &self.widths {
-                for (name, shape) in
-                    [(name(layer, p, 'A'), [rank, k]), (name(layer, p, 'B'), [n, rank])]
-                {
+                for (name, shape) in [
+                    (adapter_name(layer, p, Lora::A), [rank, k]),
+                    (adapter_name(layer, p, Lora::B), [n, rank]),
+                ] {
                     let why = match self.shards.shape(&name) {
                         Some(found) if found == shape => {
                             expected.insert(name);
@@ -149,7 +151,9 @@ impl PeftAdapter {
     }
 }
 
-fn name(layer: usize, p: Projection, factor: char) -> String {
+/// PEFT's name of one factor of an adapter; none but A and B are tensors.
+pub fn adapter_name(layer: usize, p: Projection, part: Lora) -> String {
+    let factor = if part == Lora::A { 'A' } else { 'B' };
     format!("base_model.model.model.layers.{layer}.{}.{p}.lora_{factor}.weight", p.parent())
 }
 

@@ -6,7 +6,10 @@ use anyhow::Context;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    report::temporary_beside,
+};
 
 /// A named f32 tensor, its values row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,12 +28,7 @@ pub struct Named {
 /// A folder that cannot be written, or a full disk; what was there before stays.
 pub fn save(file: &Path, tensors: &[Named], metadata: HashMap<String, String>) -> Result<()> {
     let name = || file.display().to_string();
-    let dir = file.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    // A temporary file is private to its owner; this is as any file, under the umask.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let temporary = builder.tempfile_in(dir).with_context(name)?.into_temp_path();
+    let temporary = temporary_beside(file).with_context(name)?.into_temp_path();
     let permissions = fs::metadata(&temporary).with_context(name)?.permissions();
     let views = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor));
     serialize_to_file(views, Some(metadata), &temporary).with_context(name)?;
