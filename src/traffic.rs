@@ -6,7 +6,7 @@ use crate::{
 };
 
 /// Bytes touched, each tensor once a call.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct Traffic {
     /// Parameters read: matrices, biases, gains, embedding rows.
     pub weights: u128,
