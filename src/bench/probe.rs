@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How to measure.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Probe<'a> {
     /// The device.
     pub device: &'a Device,

@@ -4,7 +4,7 @@ use std::{cell::RefCell, time::Instant};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{EnergyCounter, Kind};
+use super::EnergyCounter;
 use crate::{
     analytic,
     audit::Audit,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How often, and who hears of it.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Runner<'a> {
     /// Units that run before any is timed.
     pub warmup: usize,
@@ -144,7 +144,7 @@ impl Runner<'_> {
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let trained = if full { Trained::All } else { Trained::Adapters };
-        let hyper = Hyper { clip: Some(1.0), ..Hyper::DEFAULT };
+        let hyper = Hyper::DEFAULT;
         let shape = (batch as usize, seq as usize);
         let mut trainer = Trainer::new(meter, model, trained, hyper, shape, recompute)?;
         let device = trainer.model.device().clone();
@@ -183,7 +183,7 @@ impl Runner<'_> {
     }
 
     /// Draws so many random tokens.
-    fn tokens(&self, model: &Qwen2) -> impl FnMut(u64) -> Vec<u32> {
+    fn tokens(&self, model: &Qwen2) -> impl FnMut(u64) -> Vec<u32> + use<> {
         let mut rng = StdRng::seed_from_u64(self.seed);
         let vocab = model.config().vocab_size as u32;
         move |n| (0..n).map(|_| rng.random_range(0..vocab)).collect()
