@@ -10,6 +10,7 @@ mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod report;
 mod train;
 mod workload;
 
@@ -44,6 +45,8 @@ enum Command {
     Plan(plan::Args),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
+    /// Show the JSON of any of these as one HTML page.
+    Report(report::Args),
 }
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
@@ -68,6 +71,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Reconcile(args) => reconcile::run(*args),
+        Command::Report(args) => report::run(args),
     };
     done.map_err(device::explained)
 }

@@ -1,6 +1,7 @@
 //! One value that every command fills and every format prints.
 
 mod figures;
+pub mod html;
 mod plan;
 mod run;
 mod sweep;
