@@ -1,14 +1,20 @@
-//! What a device can do at most, as measured on it.
+//! What a device can do at most, as measured on it; kept between runs.
+
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::datasheet::Datasheet;
-use crate::ledger::Dtype;
+use super::{DeviceInfo, SCHEMA_VERSION, datasheet::Datasheet};
+use crate::{
+    error::{Error, Result},
+    ledger::Dtype,
+    report::Target,
+};
 
 /// Rates of one device, measured through the ops that the model runs on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceiling {
-    /// [`super::SCHEMA_VERSION`].
+    /// [`SCHEMA_VERSION`].
     pub schema_version: u32,
     /// `ceiling`.
     pub command: String,
@@ -26,23 +32,6 @@ pub struct Ceiling {
     pub datasheet: Option<Datasheet>,
 }
 
-/// A device, as far as its speed depends on it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DeviceInfo {
-    /// The product's name: `AMD EPYC`, `NVIDIA H100 80GB HBM3`.
-    pub name: String,
-    /// As `--device` spells it: `cpu`, `cuda:0`, `metal`.
-    pub kind: String,
-    /// Version of the driver, where there is one.
-    pub driver: Option<String>,
-    /// Threads that compute, on a CPU.
-    pub threads: Option<usize>,
-    /// Bytes of the last cache before memory, where the system tells.
-    pub cache_bytes: Option<u64>,
-    /// `release` or `debug`, and the libraries of the vendor's that were built in: `release+mkl`.
-    pub build: String,
-}
-
 /// The fastest matrix product of one element type.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MatmulRate {
@@ -56,7 +45,7 @@ pub struct MatmulRate {
     pub k: u64,
     /// Columns of the right side.
     pub n: u64,
-    /// Seconds of each repetition of this size.
+    /// Seconds of a product of this size, in each repetition.
     pub samples: Vec<f64>,
 }
 
@@ -78,6 +67,75 @@ pub struct StreamRate {
     pub dtype: Dtype,
     /// Bytes of the matrix over the fastest repetition's seconds.
     pub bytes_per_s: f64,
-    /// Seconds of each repetition.
+    /// Columns of the matrix: elements summed into one.
+    pub k: u64,
+    /// Seconds of one reading, in each repetition.
     pub samples: Vec<f64>,
+}
+
+impl Ceiling {
+    /// The matmul rate of `dtype`, in FLOP/s, where it was measured.
+    pub fn flops_per_s(&self, dtype: Dtype) -> Option<f64> {
+        self.matmul.iter().find(|rate| rate.dtype == dtype).map(|rate| rate.flops_per_s)
+    }
+
+    /// Whether every one of `dtypes` was measured.
+    pub fn covers(&self, dtypes: &[Dtype]) -> bool {
+        dtypes.iter().all(|&dtype| self.flops_per_s(dtype).is_some())
+    }
+
+    /// Reads what `ceiling --json FILE` wrote.
+    ///
+    /// # Errors
+    /// A file that is none, of another schema, or with rates that no device has.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bad = |why: String| Error::File { file: file.into(), why };
+        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let ceiling: Self =
+            serde_json::from_str(&text).map_err(|e| bad(format!("is no ceiling: {e}")))?;
+        if ceiling.schema_version != SCHEMA_VERSION {
+            let found = ceiling.schema_version;
+            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
+        }
+        let rates = ceiling.matmul.iter().map(|rate| ("matmul.flops_per_s", rate.flops_per_s));
+        let others = [
+            ("stream.bytes_per_s", ceiling.stream.bytes_per_s),
+            ("dispatch_s", ceiling.dispatch_s),
+        ];
+        for (key, rate) in rates.chain(others) {
+            if !(rate > 0.0 && rate.is_finite()) {
+                return Err(bad(format!("`{key}` is {rate}, which no device does")).into());
+            }
+        }
+        Ok(ceiling)
+    }
+
+    /// The one kept of `device`; none where nothing usable is kept.
+    pub fn kept(device: &DeviceInfo) -> Option<Self> {
+        let found = Self::read(&place(device)?).ok()?;
+        (found.device == *device).then_some(found)
+    }
+
+    /// Keeps it for later runs, in the user's cache directory; the file, where there is one.
+    ///
+    /// # Errors
+    /// A directory that cannot be written.
+    pub fn keep(&self) -> Result<Option<PathBuf>> {
+        let Some(file) = place(&self.device) else { return Ok(None) };
+        if let Some(dir) = file.parent() {
+            let bad = |e: std::io::Error| Error::File { file: dir.into(), why: e.to_string() };
+            std::fs::create_dir_all(dir).map_err(bad)?;
+        }
+        Target::open(&file)?.write(self)?;
+        Ok(Some(file))
+    }
+}
+
+/// `~/.cache/flopaudit/ceiling-….json`, or as the system has it; one a device and build.
+fn place(device: &DeviceInfo) -> Option<PathBuf> {
+    let DeviceInfo { name, kind, threads, build, .. } = device;
+    let threads = threads.map_or(String::new(), |n| format!(" {n} threads"));
+    let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+    let slug: String = format!("{kind} {name}{threads} {build}").chars().map(plain).collect();
+    Some(dirs::cache_dir()?.join("flopaudit").join(format!("ceiling-{slug}.json")))
 }

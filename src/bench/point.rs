@@ -1,11 +1,16 @@
 //! What a benchmark found: one value for every format.
 
-use std::fmt;
+use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::ceiling::{Ceiling, DeviceInfo};
-use crate::{traffic::Traffic, workload::Workload};
+use super::{Ceiling, DeviceInfo};
+use crate::{
+    error::{Error, Result},
+    ledger::Phase,
+    traffic::Traffic,
+    workload::Workload,
+};
 
 /// Version of the JSON of [`Ceiling`] and [`BenchReport`]; raised when a field changes its
 /// meaning.
@@ -32,9 +37,34 @@ pub struct BenchReport {
     pub ceiling: Ceiling,
     /// The grid.
     pub points: Vec<Point>,
-    /// The decoding steps' time by context, one curve for each batch, dtype and rank that has
-    /// points enough.
+    /// The decoding steps' time by context, one curve for each dtype and rank that has points
+    /// enough.
     pub curves: Vec<Curve>,
+}
+
+impl BenchReport {
+    /// Reads what `bench --json FILE` wrote.
+    ///
+    /// # Errors
+    /// A file that is none, or of another schema.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bad = |why: String| Error::File { file: file.into(), why };
+        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let report: Self =
+            serde_json::from_str(&text).map_err(|e| bad(format!("is no benchmark: {e}")))?;
+        if report.schema_version != SCHEMA_VERSION {
+            let found = report.schema_version;
+            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
+        }
+        for (index, point) in report.points.iter().enumerate() {
+            let Seconds { median, samples, .. } = &point.seconds;
+            let times = samples.iter().chain([median]);
+            if samples.is_empty() || !times.clone().all(|time| *time > 0.0 && time.is_finite()) {
+                return Err(bad(format!("`points[{index}].seconds` holds no times")).into());
+            }
+        }
+        Ok(report)
+    }
 }
 
 /// What one unit of a benchmark is.
@@ -56,6 +86,15 @@ impl Kind {
             Self::Prefill => "prefill",
             Self::Decode => "decode",
             Self::Train => "train",
+        }
+    }
+
+    /// Whether what runs in `phase` belongs to a unit.
+    pub const fn counts(self, phase: Phase) -> bool {
+        match self {
+            Self::Prefill => matches!(phase, Phase::Prefill | Phase::Sampling),
+            Self::Decode => matches!(phase, Phase::Decode),
+            Self::Train => !matches!(phase, Phase::Setup),
         }
     }
 }
@@ -103,21 +142,22 @@ pub struct Point {
     pub mfu_measured: f64,
     /// That over the maker's, where it is known.
     pub mfu_datasheet: Option<f64>,
-    /// Bytes that a unit's ops read and write.
+    /// Bytes that a unit's ops read and write. Rates below are of weights and cache, which come
+    /// from memory; activations may stay in the chip's caches from op to op.
     pub bytes: Traffic,
     /// Executed ops of a unit.
     pub ops: u64,
-    /// Bytes a second.
+    /// Bytes of weights and cache a second.
     pub bytes_per_s: f64,
     /// That over the measured stream, in 0..=1; none where the caches hold what is read.
     pub bandwidth_use: Option<f64>,
-    /// FLOPs a byte.
+    /// FLOPs a byte of weights and cache.
     pub intensity: f64,
     /// What a unit takes at least, by each ceiling alone.
     pub limits: Limits,
     /// Which of them is the largest.
     pub bound: Bound,
-    /// The largest of them over the median time: the share of the roofline reached.
+    /// The largest of them over the median time: the share of the roofline reached, in 0..=1.
     pub roofline_share: f64,
     /// Tokens a second for each 10¹² FLOP/s of the measured matmul ceiling.
     pub tokens_per_s_per_tflop: f64,
@@ -144,13 +184,38 @@ pub struct Seconds {
     pub samples: Vec<f64>,
 }
 
+impl Seconds {
+    /// Of at least one sample.
+    ///
+    /// # Errors
+    /// No sample.
+    pub fn of(samples: Vec<f64>) -> Result<Self> {
+        let mut sorted = samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let (Some(&min), Some(&max)) = (sorted.first(), sorted.last()) else {
+            anyhow::bail!("nothing was measured");
+        };
+        let [p25, median, p75] = [0.25, 0.5, 0.75].map(|share| quantile(&sorted, share));
+        Ok(Self { median, min, max, p25, p75, samples })
+    }
+}
+
+/// The value that `share` of `sorted`, which is not empty, lies below; between two samples, in
+/// proportion (the default of R and NumPy).
+pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let place = share * (sorted.len() - 1) as f64;
+    let (below, above) = (place.floor() as usize, place.ceil() as usize);
+    sorted[below] + (sorted[above] - sorted[below]) * (place - below as f64)
+}
+
 /// Seconds that a unit takes at least.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
     /// FLOPs over the measured matmul rate of the element type.
     pub compute_s: f64,
-    /// Bytes over the measured stream: in decoding, the time predicted from bandwidth alone.
-    pub memory_s: f64,
+    /// Bytes of weights and cache over the measured stream: in decoding, the time predicted from
+    /// bandwidth alone. None where the chip's caches hold them.
+    pub memory_s: Option<f64>,
     /// Ops times the measured dispatch.
     pub dispatch_s: f64,
 }
@@ -189,13 +254,13 @@ pub struct Energy {
     pub flop_per_joule: f64,
 }
 
-/// Time per decoding step fitted over points that differ in context alone:
+/// Time per decoding step fitted over batches and contexts:
 /// launch + bytes / bandwidth + FLOPs / rate, none of the three below zero.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Curve {
-    /// What the points share: `batch 1, f32`.
+    /// What the points share: `f32`, `f32, LoRA rank 8`.
     pub name: String,
-    /// Seconds that no byte and no FLOP explains.
+    /// Seconds that no byte and no FLOP explains; 0 where they explain all.
     pub launch_s: f64,
     /// Fitted bandwidth; none where bytes explain nothing.
     pub bytes_per_s: Option<f64>,
@@ -203,13 +268,15 @@ pub struct Curve {
     pub flops_per_s: Option<f64>,
     /// Root of the mean squared relative error of the fit.
     pub residual: f64,
-    /// Measured and fitted, by context.
+    /// Measured and fitted, by batch and context.
     pub points: Vec<CurvePoint>,
 }
 
 /// One point of a [`Curve`].
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct CurvePoint {
+    /// Sequences.
+    pub batch: u64,
     /// Tokens in the cache.
     pub context: u64,
     /// Median seconds of a step.

@@ -1,5 +1,6 @@
 //! One value that every command fills and every format prints.
 
+mod bench;
 mod figures;
 pub mod html;
 mod plan;
@@ -10,7 +11,11 @@ mod target;
 mod training;
 mod waterfall;
 
-pub use figures::{bytes, digits, human, percent, signed, three_digits};
+pub use bench::{
+    bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
+    render_bench,
+};
+pub use figures::{bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
