@@ -6,7 +6,7 @@ use super::{
 };
 use crate::report::{bytes, digits};
 
-/// Adds speeds and texts to `section`.
+/// Adds speeds to `section`.
 pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
     let new: usize = run.sequences.iter().map(|s| s.token_ids.len()).sum();
     let prompt: u64 = run.sequences.iter().fold(0, |sum, s| sum.saturating_add(s.prompt_tokens));
@@ -15,14 +15,14 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
     let figures = &mut section.figures;
     if let Some(rate) = timings.decode_tokens_per_s {
         let note = format!("{} new in {:.2} s", digits(new as u128), timings.decode_s);
-        figures.push(Figure::new("Decode", speed(rate), "tokens/s", note));
+        figures.push(Figure::new("Decode speed", speed(rate), "tokens/s", note));
     }
     let note = format!("{} tokens of prompt", digits(prompt.into()));
     figures.push(Figure::new("First token after", format!("{first:.3}"), "s", note));
     let rate = timings.prefill_flops_per_s;
-    figures.push(Figure::large("Prefill", rate, "FLOP/s", &prices));
+    figures.push(Figure::large("Prefill rate", rate, "FLOP/s", &prices));
     if let Some(rate) = timings.decode_flops_per_s {
-        figures.push(Figure::large("Decode", rate, "FLOP/s", &prices));
+        figures.push(Figure::large("Decode rate", rate, "FLOP/s", &prices));
     }
     let read = run.bytes_per_decoded_token.as_ref().zip(timings.decode_tokens_per_s);
     if let Some((Traffic { weights, kv_cache }, rate)) = read {
@@ -30,12 +30,10 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
         let note = format!("{} of weights and cache a token", bytes(per_token));
         figures.push(Figure::large("Read in decoding", rate * per_token, "B/s", note));
     }
-    section.blocks.extend(texts(run));
-    section.blocks.push(Block::Table(speeds(timings)));
 }
 
 /// The first texts, with how they ended.
-fn texts(run: &Run) -> Vec<Block> {
+pub fn texts(run: &Run) -> Vec<Block> {
     const MOST: usize = 32;
     let one = run.sequences.len() == 1;
     let texts = run.sequences.iter().take(MOST).enumerate().map(|(i, sequence)| {
@@ -52,7 +50,8 @@ fn speed(rate: f64) -> String {
     format!("{rate:.1}")
 }
 
-fn speeds(t: &Timings) -> Table {
+/// Seconds of each part.
+pub fn times(t: &Timings) -> Block {
     let mut table = Table::new("Time", 1, ["part", "seconds", "tokens/s"]);
     let seconds = |s: f64| Cell::figure(s, format!("{s:.3}"));
     let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, speed(r)));
@@ -65,5 +64,5 @@ fn speeds(t: &Timings) -> Table {
         ],
         vec![Cell::word("later tokens"), seconds(t.decode_s), rate(t.decode_tokens_per_s)],
     ];
-    table
+    Block::Table(table)
 }

@@ -7,6 +7,8 @@
 //! [`page`] holds what a section is made of; each kind of report has a file that fills one;
 //! `page.html` gives it markup and escapes every text.
 
+mod bench;
+mod ceiling;
 mod chart;
 mod evaluation;
 mod generation;
@@ -72,6 +74,8 @@ fn section(input: &Input) -> Result<Section> {
         Content::Run(run) => run::section(&input.file, run),
         Content::Sweep(sweep) => sweep::section(&input.file, sweep),
         Content::Plan(plan) => plan::section(&input.file, plan),
+        Content::Bench(report) => bench::section(&input.file, report),
+        Content::Ceiling(ceiling) => ceiling::section(&input.file, ceiling),
         Content::Reconciliation(way) => reconciliation::section(&input.file, way),
     }
 }

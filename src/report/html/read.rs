@@ -1,4 +1,5 @@
-//! Reading back what `--json` wrote: of each kind of report, exactly what the page shows.
+//! Reading back what `--json` wrote: of each kind of report, exactly what the page shows. Fields
+//! are named and explained in the types that wrote them.
 
 use std::path::Path;
 
@@ -6,6 +7,7 @@ use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
     analytic::Structure,
+    bench::{self, BenchReport, Ceiling},
     error::{Error, Result},
     ledger::Phase,
     prices::Primitives,
@@ -33,6 +35,10 @@ pub enum Content {
     Plan(Plan),
     /// Of `reconcile`.
     Reconciliation(Reconciliation),
+    /// Of `bench`.
+    Bench(Box<BenchReport>),
+    /// Of `ceiling`.
+    Ceiling(Ceiling),
 }
 
 impl Input {
@@ -64,14 +70,20 @@ impl Content {
         let (Some(version), Some(command)) = (head.schema_version, head.command) else {
             return Err("is no report: it lacks `schema_version` or `command`".into());
         };
-        if version != SCHEMA_VERSION {
-            return Err(format!("has schema {version}; this reads {SCHEMA_VERSION}"));
+        let known = match command.as_str() {
+            "bench" | "ceiling" => bench::SCHEMA_VERSION,
+            _ => SCHEMA_VERSION,
+        };
+        if version != known {
+            return Err(format!("has schema {version}; this reads {known}"));
         }
         Ok(match command.as_str() {
             "generate" | "audit" | "count" | "eval" | "train" => Self::Run(typed(text)?),
             "sweep" => Self::Sweep(typed(text)?),
             "plan" => Self::Plan(typed(text)?),
             "reconcile" => Self::Reconciliation(typed(text)?),
+            "bench" => Self::Bench(typed(text)?),
+            "ceiling" => Self::Ceiling(typed(text)?),
             other => return Err(format!("`command`: there is no page for `{other}`")),
         })
     }
@@ -132,6 +144,7 @@ pub struct Run {
     pub evaluation: Option<Evaluation>,
 }
 
+/// One component in one phase; see [`crate::report::Row`].
 #[derive(Debug, Deserialize)]
 pub struct Row {
     pub phase: Phase,
@@ -141,6 +154,7 @@ pub struct Row {
     pub seconds: Option<f64>,
 }
 
+/// A row of the notebook's table; see [`crate::analytic::notebook::TableRow`].
 #[derive(Debug, Deserialize)]
 pub struct NotebookRow {
     pub name: String,
@@ -148,6 +162,7 @@ pub struct NotebookRow {
     pub total: u128,
 }
 
+/// Bytes at rest; see [`crate::report::Memory`].
 #[derive(Debug, Deserialize)]
 pub struct Memory {
     pub weights_bytes: u128,
@@ -156,6 +171,7 @@ pub struct Memory {
     pub training_bytes: u128,
 }
 
+/// One disagreement; see [`crate::report::Difference`].
 #[derive(Debug, Deserialize)]
 pub struct Difference {
     pub phase: String,
@@ -167,6 +183,7 @@ pub struct Difference {
     pub executed_flops: u128,
 }
 
+/// One generated sequence; see [`crate::report::SequenceReport`].
 #[derive(Debug, Deserialize)]
 pub struct Sequence {
     pub prompt_tokens: u64,
@@ -175,6 +192,7 @@ pub struct Sequence {
     pub stopped: bool,
 }
 
+/// Seconds and rates; see [`crate::report::Timings`].
 #[derive(Debug, Deserialize)]
 pub struct Timings {
     pub load_s: f64,
@@ -186,12 +204,14 @@ pub struct Timings {
     pub decode_flops_per_s: Option<f64>,
 }
 
+/// Bytes a decoded token; see [`crate::traffic::Traffic`].
 #[derive(Debug, Deserialize)]
 pub struct Traffic {
     pub weights: u128,
     pub kv_cache: u128,
 }
 
+/// A training's account; see [`crate::report::TrainingReport`].
 #[derive(Debug, Deserialize)]
 pub struct Training {
     pub steps: u64,
@@ -208,17 +228,20 @@ pub struct Training {
     pub budget: Budget,
 }
 
+/// A loss at a step; see [`crate::train::Point`].
 #[derive(Debug, Clone, Copy, Deserialize)]
 pub struct Loss {
     pub step: u64,
     pub loss: f64,
 }
 
+/// Gradients against finite differences; see [`crate::train::Check`].
 #[derive(Debug, Deserialize)]
 pub struct Check {
     pub slopes: Vec<Slope>,
 }
 
+/// One tensor's.
 #[derive(Debug, Deserialize)]
 pub struct Slope {
     pub name: String,
@@ -226,6 +249,7 @@ pub struct Slope {
     pub slope: f64,
 }
 
+/// What may be spent and was; see [`crate::report::BudgetReport`].
 #[derive(Debug, Deserialize)]
 pub struct Budget {
     pub flops: Option<u128>,
@@ -236,6 +260,7 @@ pub struct Budget {
     pub evaluation: u128,
 }
 
+/// An evaluation's account; see [`crate::report::EvaluationReport`].
 #[derive(Debug, Deserialize)]
 pub struct Evaluation {
     pub loss: f64,
@@ -257,6 +282,7 @@ pub struct Sweep {
     pub points: Vec<GridPoint>,
 }
 
+/// One point of its grid.
 #[derive(Debug, Deserialize)]
 pub struct GridPoint {
     pub at: serde_json::Map<String, serde_json::Value>,
@@ -282,6 +308,7 @@ pub struct Plan {
     pub over_budget: Option<Broken>,
 }
 
+/// A finished run.
 #[derive(Debug, Deserialize)]
 pub struct Spent {
     pub file: String,
@@ -289,6 +316,7 @@ pub struct Spent {
     pub audited: bool,
 }
 
+/// One row of the plan.
 #[derive(Debug, Deserialize)]
 pub struct Experiment {
     pub name: String,
@@ -301,6 +329,7 @@ pub struct Experiment {
     pub beside_flops: Option<u128>,
 }
 
+/// The largest number that fits.
 #[derive(Debug, Deserialize)]
 pub struct Solved {
     pub experiment: String,
@@ -310,6 +339,7 @@ pub struct Solved {
     pub beside_value: Option<u64>,
 }
 
+/// Another structure's view.
 #[derive(Debug, Deserialize)]
 pub struct Beside {
     pub structure: Structure,
@@ -317,6 +347,7 @@ pub struct Beside {
     pub uncounted: Vec<String>,
 }
 
+/// The first item that the budget does not cover.
 #[derive(Debug, Deserialize)]
 pub struct Broken {
     pub name: String,
@@ -335,6 +366,7 @@ pub struct Reconciliation {
     pub steps: Vec<Step>,
 }
 
+/// An end's total.
 #[derive(Debug, Deserialize)]
 pub struct Total {
     pub structure: Structure,
@@ -343,6 +375,7 @@ pub struct Total {
     pub run: Option<CountedRun>,
 }
 
+/// A finished run's own total.
 #[derive(Debug, Deserialize)]
 pub struct CountedRun {
     pub file: String,
@@ -350,6 +383,7 @@ pub struct CountedRun {
     pub agrees: bool,
 }
 
+/// One step of the way.
 #[derive(Debug, Deserialize)]
 pub struct Step {
     pub cause: String,

@@ -47,10 +47,12 @@ pub fn section(file: &str, run: &Run) -> Result<Section> {
         section.blocks.extend([by_phase(run)?, by_component(run)?].into_iter().flatten());
     }
     section.blocks.extend(seconds(run)?);
+    section.blocks.extend(generation::texts(run));
     match &run.notebook_table {
         Some(_) => section.blocks.extend(notebook(run)),
         None => section.blocks.push(components(run)),
     }
+    section.blocks.extend(run.timings.as_ref().map(generation::times));
     section.blocks.push(primitives(run));
     section.blocks.push(memory(run));
     Ok(section)
@@ -187,7 +189,9 @@ fn flops(rows: &[Row], of: impl Fn(&&Row) -> bool) -> u128 {
 }
 
 fn short_share(part: u128, whole: u128) -> String {
-    format!("{} · {:.1} %", human(part as f64), 100.0 * ratio(part, whole))
+    let share = 100.0 * ratio(part, whole);
+    let share = if share < 0.05 { "<0.1".into() } else { format!("{share:.1}") };
+    format!("{} · {share} %", human(part as f64))
 }
 
 /// A bar a phase; none where there is one.

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use plotters::{
     chart::ChartBuilder,
-    coord::ranged1d::{AsRangedCoord, Ranged, ValueFormatter},
+    coord::{
+        combinators::{BindKeyPoints, LogCoord, WithKeyPoints},
+        ranged1d::{AsRangedCoord, Ranged, ValueFormatter},
+    },
     element::{Circle, DashedPathElement, PathElement, Text},
     prelude::IntoLogRange,
     style::{
@@ -116,9 +119,9 @@ impl Plot {
         let x = self.range(&self.x, |point| point.0);
         let y = self.range(&self.y, |point| point.1);
         draw(width, height, |area| match (self.x.scale == Scale::Log, self.y.scale == Scale::Log) {
-            (true, true) => self.paint(area, x.log_scale(), y.log_scale()),
-            (true, false) => self.paint(area, x.log_scale(), y),
-            (false, true) => self.paint(area, x, y.log_scale()),
+            (true, true) => self.paint(area, logarithmic(x), logarithmic(y)),
+            (true, false) => self.paint(area, logarithmic(x), y),
+            (false, true) => self.paint(area, x, logarithmic(y)),
             (false, false) => self.paint(area, x, y),
         })
     }
@@ -201,6 +204,16 @@ impl Plot {
         }
         Ok(())
     }
+}
+
+/// A logarithmic scale with marks at 1, 2 and 5 times each power of ten, or at powers alone where
+/// these are many.
+fn logarithmic(range: Range<f64>) -> WithKeyPoints<LogCoord<f64>> {
+    let powers = range.start.log10().floor() as i32..=range.end.log10().ceil() as i32;
+    let steps: &[f64] = if powers.clone().count() > 4 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let marks = powers.flat_map(|power| steps.iter().map(move |step| step * 10f64.powi(power)));
+    let marks = marks.filter(|mark| range.contains(mark)).collect();
+    range.clone().log_scale().with_key_points(marks)
 }
 
 /// Where the labels of `points` stand: right of each, else the first free place around it.

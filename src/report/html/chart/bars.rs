@@ -74,7 +74,8 @@ impl Bars {
             for (i, bar) in self.bars.iter().enumerate() {
                 self.bar(area, place, i as i32 * place.row, bar)?;
             }
-            if self.linked { self.links(area, place) } else { Ok(()) }
+            // Names above the bars leave no room for them.
+            if self.linked && !place.above { self.links(area, place) } else { Ok(()) }
         })
     }
 
@@ -89,7 +90,11 @@ impl Bars {
         area.draw_text(&bar.value, &value, (at, line))?;
         let zero = self.x(place, 0.0);
         let rule = Ink::Rule.color();
-        area.draw(&PathElement::new(vec![(zero, top), (zero, top + place.row)], rule))?;
+        let (from, to) = match place.above {
+            true => (top + place.bar, top + place.bar + THICK),
+            false => (top, top + place.row),
+        };
+        area.draw(&PathElement::new(vec![(zero, from), (zero, to)], rule))?;
         for &(from, to, ink) in bar.spans.iter().filter(|(from, to, _)| from != to) {
             let (mut x0, mut x1) = (self.x(place, from.min(to)), self.x(place, from.max(to)));
             // Parts are told apart by a gap; the smallest still shows.
