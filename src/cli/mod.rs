@@ -12,6 +12,7 @@ mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod report;
 mod train;
 mod workload;
 
@@ -51,6 +52,8 @@ enum Command {
     Bench(bench::Command),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
+    /// Show the JSON of any of these as one HTML page.
+    Report(report::Args),
 }
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
@@ -77,6 +80,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Ceiling(args) => ceiling::run(args),
         Command::Bench(command) => bench::run(command),
         Command::Reconcile(args) => reconcile::run(*args),
+        Command::Report(args) => report::run(args),
     };
     done.map_err(device::explained)
 }
