@@ -2,18 +2,21 @@
 
 mod args;
 mod audit;
+mod completions;
 mod count;
 mod device;
+mod doctor;
 mod eval;
 mod generate;
 mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod trace;
 mod train;
 mod workload;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 
@@ -44,6 +47,12 @@ enum Command {
     Plan(plan::Args),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
+    /// Say what device, features, threads, caches and weights a run would find.
+    Doctor(doctor::Args),
+    /// Print a shell's completions.
+    Completions(completions::Args),
+    /// Print the manual page, or write one a command.
+    Man(completions::ManArgs),
 }
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
@@ -68,6 +77,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Reconcile(args) => reconcile::run(*args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::completions(&args, Cli::command()),
+        Command::Man(args) => completions::man(&args, Cli::command()),
     };
     done.map_err(device::explained)
 }

@@ -6,6 +6,7 @@ mod run;
 mod sweep;
 mod table;
 mod target;
+mod trace;
 mod training;
 mod waterfall;
 
@@ -15,6 +16,7 @@ pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use target::{Target, temporary_beside};
+pub use trace::{TRACE_SCHEMA_VERSION, Trace};
 pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
 
