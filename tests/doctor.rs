@@ -11,7 +11,7 @@ use serde_json::Value;
 /// `doctor --json` in `dir`, whose own folder is its home, and its exit status.
 fn doctor(dir: &Path, environment: &[(&str, &str)]) -> (Value, i32) {
     let mut command = flopaudit(dir, "doctor --json");
-    command.env("HOME", dir).env_remove("RAYON_NUM_THREADS").env_remove("NO_COLOR");
+    command.env("HOME", dir).env("XDG_CACHE_HOME", dir.join("cache")).env_remove("RAYON_NUM_THREADS").env_remove("NO_COLOR");
     command.envs(environment.iter().copied());
     let out = command.output().unwrap();
     (serde_json::from_slice(&out.stdout).unwrap(), out.status.code().unwrap())
@@ -45,6 +45,9 @@ fn without_weights_it_says_how_to_get_them() {
     assert!(hint.contains("scripts/fetch-weights.sh") && hint.contains("synthetic"), "{hint}");
     let cache = dir.path().join("hf/hub").display().to_string();
     assert!(finding(&diagnosis, "hub cache").1.starts_with(&cache));
+    let ceilings = dir.path().join("cache/flopaudit").display().to_string();
+    #[cfg(target_os = "linux")]
+    assert!(finding(&diagnosis, "ceilings").1.starts_with(&ceilings), "{diagnosis}");
     // For people: the same, and one line on stderr. Nothing is written anywhere.
     let assert = flopaudit(dir.path(), "doctor").env("HOME", dir.path()).assert().code(1);
     let out = assert.get_output();

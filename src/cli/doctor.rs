@@ -7,10 +7,12 @@ use std::{
 };
 
 use anstyle::{AnsiColor, Style};
+use candle_core::Device;
 use serde::Serialize;
 
 use super::{args::OutputArgs, device, memory};
 use crate::{
+    bench::{Ceiling, DeviceInfo},
     config::ModelConfig,
     error::{Error, Result},
     ledger::Dtype,
@@ -35,11 +37,13 @@ struct Diagnosis {
     schema_version: u32,
     version: &'static str,
     features: Vec<&'static str>,
+    cpu: DeviceInfo,
     threads: usize,
     instruction_sets: Vec<&'static str>,
     memory_free_bytes: Option<u128>,
     gpus: Vec<device::Gpu>,
     hub_cache: Option<PathBuf>,
+    ceiling_cache: Option<PathBuf>,
     /// What a run without `--model` takes; absent where there is nothing to take.
     default_model: Option<String>,
     /// Whether nothing is missing.
@@ -107,6 +111,7 @@ impl Diagnosis {
     fn new() -> Result<Self> {
         let features = features();
         let threads = rayon::current_num_threads();
+        let device = DeviceInfo::of(&Device::Cpu, "cpu");
         let instruction_sets = instruction_sets();
         let memory_free_bytes = memory::available();
         let gpus = device::gpus();
@@ -114,22 +119,25 @@ impl Diagnosis {
         let (default_model, weights) = weights_finding();
         let mut findings = vec![
             build(&features),
-            cpu(threads, &instruction_sets),
+            cpu(&device.name, threads, &instruction_sets),
             free(memory_free_bytes)?,
             gpu(&gpus),
             weights,
             cache(hub_cache.as_deref()),
+            ceiling(&device),
         ];
         findings.extend(environment());
         Ok(Self {
             schema_version: SCHEMA_VERSION,
             version: env!("CARGO_PKG_VERSION"),
             features,
+            cpu: device,
             threads,
             instruction_sets,
             memory_free_bytes,
             gpus: gpus.unwrap_or_default(),
             hub_cache,
+            ceiling_cache: Ceiling::cache(),
             default_model,
             ready: findings.iter().all(|f| f.status != Status::Missing),
             findings,
@@ -181,10 +189,10 @@ fn build(features: &[&str]) -> Finding {
     }
 }
 
-fn cpu(threads: usize, sets: &[&str]) -> Finding {
+fn cpu(name: &str, threads: usize, sets: &[&str]) -> Finding {
     let plural = if threads == 1 { "" } else { "s" };
-    let found =
-        format!("{threads} thread{plural}; {}", named(sets, "no vector instructions known"));
+    let sets_found = named(sets, "no vector instructions known");
+    let found = format!("{threads} thread{plural}, {name}; {sets_found}");
     let fast = !cfg!(target_arch = "x86_64") || ["avx2", "fma"].iter().all(|s| sets.contains(s));
     match fast {
         true => Finding::ok("cpu", found),
@@ -268,6 +276,15 @@ fn cache(dir: Option<&Path>) -> Finding {
     Finding::ok("hub cache", format!("{}, {models} model{plural}", dir.display()))
 }
 
+/// The CPU's ceilings, where `ceiling` measured them before.
+fn ceiling(device: &DeviceInfo) -> Finding {
+    let dir = Ceiling::cache().map_or("no cache directory".into(), |dir| dir.display().to_string());
+    match Ceiling::kept(device) {
+        Some(kept) => Finding::ok("ceilings", format!("{dir}, cpu measured {}", kept.date)),
+        None => Finding::ok("ceilings", format!("{dir}, none of this cpu: `bench` measures them")),
+    }
+}
+
 /// Variables that change what a run does.
 fn environment() -> Vec<Finding> {
     const SHOWN: [&str; 6] = [
@@ -338,8 +355,8 @@ mod tests {
         assert_eq!(free(Some(1 << 20)).unwrap().status, Status::Warning);
         assert_eq!(free(Some(1 << 40)).unwrap().status, Status::Ok);
         let slow = if cfg!(target_arch = "x86_64") { Status::Warning } else { Status::Ok };
-        assert_eq!(cpu(2, &["fma"]).status, slow);
-        assert_eq!(cpu(2, &["avx2", "fma"]).status, Status::Ok);
+        assert_eq!(cpu("A CPU", 2, &["fma"]).status, slow);
+        assert_eq!(cpu("A CPU", 2, &["avx2", "fma"]).status, Status::Ok);
         assert_eq!(gpu(&Err("no driver".into())).status, Status::Warning);
     }
 }

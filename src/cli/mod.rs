@@ -2,6 +2,8 @@
 
 mod args;
 mod audit;
+mod bench;
+mod ceiling;
 mod completions;
 mod count;
 mod device;
@@ -47,6 +49,11 @@ enum Command {
     Plan(plan::Args),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
+    /// Measure what this device can do at most: FLOP/s, bytes/s, ops/s.
+    Ceiling(ceiling::Args),
+    /// Measure tokens/s and hold them against the device's ceilings, every point audited.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Say what device, features, threads, caches and weights a run would find.
     Doctor(doctor::Args),
     /// Print a shell's completions.
@@ -77,6 +84,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
         Command::Reconcile(args) => reconcile::run(*args),
+        Command::Ceiling(args) => ceiling::run(args),
+        Command::Bench(command) => bench::run(command),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::completions(&args, Cli::command()),
         Command::Man(args) => completions::man(&args, Cli::command()),

@@ -34,6 +34,44 @@ pub fn signed(n: i128) -> String {
     format!("{sign}{}", digits(n.unsigned_abs()))
 }
 
+/// How tables show counts of FLOPs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// Four significant digits and an SI prefix.
+    Human,
+    /// Every digit.
+    Exact,
+}
+
+impl Style {
+    /// In a column headed FLOPs.
+    pub fn count(self, n: u128) -> String {
+        match self {
+            Self::Human => human(n as f64),
+            Self::Exact => digits(n),
+        }
+    }
+
+    /// A difference, with its sign.
+    pub fn signed(self, n: i128) -> String {
+        match (self, n.signum()) {
+            (Self::Exact, _) | (_, 0) => signed(n),
+            (Self::Human, sign) => {
+                let sign = if sign < 0 { '-' } else { '+' };
+                format!("{sign}{}", human(n.unsigned_abs() as f64))
+            }
+        }
+    }
+
+    /// In a sentence: `530.8 GFLOP`.
+    pub fn flop(self, n: u128) -> String {
+        match self {
+            Self::Human => with_unit(n as f64, "FLOP"),
+            Self::Exact => format!("{} FLOP", digits(n)),
+        }
+    }
+}
+
 /// A figure with an SI prefix, four significant digits.
 pub fn human(n: f64) -> String {
     const PREFIXES: [&str; 9] = ["", " k", " M", " G", " T", " P", " E", " Z", " Y"];
@@ -60,8 +98,23 @@ pub fn percent(part: f64) -> String {
     format!("{percent:.decimals$} %")
 }
 
+/// A time, four significant digits.
+pub fn seconds(s: f64) -> String {
+    let (scaled, unit) = match s {
+        s if s < 1e-3 => (s * 1e6, "µs"),
+        s if s < 1.0 => (s * 1e3, "ms"),
+        s => (s, "s"),
+    };
+    let decimals = match scaled {
+        x if x < 10.0 => 3,
+        x if x < 100.0 => 2,
+        _ => 1,
+    };
+    format!("{scaled:.decimals$} {unit}")
+}
+
 /// FLOPs a second.
-pub(super) fn rate(flops_per_s: f64) -> String {
+pub fn rate(flops_per_s: f64) -> String {
     with_unit(flops_per_s, "FLOP/s")
 }
 
@@ -97,6 +150,23 @@ mod tests {
         assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
+        assert_eq!(seconds(1.2345e-5), "12.35 µs");
+        assert_eq!(seconds(0.25), "250.0 ms");
+        assert_eq!(seconds(83.0), "83.00 s");
+    }
+
+    #[test]
+    fn styles() {
+        let (human, exact) = (Style::Human, Style::Exact);
+        assert_eq!(human.count(528_364_863_488), "528.4 G");
+        assert_eq!(exact.count(528_364_863_488), "528,364,863,488");
+        assert_eq!(human.signed(-1234), "-1.234 k");
+        assert_eq!(human.signed(5), "+5");
+        assert_eq!(human.signed(0), "0");
+        assert_eq!(exact.signed(-1234), "-1,234");
+        assert_eq!(human.flop(528_364_863_488), "528.4 GFLOP");
+        assert_eq!(human.flop(12), "12 FLOP");
+        assert_eq!(exact.flop(1234), "1,234 FLOP");
     }
 
     #[test]
