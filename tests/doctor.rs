@@ -11,7 +11,11 @@ use serde_json::Value;
 /// `doctor --json` in `dir`, whose own folder is its home, and its exit status.
 fn doctor(dir: &Path, environment: &[(&str, &str)]) -> (Value, i32) {
     let mut command = flopaudit(dir, "doctor --json");
-    command.env("HOME", dir).env("XDG_CACHE_HOME", dir.join("cache")).env_remove("RAYON_NUM_THREADS").env_remove("NO_COLOR");
+    command
+        .env("HOME", dir)
+        .env("XDG_CACHE_HOME", dir.join("cache"))
+        .env_remove("RAYON_NUM_THREADS")
+        .env_remove("NO_COLOR");
     command.envs(environment.iter().copied());
     let out = command.output().unwrap();
     (serde_json::from_slice(&out.stdout).unwrap(), out.status.code().unwrap())

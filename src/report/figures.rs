@@ -36,14 +36,14 @@ pub fn signed(n: i128) -> String {
 
 /// How tables show counts of FLOPs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Style {
+pub enum Figures {
     /// Four significant digits and an SI prefix.
     Human,
     /// Every digit.
     Exact,
 }
 
-impl Style {
+impl Figures {
     /// In a column headed FLOPs.
     pub fn count(self, n: u128) -> String {
         match self {
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn styles() {
-        let (human, exact) = (Style::Human, Style::Exact);
+        let (human, exact) = (Figures::Human, Figures::Exact);
         assert_eq!(human.count(528_364_863_488), "528.4 G");
         assert_eq!(exact.count(528_364_863_488), "528,364,863,488");
         assert_eq!(human.signed(-1234), "-1.234 k");

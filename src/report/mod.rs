@@ -15,7 +15,7 @@ pub use bench::{
     bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
     render_bench,
 };
-pub use figures::{Style, bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     Report,
-    figures::{digits, human, percent, rate},
+    figures::{Figures, percent, rate},
     table::{BAD, GOOD, align, new_table},
 };
 use crate::{
@@ -122,7 +122,12 @@ impl TrainingReport {
 }
 
 /// The account for people.
-pub(super) fn training(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> {
+pub(super) fn training(
+    out: &mut impl Write,
+    t: &TrainingReport,
+    figures: Figures,
+    unicode: bool,
+) -> Result<()> {
     writeln!(out, "\ntraining  {} of {} steps, {}", t.steps, t.planned_steps, t.out)?;
     if t.steps == 0 {
         return Ok(());
@@ -137,18 +142,18 @@ pub(super) fn training(out: &mut impl Write, t: &TrainingReport, unicode: bool) 
     match flops {
         Some(all) => writeln!(
             out,
-            "budget    {} of {} FLOPs spent ({}), {} left; a step takes {} ({structure}, {prices})",
-            digits(*spent),
-            human(*all as f64),
+            "budget    {} of {} spent ({}), {} left; a step takes {} ({structure}, {prices})",
+            figures.flop(*spent),
+            figures.flop(*all),
             percent(*spent as f64 / *all as f64),
-            human(all.saturating_sub(*spent) as f64),
-            human(*next_step as f64),
+            figures.flop(all.saturating_sub(*spent)),
+            figures.flop(*next_step),
         )?,
         None => writeln!(
             out,
-            "spent     {} FLOPs, {} a step ({structure}, {prices})",
-            digits(*spent),
-            human(*next_step as f64)
+            "spent     {}, {} a step ({structure}, {prices})",
+            figures.flop(*spent),
+            figures.flop(*next_step)
         )?,
     }
     writeln!(out, "\n{}", curves(t, unicode))?;
