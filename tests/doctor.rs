@@ -124,7 +124,7 @@ fn the_environment_is_shown_and_its_secrets_are_not() {
 fn shells_complete_commands_and_flags() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = stdout(&format!("completions {shell}"));
-        for word in ["reconcile", "completions", "doctor", "trace", "lora-rank", "q_proj"] {
+        for word in ["reconcile", "completions", "doctor", "trace", "lora-rank", "notebook"] {
             assert!(script.contains(word), "{shell} lacks {word}");
         }
     }

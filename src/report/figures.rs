@@ -78,14 +78,16 @@ pub fn human(n: f64) -> String {
     if n < 1e3 {
         return format!("{n:.0}");
     }
-    let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
-    let scaled = n / 1e3f64.powi(thousands as i32);
-    let decimals = if scaled < 10.0 {
-        3
-    } else if scaled < 100.0 {
-        2
-    } else {
-        1
+    let mut thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
+    let mut scaled = n / 1e3f64.powi(thousands as i32);
+    // What rounds to 1000.0 is one of the next.
+    if scaled >= 999.95 && thousands + 1 < PREFIXES.len() {
+        (scaled, thousands) = (scaled / 1e3, thousands + 1);
+    }
+    let decimals = match scaled {
+        s if s < 9.9995 => 3,
+        s if s < 99.995 => 2,
+        _ => 1,
     };
     format!("{scaled:.decimals$}{}", PREFIXES[thousands])
 }
@@ -118,6 +120,11 @@ pub fn rate(flops_per_s: f64) -> String {
     with_unit(flops_per_s, "FLOP/s")
 }
 
+/// Tokens, or what else is counted one by one, a second.
+pub fn per_second(n: f64) -> String {
+    if n < 1e3 { format!("{n:.1}") } else { digits(n.round() as u128) }
+}
+
 /// Bytes.
 pub fn bytes(n: f64) -> String {
     with_unit(n, "B")
@@ -144,6 +151,9 @@ mod tests {
         assert_eq!(human(1e3), "1.000 k");
         assert_eq!(human(996_610_048.0), "996.6 M");
         assert_eq!(human(1e12), "1.000 T");
+        assert_eq!(human(9.99951e12), "10.00 T");
+        assert_eq!(human(99.9976e15), "100.0 P");
+        assert_eq!(human(999_960.0), "1.000 M");
         assert_eq!(percent(0.99988), "99.988 %");
         assert_eq!(percent(7.2455e-5), "0.0072455 %");
         assert_eq!(percent(0.0), "0.0000 %");

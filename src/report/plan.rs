@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use super::{
     figures::{Figures, digits, percent},
-    table::{BAD, FAINT, GOOD, align, describe, new_table},
+    table::{BAD, FAINT, GOOD, align, describe, list, new_table},
 };
 use crate::{
     error::Result,
@@ -58,11 +58,10 @@ fn render(out: &mut impl Write, account: &Account, style: Figures, unicode: bool
 fn experiments(account: &Account) -> Vec<String> {
     let name = name_width(account);
     let each = |row: &Row| {
-        let runs = match row.runs {
-            1 => String::new(),
-            runs => format!(", {runs} runs of it"),
-        };
-        format!("  {:<name$}  {}{runs}", row.name, describe(&row.workload))
+        let runs = (row.runs != 1).then(|| format!("{} runs of it", row.runs));
+        let parts = describe(&row.workload);
+        let parts: Vec<String> = parts.split(", ").map(String::from).chain(runs).collect();
+        list(&format!("  {:<name$}  ", row.name), &parts)
     };
     account.experiments.iter().map(each).collect()
 }

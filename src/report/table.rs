@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
     AuditReport, GenerationReport, Report,
-    figures::{Figures, bytes, digits, rate, seconds, three_digits},
+    figures::{Figures, bytes, digits, per_second, rate, seconds, three_digits},
     training,
 };
 use crate::{
@@ -76,39 +76,50 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
         }
     }
     for (line, times) in lines {
-        let times = if times > 1 { format!(", {times} times") } else { String::new() };
-        writeln!(out, "workload  {line}{times}")?;
+        let times = (times > 1).then(|| format!("{times} times"));
+        let parts: Vec<String> = line.split(", ").map(String::from).chain(times).collect();
+        writeln!(out, "{}", list("workload  ", &parts))?;
     }
-    let [weights, cache, activations] =
-        [memory.weights_bytes, memory.kv_cache_bytes, memory.activations_bytes]
-            .map(|n| bytes(n as f64));
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
-    let training = match memory.training_bytes {
-        0 => None,
-        n => Some(format!("{} gradients and moments", bytes(n as f64))),
-    };
-    let mut parts = vec![
-        format!("{weights} weights"),
-        format!("{cache} KV cache"),
-        format!("{activations} activations"),
+    let parts = [
+        ("weights", memory.weights_bytes),
+        ("KV cache", memory.kv_cache_bytes),
+        ("activations", memory.activations_bytes),
+        ("gradients and moments", memory.training_bytes),
     ];
-    parts.extend(training);
-    parts.push(dtype.into());
+    let parts = parts.into_iter().filter(|(_, n)| *n > 0);
+    let parts = parts.map(|(name, n)| format!("{} {name}", bytes(n as f64)));
+    let parts: Vec<String> = parts.chain([dtype.into()]).collect();
     writeln!(out, "{}", list("memory    ", &parts))?;
     Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
 }
 
-/// `label` and `parts`, in lines of at most 80 columns.
-fn list(label: &str, parts: &[String]) -> String {
-    let mut lines = vec![label.to_string()];
-    for (index, part) in parts.iter().enumerate() {
-        let comma = if index + 1 < parts.len() { "," } else { "" };
-        let line = lines.last().map_or(0, String::len);
-        let space = if line > label.len() { " " } else { "" };
+/// `label` and `parts` with commas between them, in lines of at most 80 columns.
+pub(super) fn list(label: &str, parts: &[String]) -> String {
+    let comma = |(index, part): (usize, &String)| {
+        if index + 1 < parts.len() { format!("{part},") } else { part.clone() }
+    };
+    fill(label, label.chars().count(), parts.iter().enumerate().map(comma))
+}
+
+/// `first` and `words` in lines of at most 80 columns, all but the first line indented.
+pub(super) fn fill(
+    first: &str,
+    indent: usize,
+    words: impl IntoIterator<Item = impl AsRef<str>>,
+) -> String {
+    let mut lines = vec![first.to_string()];
+    let mut fresh = true;
+    for word in words {
+        let word = word.as_ref();
+        let space = if fresh { "" } else { " " };
         match lines.last_mut() {
-            Some(last) if line + part.len() + 2 <= 80 => *last += &format!("{space}{part}{comma}"),
-            _ => lines.push(format!("{:label$}{part}{comma}", "", label = label.len())),
+            Some(line) if fresh || line.chars().count() + word.chars().count() < 80 => {
+                *line += &format!("{space}{word}");
+            }
+            _ => lines.push(format!("{:indent$}{word}", "")),
         }
+        fresh = false;
     }
     lines.join("\n")
 }
@@ -148,7 +159,7 @@ pub fn describe(workload: &Workload) -> String {
 }
 
 /// A time; without Unicode, `us` stands for microseconds.
-fn time(s: f64, unicode: bool) -> String {
+pub(super) fn time(s: f64, unicode: bool) -> String {
     let text = seconds(s);
     if unicode { text } else { text.replace('µ', "u") }
 }
@@ -163,16 +174,17 @@ fn speeds(
     let new: usize = generation.sequences.iter().map(|s| s.token_ids.len()).sum();
     let prompt: usize = generation.sequences.iter().map(|s| s.prompt_tokens).sum();
     let name = &report.prices.name;
-    writeln!(out, "\ntokens    {prompt} in, {new} out; weights loaded in {:.2} s", t.load_s)?;
+    let load = time(t.load_s, unicode);
+    writeln!(out, "\ntokens    {prompt} in, {new} out; weights loaded in {load}")?;
     writeln!(
         out,
-        "prefill   {:.1} tokens/s, first token after {}, {} ({name})",
-        t.prefill_tokens_per_s,
+        "prefill   {} tokens/s, first token after {}, {} ({name})",
+        per_second(t.prefill_tokens_per_s),
         time(t.time_to_first_token_s, unicode),
         rate(t.prefill_flops_per_s)
     )?;
     if let (Some(tokens), Some(flops)) = (t.decode_tokens_per_s, t.decode_flops_per_s) {
-        writeln!(out, "decode    {tokens:.1} tokens/s, {} ({name})", rate(flops))?;
+        writeln!(out, "decode    {} tokens/s, {} ({name})", per_second(tokens), rate(flops))?;
     }
     if let Some(traffic) = generation.bytes_per_decoded_token {
         let [weights, cache, rest] =

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use super::{
     figures::{Figures, digits, signed},
-    table::{FAINT, align, describe, new_table},
+    table::{FAINT, align, describe, fill, list, new_table},
 };
 use crate::{
     analytic::Cause,
@@ -33,10 +33,11 @@ pub fn render_way(
 ) -> Result<()> {
     writeln!(out, "model     {}", way.model)?;
     for workload in &way.workload {
-        writeln!(out, "workload  {}", describe(workload))?;
+        let parts: Vec<String> = describe(workload).split(", ").map(String::from).collect();
+        writeln!(out, "{}", list("workload  ", &parts))?;
     }
     let mut table = new_table(unicode);
-    table.set_header(["cause", "by", "FLOPs", "share", "running total"]);
+    table.set_header(["cause", "by", "FLOPs", "share", "total"]);
     table.add_row([name(&way.from), "from".into(), style.count(way.from.total_flops)]);
     for step in &way.steps {
         let share = step.share.map_or("-".into(), |share| format!("{:.2} %", 100.0 * share));
@@ -62,7 +63,9 @@ pub fn render_way(
         writeln!(out)?;
     }
     for step in way.steps.iter().filter(|step| !matches!(step.cause, Cause::Price(_))) {
-        writeln!(out, "{FAINT}{}: {}{FAINT:#}", step.cause.name(), step.why)?;
+        let name = format!("{}: ", step.cause.name());
+        let text = fill(&name, 2, step.why.split(' '));
+        writeln!(out, "{FAINT}{text}{FAINT:#}")?;
     }
     Ok(())
 }
@@ -79,7 +82,7 @@ fn ratio(way: &Reconciliation) -> String {
         0 => String::new(),
         n => {
             let times = way.from.total_flops as f64 / *n as f64;
-            format!("; {} counts {times:.6} times what {to} does", way.from.structure)
+            format!("\nratio       {} counts {times:.6} times what {to} does", way.from.structure)
         }
     }
 }
