@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceInfo, SCHEMA_VERSION, datasheet::Datasheet};
+use super::{DeviceInfo, SCHEMA_VERSION, Seconds, datasheet::Datasheet};
 use crate::{
     error::{Error, Result},
     ledger::Dtype,
@@ -82,6 +82,15 @@ impl Ceiling {
     /// Whether every one of `dtypes` was measured.
     pub fn covers(&self, dtypes: &[Dtype]) -> bool {
         dtypes.iter().all(|&dtype| self.flops_per_s(dtype).is_some())
+    }
+
+    /// By how much the median repetition took longer than the fastest, as a share, where that is
+    /// most: a machine with nothing else to do stays below a tenth.
+    pub fn spread(&self) -> f64 {
+        let matmul = self.matmul.iter().map(|rate| &rate.samples);
+        let all = matmul.chain(self.stream.rates.iter().map(|rate| &rate.samples));
+        let spreads = all.filter_map(|samples| Seconds::of(samples.clone()).ok());
+        spreads.map(|seconds| seconds.median / seconds.min - 1.0).fold(0.0, f64::max)
     }
 
     /// Reads what `ceiling --json FILE` wrote.

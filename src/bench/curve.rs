@@ -163,6 +163,18 @@ mod tests {
         assert!(residual < 1e-9);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn every_fit_is_admissible_and_exact_where_it_can_be(
+            terms in (0.0..1e-2f64, 1e-12..1e-9f64, 1e-13..1e-10f64),
+            x in proptest::collection::vec((1e6..1e10f64, 1e6..1e12f64), 4..12),
+        ) {
+            let (found, residual) = fit(&rows(terms.into(), &x)).unwrap();
+            proptest::prop_assert!(found.iter().all(|term| *term >= 0.0));
+            proptest::prop_assert!(residual < 1e-6, "{residual}");
+        }
+    }
+
     #[test]
     fn collinear_bytes_and_flops_leave_fewer_terms_and_the_same_fit() {
         let at = |context: f64| (1e9 + 1e5 * context, 1e9 + 2e5 * context);

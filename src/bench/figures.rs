@@ -168,3 +168,140 @@ impl Unit {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        audit::Audit,
+        bench::{Datasheet, DeviceInfo, MatmulRate, Peak, SCHEMA_VERSION, Stream},
+        config::{LoraConfig, ModelConfig},
+        ledger::{Key, Ledger, Module, Op, Phase, Scope},
+        workload::{Sampling, Workload},
+    };
+
+    /// 20,000 FLOP/s, 25,000 bytes/s, a tenth of a second an op.
+    fn ceiling() -> Ceiling {
+        let samples = vec![1.0];
+        let rate = MatmulRate { dtype: Dtype::F32, flops_per_s: 2e4, m: 1, k: 1, n: 1, samples };
+        Ceiling {
+            schema_version: SCHEMA_VERSION,
+            command: "ceiling".into(),
+            device: DeviceInfo {
+                name: "abacus".into(),
+                kind: "cpu".into(),
+                driver: None,
+                threads: Some(1),
+                cache_bytes: Some(1000),
+                build: "release".into(),
+            },
+            date: "2026-01-31T12:00:00Z".into(),
+            matmul: vec![rate],
+            stream: Stream { bytes_per_s: 25e3, buffer_bytes: 1, rates: vec![] },
+            dispatch_s: 0.1,
+            datasheet: None,
+        }
+    }
+
+    /// Two decoding steps of a second each: a product of 100 columns and 50 rows, and an addition.
+    fn measured() -> Measured {
+        let mut ledger = Ledger::default();
+        let mut add = |phase, module, op, calls| {
+            let scope = Scope { layer: None, module };
+            ledger.add(Key { phase, scope, op, dtype: Dtype::F32 }, calls, Default::default());
+        };
+        add(Phase::Setup, Module::RotaryEmb, Op::RopeTable { positions: 9, half: 4 }, 1);
+        add(Phase::Decode, Module::LmHead, Op::Matmul { b: 1, m: 1, k: 100, n: 50 }, 2);
+        add(Phase::Decode, Module::Residual, Op::Add { n: 10 }, 2);
+        let task = Task::Generate {
+            batch: 1,
+            prompt_tokens: 7,
+            new_tokens: 2,
+            max_new_tokens: 2,
+            kv_cache: true,
+            sampling: Sampling::GREEDY,
+        };
+        let model = ModelConfig::preset("tiny").unwrap();
+        let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
+        let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
+        let samples = vec![1.0, 1.0];
+        Measured { workload, samples, joules: Some(4.0), ledger, units: 2, audit }
+    }
+
+    fn point(ceiling: &Ceiling) -> Result<Point> {
+        Point::new(Kind::Decode, measured(), ceiling)
+    }
+
+    #[test]
+    fn figures_by_hand() {
+        let point = point(&ceiling()).unwrap();
+        // 2 · 1 · 100 · 50; in units, 100 muls and 99 adds for each of 50, and 10 adds.
+        assert_eq!((point.flops, point.unit_flops), (10_000, 9960));
+        assert_eq!((point.tokens, point.context, point.ops), (1, 7, 2));
+        // 5000 weights; 100 + 50 beside them and 30 of the addition; of 4 bytes.
+        let bytes = point.bytes;
+        assert_eq!((bytes.weights, bytes.kv_cache, bytes.activations), (20_000, 0, 720));
+        assert_eq!((point.flops_per_s, point.bytes_per_s), (1e4, 2e4));
+        assert_eq!((point.mfu_measured, point.bandwidth_use), (0.5, Some(0.8)));
+        assert_eq!(point.mfu_datasheet, None);
+        assert_eq!(point.intensity, 0.5);
+        let Limits { compute_s, memory_s, dispatch_s } = point.limits;
+        assert_eq!((compute_s, memory_s, dispatch_s), (0.5, Some(0.8), 0.2));
+        assert_eq!((point.bound, point.roofline_share), (Bound::Memory, 0.8));
+        // One token a second, on 2·10⁻⁸ TFLOP/s.
+        assert_eq!(point.tokens_per_s_per_tflop, 5e7);
+        let energy = point.energy.unwrap();
+        assert_eq!((energy.joules, energy.tokens_per_joule), (2.0, 0.5));
+        assert_eq!(energy.flop_per_joule, 5000.0);
+    }
+
+    #[test]
+    fn the_bound_is_the_largest_limit() {
+        let slow_ops = Ceiling { dispatch_s: 0.45, ..ceiling() };
+        let found = point(&slow_ops).unwrap();
+        assert_eq!((found.bound, found.roofline_share), (Bound::Dispatch, 0.9));
+        // Caches that hold a quarter of the weights: they may not come from memory.
+        let mut cached = ceiling();
+        cached.device.cache_bytes = Some(5000);
+        let found = point(&cached).unwrap();
+        assert_eq!((found.limits.memory_s, found.bandwidth_use), (None, None));
+        assert_eq!((found.bound, found.roofline_share), (Bound::Compute, 0.5));
+    }
+
+    fn refused(ceiling: &Ceiling, parts: &[&str]) {
+        let error = point(ceiling).unwrap_err();
+        assert!(matches!(error.downcast_ref(), Some(Error::Ceiling(_))));
+        for part in parts {
+            assert!(error.to_string().contains(part), "{error} lacks {part}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_faster_than_its_ceiling() {
+        let mut low = ceiling();
+        low.matmul[0].flops_per_s = 8e3;
+        refused(&low, &["125.0 %", "f32 matmul ceiling", "2026-01-31", "flopaudit ceiling"]);
+        let mut low = ceiling();
+        low.stream.bytes_per_s = 1e4;
+        refused(&low, &["200.0 %", "memory bandwidth"]);
+        refused(&Ceiling { dispatch_s: 0.6, ..ceiling() }, &["120.0 %", "dispatch"]);
+        let sheet = Datasheet {
+            name: "Abacus 2".into(),
+            source: "a leaflet".into(),
+            peaks: vec![Peak { dtype: Dtype::F32, flops_per_s: 9e3 }],
+            bytes_per_s: 1.0,
+        };
+        let wrong = Ceiling { datasheet: Some(sheet), ..ceiling() };
+        refused(&wrong, &["111.1 %", "datasheet", "`Abacus 2` (a leaflet)"]);
+        let mut other = ceiling();
+        other.matmul[0].dtype = Dtype::BF16;
+        refused(&other, &["no rate for f32"]);
+    }
+
+    #[test]
+    fn units_that_differ_are_no_benchmark() {
+        let mut three = measured();
+        three.units = 3;
+        assert!(Point::new(Kind::Decode, three, &ceiling()).is_err());
+    }
+}

@@ -134,16 +134,10 @@ struct GridArgs {
 #[command(next_help_heading = "Output")]
 struct FileArgs {
     /// Write the points as CSV to FILE; without FILE, to stdout and nothing else there
-    #[arg(
-        long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-",
-        conflicts_with = "json"
-    )]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     csv: Option<PathBuf>,
     /// Write the table as Markdown to FILE; without FILE, to stdout and nothing else there
-    #[arg(
-        long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-",
-        conflicts_with_all = ["json", "csv"]
-    )]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     markdown: Option<PathBuf>,
 }
 
@@ -218,12 +212,17 @@ impl Outputs {
     fn open<T: Args>(args: &Bench<T>) -> Result<Self> {
         let open = |file: &Option<PathBuf>| file.as_deref().map(Target::open).transpose();
         let (csv, markdown) = (open(&args.files.csv)?, open(&args.files.markdown)?);
-        Ok(Self { json: args.output.open()?, csv, markdown })
+        let outputs = Self { json: args.output.open()?, csv, markdown };
+        let [csv, markdown] = [&outputs.csv, &outputs.markdown].map(is_stdout);
+        if usize::from(csv) + usize::from(markdown) + usize::from(!outputs.json.is_human()) > 1 {
+            let flags = "--json, --csv, --markdown";
+            return Err(Error::flag(flags, "only one of them can have stdout").into());
+        }
+        Ok(outputs)
     }
 
     fn write(self, report: &BenchReport) -> Result<()> {
-        let stdout = |target: &Option<Target>| matches!(target, Some(Target::Stdout));
-        let human = !stdout(&self.csv) && !stdout(&self.markdown);
+        let human = !is_stdout(&self.csv) && !is_stdout(&self.markdown);
         self.json
             .write_with(report, || if human { report::print_bench(report) } else { Ok(()) })?;
         if let Some(csv) = self.csv {
@@ -232,6 +231,10 @@ impl Outputs {
         let markdown = self.markdown;
         markdown.map_or(Ok(()), |file| file.write_with(|out| report::bench_markdown(out, report)))
     }
+}
+
+fn is_stdout(target: &Option<Target>) -> bool {
+    matches!(target, Some(Target::Stdout))
 }
 
 fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {

@@ -116,5 +116,22 @@ fn measure(
     let free = memory::free(device);
     let ceiling = Probe { device, repetitions, free, tick: &tick }.measure(info, dtypes);
     spinner.finish_and_clear();
-    ceiling
+    let ceiling = ceiling?;
+    warn_of_noise(&ceiling);
+    Ok(ceiling)
+}
+
+/// Repetitions that differ by more say that something else ran.
+const BUSY: f64 = 0.15;
+
+fn warn_of_noise(ceiling: &Ceiling) {
+    let spread = ceiling.spread();
+    if spread > BUSY {
+        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+        anstream::eprintln!(
+            "{yellow}warning:{yellow:#} repetitions of the ceiling differ by {:.0} %: the machine \
+             was busy and can do more; run `flopaudit ceiling` again with nothing beside it",
+            100.0 * spread
+        );
+    }
 }

@@ -14,6 +14,7 @@ mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod report;
 mod trace;
 mod train;
 mod workload;
@@ -54,6 +55,8 @@ enum Command {
     /// Measure tokens/s and hold them against the device's ceilings, every point audited.
     #[command(subcommand)]
     Bench(bench::Command),
+    /// Show the JSON of any of these as one HTML page.
+    Report(report::Args),
     /// Say what device, features, threads, caches and weights a run would find.
     Doctor(doctor::Args),
     /// Print a shell's completions.
@@ -86,6 +89,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Reconcile(args) => reconcile::run(*args),
         Command::Ceiling(args) => ceiling::run(args),
         Command::Bench(command) => bench::run(command),
+        Command::Report(args) => report::run(args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Completions(args) => completions::completions(&args, Cli::command()),
         Command::Man(args) => completions::man(&args, Cli::command()),

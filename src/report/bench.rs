@@ -145,7 +145,7 @@ pub fn print_line(line: &str) -> Result<()> {
 fn ceiling_lines(out: &mut impl Write, ceiling: &Ceiling) -> Result<()> {
     let Ceiling { device, date, matmul, stream, dispatch_s, datasheet, .. } = ceiling;
     writeln!(out, "device    {}", device_line(device))?;
-    writeln!(out, "measured  {date}")?;
+    writeln!(out, "ceiling   measured {date}")?;
     for found in matmul {
         let (name, flops) = (found.dtype.name(), rate(found.flops_per_s));
         let (m, k, n) = (found.m, found.k, found.n);

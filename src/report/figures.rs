@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
-        assert_eq!(seconds(1.2345e-5), "12.35 µs");
+        assert_eq!(seconds(1.2346e-5), "12.35 µs");
         assert_eq!(seconds(0.25), "250.0 ms");
         assert_eq!(seconds(83.0), "83.00 s");
     }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod figures;
+pub mod html;
 mod plan;
 mod run;
 mod sweep;
