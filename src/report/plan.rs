@@ -74,7 +74,7 @@ fn costs(account: &Account, style: Figures, unicode: bool) -> comfy_table::Table
     let budget = account.budget_flops as f64;
     let mut table = new_table(unicode);
     let mut head: Vec<String> =
-        ["experiment", "runs", "FLOPs", "share", "running total", "left"].map(String::from).into();
+        ["experiment", "runs", "FLOPs", "share", "so far", "left"].map(String::from).into();
     head.extend(account.beside.iter().map(|b| format!("under {}", b.structure)));
     table.set_header(head);
     let beside = |flops: Option<u128>| {

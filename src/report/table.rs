@@ -221,7 +221,7 @@ fn phases(report: &Report, figures: Figures, unicode: bool) -> Table {
         let rows = || report.rows.iter().filter(|r| r.phase == phase);
         let flops: u128 = rows().map(|r| r.flops).sum();
         let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
-        let calls = digits(rows().map(|r| r.calls).sum());
+        let calls = figures.calls(rows().map(|r| r.calls).sum());
         table.add_row([phase.to_string(), calls, figures.count(flops), format!("{share:.2} %")]);
     }
     align(&mut table, 1);
@@ -261,7 +261,7 @@ fn components(report: &Report, figures: Figures, unicode: bool) -> Table {
         let rows = || report.rows.iter().filter(of);
         let flops: u128 = rows().map(|r| r.flops).sum();
         let mut cells = vec![name];
-        cells.extend(listed.then(|| digits(rows().map(|r| r.calls).sum())));
+        cells.extend(listed.then(|| figures.calls(rows().map(|r| r.calls).sum())));
         cells.extend(phases.iter().map(|phase| {
             let of_phase = rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>();
             if of_phase == 0 { "-".into() } else { figures.count(of_phase) }
@@ -353,7 +353,7 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
 pub(super) fn new_table(unicode: bool) -> Table {
     let line = if unicode { '─' } else { '-' };
     let mut table = Table::new();
-    table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, line)));
+    table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, ' ')));
     table
 }
 
