@@ -14,3 +14,5 @@ fi
 export FLOPAUDIT_WEIGHTS
 
 cargo test "$@"
+
+scripts/report-browser.sh

@@ -126,6 +126,11 @@ impl Ceiling {
         Ok(ceiling)
     }
 
+    /// Where they are kept, in the user's cache directory; none on a system without one.
+    pub fn cache() -> Option<PathBuf> {
+        Some(dirs::cache_dir()?.join("flopaudit"))
+    }
+
     /// The one kept of `device`; none where nothing usable is kept.
     pub fn kept(device: &DeviceInfo) -> Option<Self> {
         let found = Self::read(&place(device)?).ok()?;
@@ -153,5 +158,5 @@ fn place(device: &DeviceInfo) -> Option<PathBuf> {
     let threads = threads.map_or(String::new(), |n| format!(" {n} threads"));
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     let slug: String = format!("{kind} {name}{threads} {build}").chars().map(plain).collect();
-    Some(dirs::cache_dir()?.join("flopaudit").join(format!("ceiling-{slug}.json")))
+    Some(Ceiling::cache()?.join(format!("ceiling-{slug}.json")))
 }
