@@ -3,7 +3,7 @@
 use super::{
     ceiling::{self, Placed},
     chart::{Axis, Bar, Bars, Chart, Ink, Marks, Plot, Scale, Series, Words},
-    page::{Block, Cell, Figure, Notes, Section, Table, Verdict},
+    page::{Block, Cell, Figure, Notes, Section, Table, Verdict, rounded},
 };
 use crate::{
     bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
@@ -122,7 +122,7 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
     };
     let mut figures = vec![];
     if let Some(p) = fastest(points) {
-        let speed = format!("{:.1}", p.tokens_per_s);
+        let speed = rounded(p.tokens_per_s);
         figures.push(Figure::new("Fastest", speed, "tokens/s", name(report, p)));
     }
     let shortest = points.iter().min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
@@ -158,7 +158,7 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
 fn speeds(report: &BenchReport) -> Result<Chart> {
     let bars = report.points.iter().enumerate().map(|(i, p)| {
         let name = format!("{}. {}", i + 1, name(report, p));
-        let value = format!("{:.1} · {}", p.tokens_per_s, share(p.roofline_share));
+        let value = format!("{} · {}", rounded(p.tokens_per_s), share(p.roofline_share));
         Bar::stacked(name, value, [(p.tokens_per_s, Ink::Series(0))])
     });
     let bars = Bars { bars: bars.collect(), linked: false };
@@ -247,7 +247,7 @@ fn speed_table(report: &BenchReport) -> Table {
             time(p.seconds.median),
             time(p.seconds.min),
             time(p.seconds.max),
-            Cell::figure(p.tokens_per_s, format!("{:.1}", p.tokens_per_s)),
+            Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s)),
             Cell::figure(p.flops_per_token, human(p.flops_per_token)),
             Cell::figure(p.flops_per_s, human(p.flops_per_s)),
             Cell::share(p.mfu_measured),
