@@ -45,7 +45,7 @@ impl Point {
         })?;
         let at_rest = bytes.at_rest() as f64;
         let cached = OUT_OF_CACHE * ceiling.device.cache_bytes.unwrap_or(0);
-        let memory_s = (at_rest > cached as f64).then_some(at_rest / ceiling.stream.bytes_per_s);
+        let memory_s = (at_rest > cached as f64).then_some(at_rest / ceiling.bytes_per_s(dtype));
         let limits = Limits {
             compute_s: unit.flops as f64 / peak,
             memory_s,

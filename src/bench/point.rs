@@ -149,7 +149,7 @@ pub struct Point {
     pub ops: u64,
     /// Bytes of weights and cache a second.
     pub bytes_per_s: f64,
-    /// That over the measured stream, in 0..=1; none where the caches hold what is read.
+    /// That over the measured stream of the element type, in 0..=1; none where the caches hold what is read.
     pub bandwidth_use: Option<f64>,
     /// FLOPs a byte of weights and cache.
     pub intensity: f64,
@@ -213,7 +213,7 @@ pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
 pub struct Limits {
     /// FLOPs over the measured matmul rate of the element type.
     pub compute_s: f64,
-    /// Bytes of weights and cache over the measured stream: in decoding, the time predicted from
+    /// Bytes of weights and cache over the measured stream of the element type: in decoding, the time predicted from
     /// bandwidth alone. None where the chip's caches hold them.
     pub memory_s: Option<f64>,
     /// Ops times the measured dispatch.

@@ -14,7 +14,7 @@ use crate::{
     ledger::Dtype,
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    report::{self, Report, Target},
+    report::{self, Figures, Report, Target},
     train::data::{Dataset, Options},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
@@ -233,28 +233,43 @@ pub struct OutputArgs {
     /// Write JSON to FILE; without FILE, to stdout and nothing else there
     #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
+    /// Every digit of FLOPs in tables, in place of four and a prefix
+    #[arg(long, global = true)]
+    exact: bool,
 }
 
 /// An opened output.
 #[derive(Debug)]
-pub struct Output(Option<Target>);
+pub struct Output {
+    json: Option<Target>,
+    style: Figures,
+}
 
 impl OutputArgs {
     /// Opens the output before the work starts.
     pub fn open(&self) -> Result<Output> {
-        Ok(Output(self.json.as_deref().map(Target::open).transpose()?))
+        Ok(Output {
+            json: self.json.as_deref().map(Target::open).transpose()?,
+            style: self.style(),
+        })
+    }
+
+    /// How tables show FLOPs.
+    pub fn style(&self) -> Figures {
+        if self.exact { Figures::Exact } else { Figures::Human }
     }
 }
 
 impl Output {
     /// Whether stdout is for people.
     pub fn is_human(&self) -> bool {
-        !matches!(self.0, Some(Target::Stdout))
+        !matches!(self.json, Some(Target::Stdout))
     }
 
     /// Prints the report, for people (unless `quiet`) and as JSON where asked for.
     pub fn write(self, report: &Report, quiet: bool) -> Result<()> {
-        self.write_with(report, || if quiet { Ok(()) } else { report::print(report) })
+        let style = self.style;
+        self.write_with(report, || if quiet { Ok(()) } else { report::print(report, style) })
     }
 
     /// The same for any value that has a JSON form: `print` is for people.
@@ -265,7 +280,7 @@ impl Output {
     ) -> Result<()> {
         let human = self.is_human();
         // First the file: a reader of stdout that goes away must not cost it.
-        if let Some(json) = self.0 {
+        if let Some(json) = self.json {
             json.write(value)?;
         }
         if human { print() } else { Ok(()) }

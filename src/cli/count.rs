@@ -104,7 +104,9 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
         task,
     };
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
+    let style = args.output.style();
     let human = !matches!(csv, Some(Target::Stdout));
-    output.write_with(&sweep, || if human { report::print_sweep(&sweep) } else { Ok(()) })?;
+    output
+        .write_with(&sweep, || if human { report::print_sweep(&sweep, style) } else { Ok(()) })?;
     csv.map_or(Ok(()), |csv| csv.write_with(|out| report::csv(out, &sweep)))
 }

@@ -58,7 +58,7 @@ pub fn free(device: &Device) -> Option<u128> {
 }
 
 /// Bytes that programs can still take, as Linux estimates them.
-fn available() -> Option<u128> {
+pub fn available() -> Option<u128> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u128 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

@@ -121,7 +121,7 @@ pub fn run(args: Args) -> Result<()> {
     let mut way = reconcile(&model, &workloads, &from_end, &to_end)?;
     way.from.run = from.check(way.from.total_flops);
     way.to.run = to.check(way.to.total_flops);
-    output.write_with(&way, || report::print_way(&way))?;
+    output.write_with(&way, || report::print_way(&way, args.output.style()))?;
     verdict(&way)
 }
 

@@ -1,6 +1,7 @@
 //! `flopaudit train`: gradient steps on text, within a budget, audited.
 
 use std::{
+    cell::RefCell,
     fs,
     io::Write,
     path::{Path, PathBuf},
@@ -16,6 +17,7 @@ use super::{
     },
     interrupt::Interrupt,
     memory,
+    trace::{self, TraceArgs},
 };
 use crate::{
     analytic::Structure,
@@ -55,6 +57,8 @@ pub struct Args {
     structure: StructureArg,
     #[command(flatten)]
     counting: CountingArgs,
+    #[command(flatten)]
+    trace: TraceArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -119,6 +123,7 @@ pub fn run(mut args: Args) -> Result<()> {
     }
     let output = args.output.open()?;
     let budget = args.budget()?;
+    let trace = RefCell::new(args.trace.open(&budget.prices)?);
     let device = args.execution.open_device()?;
     let saved = args.open_out()?;
     let interrupt = Interrupt::listen()?;
@@ -136,7 +141,8 @@ pub fn run(mut args: Args) -> Result<()> {
 
     warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let mut session = Session::new(settings, model, &data, held_out.as_ref())?;
+    let mut session =
+        Session::new(settings, model, &data, held_out.as_ref(), &trace, args.timed())?;
     if let Some(saved) = saved {
         saved.restore(&mut session)?;
     }
@@ -148,7 +154,9 @@ pub fn run(mut args: Args) -> Result<()> {
     args.save(&mut session, &checkpoint)?;
     let report = args.report(&mut session, &checkpoint, &budget)?;
     Target::open(&args.out.join("run.json"))?.write(&report.0)?;
+    let traced = trace::finish(trace.borrow_mut().take(), &report.0);
     output.write(&report.0, false)?;
+    traced?;
     report.1.verdict()?;
     if interrupted {
         let (done, all) = (session.progress.steps, session.settings.schedule.steps);
@@ -199,6 +207,10 @@ impl Args {
             structure: self.structure.structure,
             prices: self.counting.prices()?,
         })
+    }
+
+    fn timed(&self) -> bool {
+        self.execution.op_times || self.trace.is_asked_for()
     }
 
     /// The output folder, made where it is missing, and the checkpoint to go on from.
@@ -349,7 +361,7 @@ impl Args {
             Target::open(&self.out.join("config.json"))?.write(&checkpoint.config.to_hub())?;
             checkpoint.text.save(&self.out)?;
         } else {
-            save_adapter(&self.out, &checkpoint.origin, &session.settings.lora, &trained)?;
+            save_adapter(&self.out, &checkpoint.name, &session.settings.lora, &trained)?;
         }
         session.save(&self.out.join(CHECKPOINT))
     }
@@ -365,6 +377,9 @@ impl Args {
         let (origin, exact, prices) = (&checkpoint.origin, Structure::Exact, &budget.prices);
         let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?;
         report.device = Some(self.execution.device.clone());
+        if self.timed() {
+            report = report.with_times(&ledger);
+        }
         report.training = Some(TrainingReport::new(session, budget, &self.out)?);
         Ok((report.with_audit(&audit)?, audit))
     }

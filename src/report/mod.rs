@@ -8,6 +8,7 @@ mod run;
 mod sweep;
 mod table;
 mod target;
+mod trace;
 mod training;
 mod waterfall;
 
@@ -15,12 +16,13 @@ pub use bench::{
     bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
     render_bench,
 };
-pub use figures::{bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use target::{Target, temporary_beside};
+pub use trace::{TRACE_SCHEMA_VERSION, Trace};
 pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
 

@@ -6,8 +6,8 @@ use serde::Serialize;
 
 use super::{
     Report,
-    figures::{digits, human, percent, rate},
-    table::{BAD, GOOD, align, new_table},
+    figures::{Figures, per_second, percent, rate},
+    table::{BAD, GOOD, align, list, new_table, time},
 };
 use crate::{
     analytic::Structure,
@@ -122,35 +122,35 @@ impl TrainingReport {
 }
 
 /// The account for people.
-pub(super) fn training(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> {
-    writeln!(out, "\ntraining  {} of {} steps, {}", t.steps, t.planned_steps, t.out)?;
+pub(super) fn training(
+    out: &mut impl Write,
+    t: &TrainingReport,
+    figures: Figures,
+    unicode: bool,
+) -> Result<()> {
+    writeln!(out, "\ntraining  {} of {} steps, kept in {}", t.steps, t.planned_steps, t.out)?;
     if t.steps == 0 {
         return Ok(());
     }
     writeln!(
         out,
-        "speed     {:.1} tokens/s, {:.2} s a step",
-        t.tokens_per_s,
-        t.seconds / t.steps as f64
+        "speed     {} tokens/s, {} a step",
+        per_second(t.tokens_per_s),
+        time(t.seconds / t.steps as f64, unicode)
     )?;
     let BudgetReport { flops, structure, prices, spent, next_step, .. } = &t.budget;
-    match flops {
-        Some(all) => writeln!(
-            out,
-            "budget    {} of {} FLOPs spent ({}), {} left; a step takes {} ({structure}, {prices})",
-            digits(*spent),
-            human(*all as f64),
-            percent(*spent as f64 / *all as f64),
-            human(all.saturating_sub(*spent) as f64),
-            human(*next_step as f64),
-        )?,
-        None => writeln!(
-            out,
-            "spent     {} FLOPs, {} a step ({structure}, {prices})",
-            digits(*spent),
-            human(*next_step as f64)
-        )?,
-    }
+    let step = format!("{} a step ({structure}, {prices})", figures.flop(*next_step));
+    let spent_flop = figures.flop(*spent);
+    let (label, parts) = match flops {
+        Some(all) => {
+            let share = percent(*spent as f64 / *all as f64);
+            let left = figures.flop(all.saturating_sub(*spent));
+            let spent = format!("{spent_flop} of {} spent ({share})", figures.flop(*all));
+            ("budget    ", vec![spent, format!("{left} left"), step])
+        }
+        None => ("spent     ", vec![spent_flop, step]),
+    };
+    writeln!(out, "{}", list(label, &parts))?;
     writeln!(out, "\n{}", curves(t, unicode))?;
     proof(out, t, unicode)
 }
@@ -160,7 +160,8 @@ fn curves(t: &TrainingReport, unicode: bool) -> String {
     const ROWS: usize = 12;
     let mut marks: Vec<u64> = t.evaluations.iter().map(|point| point.step).collect();
     if marks.len() < 2 {
-        marks = (0..=t.steps).collect();
+        // Before the first step there is a held-out loss at most.
+        marks = (u64::from(marks.is_empty())..=t.steps).collect();
     }
     let stride = marks.len().div_ceil(ROWS).max(1);
     let last = marks.last().copied();
@@ -231,7 +232,8 @@ pub(super) fn evaluation(
     let name = &report.prices.name;
     Ok(writeln!(
         out,
-        "speed     {:.1} tokens/s, {speed} ({name}); {} tokens count",
-        e.tokens_per_s, e.tokens
+        "speed     {} tokens/s, {speed} ({name}); {} tokens count",
+        per_second(e.tokens_per_s),
+        e.tokens
     )?)
 }

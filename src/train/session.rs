@@ -17,7 +17,7 @@ use crate::{
     config::{LoraConfig, ModelConfig},
     error::Result,
     ledger::{Dtype, Ledger, Phase},
-    meter::Meter,
+    meter::{Meter, Observer},
     model::{Labelled, Qwen2, Trained},
     weights::Named,
     workload::{Task, Workload},
@@ -87,7 +87,6 @@ pub struct Progress {
 }
 
 /// A run in this process.
-#[derive(Debug)]
 pub struct Session<'a> {
     /// What it does.
     pub settings: Settings,
@@ -98,6 +97,9 @@ pub struct Session<'a> {
     held_out: Option<&'a Dataset>,
     order: Order,
     ledger: RefCell<Ledger>,
+    /// Sees every op beside the ledger.
+    beside: &'a RefCell<dyn Observer + 'a>,
+    timed: bool,
     /// Rotary tables that no step has used yet.
     tables: Ledger,
     /// Steps that earlier processes did.
@@ -105,7 +107,8 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Prepares `model`, which carries the adapters of `settings`.
+    /// Prepares `model`, which carries the adapters of `settings`. `beside` sees every op that this
+    /// process runs; `timed` has each timed.
     ///
     /// # Errors
     /// A model without anything to train, or a device out of memory.
@@ -114,9 +117,11 @@ impl<'a> Session<'a> {
         model: Qwen2,
         data: &'a Dataset,
         held_out: Option<&'a Dataset>,
+        beside: &'a RefCell<dyn Observer + 'a>,
+        timed: bool,
     ) -> Result<Self> {
-        let tables = RefCell::new(Ledger::default());
-        let meter = Meter::new(&tables, Phase::Setup);
+        let tables = RefCell::new((Ledger::default(), beside));
+        let meter = Meter::new(&tables, Phase::Setup).timed(timed);
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
         let shape = (settings.batch, settings.seq);
         let trainer =
@@ -124,9 +129,19 @@ impl<'a> Session<'a> {
         let order = Order::new(data.rows(), settings.seed);
         let checks = settings.checks.min(trainer.optimizer.names().count());
         let settings = Settings { checks, ..settings };
-        let progress = Progress::default();
-        let (tables, ledger) = (tables.into_inner(), RefCell::default());
-        Ok(Self { settings, progress, trainer, data, held_out, order, ledger, tables, began: 0 })
+        Ok(Self {
+            settings,
+            progress: Progress::default(),
+            trainer,
+            data,
+            held_out,
+            order,
+            ledger: RefCell::default(),
+            beside,
+            timed,
+            tables: tables.into_inner().0,
+            began: 0,
+        })
     }
 
     /// Goes on from `progress`, after which `ledger` had been executed.
@@ -219,7 +234,8 @@ impl<'a> Session<'a> {
         let rate = self.settings.schedule.rate(self.progress.steps);
         let batches = self.batches();
         let texts: Vec<Labelled> = batches.iter().map(Batch::labelled).collect();
-        let meter = Meter::new(&self.ledger, Phase::Forward);
+        let observers = RefCell::new((&self.ledger, self.beside));
+        let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
         let found = self.trainer.gradients(meter, &texts)?;
         let taken = start.elapsed();
         if self.progress.steps + 1 == self.settings.check_at() {
@@ -263,10 +279,10 @@ impl<'a> Session<'a> {
     pub fn evaluate(&mut self, progress: impl FnMut(usize) -> Result<()>) -> Result<Option<f64>> {
         let Some(data) = self.held_out else { return Ok(None) };
         // An interrupted evaluation leaves no trace: its ops belong to no workload.
-        let ledger = RefCell::new(Ledger::default());
-        let meter = Meter::new(&ledger, Phase::Forward);
+        let observers = RefCell::new((Ledger::default(), self.beside));
+        let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
         let found = evaluate(meter, &self.trainer.model, data, self.settings.batch, progress)?;
-        self.ledger.borrow_mut().extend(ledger.into_inner());
+        self.ledger.borrow_mut().extend(observers.into_inner().0);
         self.progress.finished.extend(found.workloads);
         self.progress.evaluations.push(Point { step: self.progress.steps, loss: found.loss });
         Ok(Some(found.loss))

@@ -12,7 +12,7 @@ mod place;
 mod save;
 mod synthetic;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -42,6 +42,8 @@ pub struct Checkpoint {
     pub weights: Weights,
     /// Its tokenizer and chat template.
     pub text: Text,
+    /// What other programs find it by: its hub id or path; `synthetic:…` for random weights.
+    pub name: String,
     /// One line for reports, for example `weights/model.gguf (GGUF, …)`.
     pub origin: String,
     /// Random weights of the true shapes: the same FLOPs, meaningless text.
@@ -94,6 +96,16 @@ pub fn open(spec: Option<&str>) -> Result<Checkpoint> {
         );
         Err(Error::flag("--model", why).into())
     }
+}
+
+/// Whether [`open`] without a spec would find a checkpoint without asking the hub.
+pub fn default_is_local() -> bool {
+    directory::holds_weights(Path::new(LOCAL)) || hub::cached(DEFAULT_MODEL).is_some()
+}
+
+/// Where hub checkpoints are kept; none in a build without the hub.
+pub fn hub_cache() -> Option<PathBuf> {
+    hub::cache()
 }
 
 fn open_path(path: &Path) -> Result<Checkpoint> {
