@@ -15,11 +15,11 @@ missing() {
     exit 1
 }
 
-chromium() {
+browser() {
     command -v "${CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome
 }
 
-if ! chromium >/dev/null; then
+if ! browser >/dev/null; then
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
         missing "no Chromium, and no root or apt-get to install it"
     fi
@@ -64,4 +64,4 @@ for file in "$json"/*.json; do
 done
 "$flopaudit" report "$json"/{generate,train,plan}.json -o "$out/several.html"
 
-NODE_PATH="$tools/node_modules" node scripts/report-browser.cjs "$(chromium)" "$out"
+NODE_PATH="$tools/node_modules" node scripts/report-browser.cjs "$(browser)" "$out"

@@ -155,18 +155,28 @@ fn a_training_shows_losses_budget_and_proof() {
     )
     .assert()
     .success();
-    let run: Value =
-        serde_json::from_str(&fs::read_to_string(dir.path().join("run/run.json")).unwrap())
-            .unwrap();
-    let page = page(dir.path(), "run/run.json");
+    let file = dir.path().join("run/run.json");
+    let mut run: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    let found = page(dir.path(), "run/run.json");
     for part in ["Within the budget", "Every tensor learns", "Gradients equal finite differences"] {
-        assert!(page.contains(part), "{part}");
+        assert!(found.contains(part), "{part}");
     }
     let spent = digits(run["training"]["budget"]["spent"].as_u64().unwrap().into());
-    assert!(page.contains(&format!("{spent} of 10,000,000,000 FLOPs spent")));
+    assert!(found.contains(&format!("{spent} of 10,000,000,000 FLOPs spent")));
     let last = run["training"]["evaluations"][2]["loss"].as_f64().unwrap();
-    assert!(page.contains(&format!("{last:.4}</td>")), "the last held-out loss");
-    assert!(page.contains("<h3>Loss</h3>") && page.contains("<h3>Spent</h3>"));
+    assert!(found.contains(&format!("{last:.4}</td>")), "the last held-out loss");
+    assert!(found.contains("<h3>Loss</h3>") && found.contains("<h3>Spent</h3>"));
+    // Losses that no axis holds, and losses that do not differ.
+    run["training"]["losses"][3]["loss"] = json!(1e308);
+    run["training"]["evaluations"] = json!([]);
+    run["training"]["budget"]["spent"] = json!(0);
+    fs::write(&file, run.to_string()).unwrap();
+    page(dir.path(), "run/run.json");
+    for point in run["training"]["losses"].as_array_mut().unwrap() {
+        point["loss"] = json!(4.0);
+    }
+    fs::write(&file, run.to_string()).unwrap();
+    page(dir.path(), "run/run.json");
 }
 
 #[test]

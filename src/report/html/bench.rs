@@ -3,10 +3,10 @@
 use super::{
     ceiling::{self, Placed},
     chart::{Axis, Bar, Bars, Chart, Ink, Marks, Plot, Scale, Series, Words},
-    page::{Block, Cell, Figure, Notes, Section, Table, Verdict},
+    page::{Block, Cell, Figure, Notes, Section, Table, Verdict, rounded},
 };
 use crate::{
-    bench::{BenchReport, Bound, Curve, Kind, Point},
+    bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
     error::Result,
     report::{bytes, digits, human, rate, seconds},
 };
@@ -24,6 +24,7 @@ pub fn section(file: &str, report: &BenchReport) -> Result<Section> {
             label: (i + 1).to_string(),
             intensity: p.intensity,
             flops_per_s: p.flops_per_s,
+            dtype: p.workload.dtype,
         })
         .collect();
     let mut section = Section {
@@ -121,7 +122,7 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
     };
     let mut figures = vec![];
     if let Some(p) = fastest(points) {
-        let speed = format!("{:.1}", p.tokens_per_s);
+        let speed = rounded(p.tokens_per_s);
         figures.push(Figure::new("Fastest", speed, "tokens/s", name(report, p)));
     }
     let shortest = points.iter().min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
@@ -156,8 +157,8 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
 /// A bar a point.
 fn speeds(report: &BenchReport) -> Result<Chart> {
     let bars = report.points.iter().enumerate().map(|(i, p)| {
-        let name = format!("{}  {}", i + 1, name(report, p));
-        let value = format!("{:.1} · {}", p.tokens_per_s, share(p.roofline_share));
+        let name = format!("{}. {}", i + 1, name(report, p));
+        let value = format!("{} · {}", rounded(p.tokens_per_s), share(p.roofline_share));
         Bar::stacked(name, value, [(p.tokens_per_s, Ink::Series(0))])
     });
     let bars = Bars { bars: bars.collect(), linked: false };
@@ -174,34 +175,43 @@ fn fit(curve: &Curve) -> String {
     format!("step = {}", parts.join(" + "))
 }
 
-/// Time per step by context, measured and fitted.
+/// Time per step by context, measured and fitted, a colour a batch.
 fn decode_curve(curve: &Curve) -> Result<Chart> {
-    let mut points = curve.points.clone();
-    points.sort_by_key(|point| point.context);
-    let ms = |of: fn(&crate::bench::CurvePoint) -> f64| {
-        points.iter().map(move |p| (p.context as f64, 1e3 * of(p))).collect::<Vec<_>>()
-    };
-    let (measured, fitted) = (ms(|p| p.measured_s), ms(|p| p.fitted_s));
-    let said = points.iter().map(|p| {
+    let mut batches: Vec<u64> = curve.points.iter().map(|p| p.batch).collect();
+    batches.sort_unstable();
+    batches.dedup();
+    let mut series = vec![];
+    for (i, batch) in batches.iter().enumerate() {
+        let mut points: Vec<&CurvePoint> =
+            curve.points.iter().filter(|p| p.batch == *batch).collect();
+        points.sort_by_key(|point| point.context);
+        let ms = |of: fn(&CurvePoint) -> f64| {
+            points.iter().map(|p| (p.context as f64, 1e3 * of(p))).collect::<Vec<_>>()
+        };
+        let ink = Ink::Series(i as u8);
+        series.push(Series::new("", ink, Marks::Dashed, ms(|p| p.fitted_s)));
+        let name = format!("batch {batch}");
+        series.push(Series::new(&name, ink, Marks::Dots, ms(|p| p.measured_s)));
+    }
+    let said = curve.points.iter().map(|p| {
         let (measured, fitted) = (seconds(p.measured_s), seconds(p.fitted_s));
-        format!("context {}: {measured}, fitted {fitted}", p.context)
+        format!("batch {}, context {}: {measured}, fitted {fitted}", p.batch, p.context)
     });
-    let said = format!(
-        "{}; residual {}; {}",
-        fit(curve),
-        share(curve.residual),
-        said.collect::<Vec<_>>().join("; ")
-    );
+    let said = said.collect::<Vec<_>>().join("; ");
+    let said = format!("{}; residual {}; {said}", fit(curve), share(curve.residual));
     let plot = Plot {
         x: Axis { name: "tokens in the cache".into(), scale: Scale::Zero },
         y: Axis { name: "ms a step".into(), scale: Scale::Zero },
-        series: vec![
-            Series::new("fitted", Ink::Series(0), Marks::Dashed, fitted),
-            Series::new("measured", Ink::Series(1), Marks::Dots, measured),
-        ],
+        series,
     };
     let title = format!("Decode curve, {}", curve.name);
-    Chart::plot(Words::new(&title, "milliseconds a step by context", said), &plot)
+    let units = "milliseconds a step by context; dots are measured, dashes the fit";
+    Chart::plot(Words::new(&title, units, said), &plot)
+}
+
+/// Whether any point has adapters.
+fn adapted(report: &BenchReport) -> bool {
+    report.points.iter().any(|p| p.workload.lora.rank > 0)
 }
 
 /// The point's number and what tells it from the others.
@@ -211,16 +221,19 @@ fn identity(report: &BenchReport, i: usize, p: &Point) -> Vec<Cell> {
         Kind::Prefill | Kind::Train => p.seq,
     };
     let mut cells = vec![Cell::count(i as u128 + 1), Cell::word(p.workload.dtype.name())];
-    cells.extend([p.workload.lora.rank as u64, p.batch, length].map(|n| Cell::count(n.into())));
+    cells.extend(adapted(report).then(|| Cell::count(p.workload.lora.rank as u128)));
+    cells.extend([p.batch, length].map(|n| Cell::count(n.into())));
     cells
 }
 
-fn heads(report: &BenchReport) -> [&'static str; 5] {
+/// The columns of [`identity`].
+fn heads(report: &BenchReport) -> Vec<&'static str> {
     let length = match report.kind {
         Kind::Decode => "context",
         Kind::Prefill | Kind::Train => "tokens",
     };
-    ["point", "dtype", "rank", "batch", length]
+    let rank = adapted(report).then_some("rank");
+    ["point", "dtype"].into_iter().chain(rank).chain(["batch", length]).collect()
 }
 
 /// How fast, and how far the repetitions lie apart.
@@ -234,7 +247,7 @@ fn speed_table(report: &BenchReport) -> Table {
             time(p.seconds.median),
             time(p.seconds.min),
             time(p.seconds.max),
-            Cell::figure(p.tokens_per_s, format!("{:.1}", p.tokens_per_s)),
+            Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s)),
             Cell::figure(p.flops_per_token, human(p.flops_per_token)),
             Cell::figure(p.flops_per_s, human(p.flops_per_s)),
             Cell::share(p.mfu_measured),

@@ -5,8 +5,9 @@ use super::{
     page::{Block, Cell, Figure, Section, Table, Verdict},
 };
 use crate::{
-    bench::{Ceiling, DeviceInfo},
+    bench::{Ceiling, DeviceInfo, MatmulRate},
     error::Result,
+    ledger::Dtype,
     report::{bytes, human, rate, seconds},
 };
 
@@ -66,38 +67,46 @@ pub struct Placed {
     pub intensity: f64,
     /// FLOPs a second.
     pub flops_per_s: f64,
+    /// Under which roof.
+    pub dtype: Dtype,
 }
 
-/// The least of memory's and arithmetic's rate at each intensity, and `points` under it.
+/// The least of memory's and arithmetic's rate at each intensity, and `points` under it: the roofs
+/// of their element types, or all where there is no point.
 ///
 /// # Errors
 /// None that drawing into memory gives.
 pub fn roofline(ceiling: &Ceiling, points: &[Placed]) -> Result<Chart> {
-    let stream = ceiling.stream.bytes_per_s;
+    let ridge = |found: &MatmulRate| found.flops_per_s / ceiling.bytes_per_s(found.dtype);
     let drawn = |x: f64| x.is_finite() && x > 0.0;
     let points: Vec<&Placed> =
         points.iter().filter(|p| drawn(p.intensity) && drawn(p.flops_per_s)).collect();
-    let ridges = ceiling.matmul.iter().map(|found| found.flops_per_s / stream);
+    let used = |found: &&MatmulRate| {
+        drawn(found.flops_per_s)
+            && drawn(ridge(found))
+            && (points.is_empty() || points.iter().any(|p| p.dtype == found.dtype))
+    };
+    let roofs: Vec<&MatmulRate> = ceiling.matmul.iter().filter(used).collect();
+    let ridges = roofs.iter().map(|found| ridge(found));
     let all = ridges.chain(points.iter().map(|p| p.intensity)).filter(|x| drawn(*x));
     let (least, most) = all.fold((1.0f64, 1.0f64), |(a, b), x| (a.min(x), b.max(x)));
     let (least, most) = (least / 4.0, most * 4.0);
     let mut series = vec![];
-    for (i, found) in ceiling.matmul.iter().enumerate().filter(|(_, m)| drawn(m.flops_per_s)) {
-        let (peak, ridge) = (found.flops_per_s, found.flops_per_s / stream);
-        let roof = [(least, least * stream), (ridge, peak), (most, peak)];
+    for (i, found) in roofs.iter().enumerate() {
+        let (peak, stream) = (found.flops_per_s, ceiling.bytes_per_s(found.dtype));
+        let roof = [(least, least * stream), (ridge(found), peak), (most, peak)];
         let name = format!("roof, {}", found.dtype.name());
-        series.push(Series::new(&name, Ink::Series(i as u8 * 2), Marks::Line, roof));
+        series.push(Series::new(&name, Ink::Series((2 * i % 8) as u8), Marks::Line, roof));
     }
     let labels = points.iter().map(|p| p.label.clone()).collect();
     let at = points.iter().map(|p| (p.intensity, p.flops_per_s));
     if !points.is_empty() {
         series.push(Series::new("measured", Ink::Series(1), Marks::Labelled(labels), at));
     }
-    let roofs = ceiling.matmul.iter().map(|found| {
-        let ridge = found.flops_per_s / stream;
-        format!("{} to {ridge:.1} FLOP/B", found.dtype.name())
-    });
-    let mut said = format!("memory bounds {}", roofs.collect::<Vec<_>>().join(", "));
+    let ridges = roofs
+        .iter()
+        .map(|found| format!("{} below {:.1} FLOP/B", found.dtype.name(), ridge(found)));
+    let mut said = format!("memory is the bound of {}", ridges.collect::<Vec<_>>().join(", "));
     for p in &points {
         said += &format!("; {}: {:.2} FLOP/B, {}", p.label, p.intensity, rate(p.flops_per_s));
     }

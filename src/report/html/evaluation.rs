@@ -1,7 +1,7 @@
 //! What an evaluation adds: its loss.
 
 use super::{
-    page::{Block, Figure, Notes, Section},
+    page::{Block, Figure, Notes, Section, rounded},
     read::{Evaluation, Run},
 };
 use crate::report::digits;
@@ -13,7 +13,7 @@ pub fn add(section: &mut Section, run: &Run, e: &Evaluation) {
     section.figures.extend([
         Figure::new("Loss", format!("{:.4}", e.loss), "nats a token", tokens),
         Figure::new("Perplexity", format!("{:.3}", e.perplexity), "", "e to the loss"),
-        Figure::new("Speed", format!("{:.1}", e.tokens_per_s), "tokens/s", seconds),
+        Figure::new("Speed", rounded(e.tokens_per_s), "tokens/s", seconds),
     ]);
     if e.seconds > 0.0 {
         let note = format!("prices {}", run.prices.name);

@@ -1,7 +1,7 @@
 //! What a generation adds: its speed, and the text.
 
 use super::{
-    page::{Block, Cell, Figure, Section, Table, Text},
+    page::{Block, Cell, Figure, Section, Table, Text, rounded},
     read::{Run, Timings, Traffic},
 };
 use crate::report::{bytes, digits};
@@ -15,7 +15,7 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
     let figures = &mut section.figures;
     if let Some(rate) = timings.decode_tokens_per_s {
         let note = format!("{} new in {:.2} s", digits(new as u128), timings.decode_s);
-        figures.push(Figure::new("Decode speed", speed(rate), "tokens/s", note));
+        figures.push(Figure::new("Decode speed", rounded(rate), "tokens/s", note));
     }
     let note = format!("{} tokens of prompt", digits(prompt.into()));
     figures.push(Figure::new("First token after", format!("{first:.3}"), "s", note));
@@ -46,15 +46,11 @@ pub fn texts(run: &Run) -> Vec<Block> {
     texts.collect()
 }
 
-fn speed(rate: f64) -> String {
-    format!("{rate:.1}")
-}
-
 /// Seconds of each part.
 pub fn times(t: &Timings) -> Block {
     let mut table = Table::new("Time", 1, ["part", "seconds", "tokens/s"]);
     let seconds = |s: f64| Cell::figure(s, format!("{s:.3}"));
-    let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, speed(r)));
+    let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, rounded(r)));
     table.rows = vec![
         vec![Cell::word("loading the weights"), seconds(t.load_s), Cell::none()],
         vec![

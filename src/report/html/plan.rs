@@ -146,7 +146,7 @@ fn costs(plan: &Plan) -> Table {
         table.rows.push(cells);
     }
     let all = spending(plan);
-    let runs = total(plan.experiments.iter().map(|e| e.runs)) + plan.spent.len() as u128;
+    let runs = total(plan.experiments.iter().map(|e| e.runs).chain([plan.spent.len() as u128]));
     let mut foot = vec![
         Cell::word("total"),
         Cell::count(runs),

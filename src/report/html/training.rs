@@ -2,7 +2,7 @@
 
 use super::{
     chart::{Axis, Chart, Ink, Marks, Plot, Scale, Series, Words},
-    page::{Block, Cell, Figure, Section, Table, Verdict, ratio},
+    page::{Block, Cell, Figure, Section, Table, Verdict, ratio, rounded},
     read::{Budget, Loss, Run, Slope, Training},
 };
 use crate::{
@@ -85,7 +85,7 @@ fn figures(run: &Run, t: &Training) -> Vec<Figure> {
     figures.push(Figure::new("Steps", digits(t.steps.into()), "", steps));
     if let Some(rate) = t.tokens_per_s.filter(|_| t.steps > 0) {
         let note = format!("{:.3} s a step", t.seconds / t.steps as f64);
-        figures.push(Figure::new("Speed", format!("{rate:.1}"), "tokens/s", note));
+        figures.push(Figure::new("Speed", rounded(rate), "tokens/s", note));
     }
     let trained = u128::from(t.steps).saturating_mul(t.budget.next_step);
     if t.seconds > 0.0 && trained > 0 && run.prices.name == t.budget.prices {

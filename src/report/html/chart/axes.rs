@@ -129,7 +129,9 @@ impl Plot {
     /// From the least to the largest value, with some room, and never empty.
     fn range(&self, axis: &Axis, of: fn(&(f64, f64)) -> f64) -> Range<f64> {
         let values = self.series.iter().flat_map(|series| &series.points).map(of);
-        let values = values.filter(|v| v.is_finite() && (axis.scale != Scale::Log || *v > 0.0));
+        // Beyond these bounds the room around them would be infinite, or nothing.
+        let values =
+            values.filter(|v| v.abs() < 1e300 && (axis.scale != Scale::Log || *v > 1e-300));
         let (least, most) =
             values.fold((f64::MAX, f64::MIN), |(least, most), v| (least.min(v), most.max(v)));
         let (least, most) = if least > most { (1.0, 2.0) } else { (least, most) };
@@ -138,7 +140,7 @@ impl Plot {
             Scale::Zero if most > 0.0 => least.min(0.0)..most * 1.06,
             Scale::Zero => least.min(-1e-9) * 1.06..1e-9,
             Scale::Linear => {
-                let room = 0.06 * (most - least).max(1e-9 * most.abs()).max(1e-12);
+                let room = 0.06 * (most - least).max(1e-3 * most.abs()).max(1e-9);
                 least - room..most + room
             }
         }

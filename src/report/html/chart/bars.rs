@@ -149,6 +149,6 @@ fn fitting(name: &str, place: &Place, value: &str) -> String {
     if width_of(name) <= room {
         return name.into();
     }
-    let most = (f64::from(room.max(0)) / 6.7) as usize;
+    let most = (f64::from(room.max(0)) / 7.3) as usize;
     name.chars().take(most.saturating_sub(1)).chain(['…']).collect()
 }

@@ -187,7 +187,7 @@ const TEXT: f64 = 12.5 * 1.24;
 
 /// About how wide `text` is, in pixels of the view box.
 fn width_of(text: &str) -> i32 {
-    (6.7 * text.chars().count() as f64).ceil() as i32
+    (7.3 * text.chars().count() as f64).ceil() as i32
 }
 
 fn text(ink: Ink, h: HPos, v: VPos) -> TextStyle<'static> {
