@@ -74,9 +74,9 @@ const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
 #[derive(Debug, Args)]
 #[command(next_help_heading = "LoRA")]
 pub struct LoraArgs {
-    /// Rank of the adapters; 0 is none
-    #[arg(long, value_name = "R", default_value_t = 0)]
-    pub lora_rank: usize,
+    /// Rank of the adapters; 0 is none [default: 0; of `train` 8]
+    #[arg(long, value_name = "R")]
+    pub lora_rank: Option<usize>,
     /// The adapters' output is scaled by alpha / rank
     #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
     pub lora_alpha: f64,
@@ -88,7 +88,7 @@ pub struct LoraArgs {
 impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        LoraConfig::new(model, self.lora_rank, self.lora_alpha, &self.lora_targets)
+        LoraConfig::new(model, self.lora_rank.unwrap_or(0), self.lora_alpha, &self.lora_targets)
     }
 }
 
@@ -403,6 +403,12 @@ impl DataArgs {
         }
         if self.batch == 0 {
             return Err(Error::flag("--batch", "must be at least 1").into());
+        }
+        if let Some(dir) = &self.token_cache {
+            let bad =
+                |e: std::io::Error| Error::flag("--token-cache", format!("{}: {e}", dir.display()));
+            std::fs::create_dir_all(dir).map_err(bad)?;
+            report::temporary_beside(&dir.join("tokens")).map_err(bad)?;
         }
         let &Self { seq, mask_prompt, .. } = self;
         let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };

@@ -98,7 +98,7 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let lora = &args.workload.lora;
     let base = Base {
         model,
-        lora_rank: lora.lora_rank,
+        lora_rank: lora.lora_rank.unwrap_or(0),
         lora_alpha: lora.lora_alpha,
         lora_targets: lora.lora_targets.clone(),
         task,

@@ -31,6 +31,7 @@ pub fn check(workload: &Workload, device: &Device) -> Result<()> {
         ("KV cache", workload.kv_cache_bytes()),
         ("activations", workload.activations_bytes()),
         ("gradients and moments", workload.training_bytes()),
+        ("a step's tokens", workload.tokens_bytes()),
     ];
     let needed: u128 = parts.iter().map(|(_, n)| n).sum();
     let (free, whose) = match device::free_memory(device) {

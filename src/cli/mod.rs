@@ -9,6 +9,7 @@ mod count;
 mod device;
 mod doctor;
 mod eval;
+mod folder;
 mod generate;
 mod interrupt;
 mod memory;

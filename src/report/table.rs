@@ -68,18 +68,7 @@ pub fn render(
 fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
-    let mut lines: Vec<(String, usize)> = vec![];
-    for line in report.workload.iter().map(describe) {
-        match lines.iter_mut().find(|(seen, _)| *seen == line) {
-            Some((_, times)) => *times += 1,
-            None => lines.push((line, 1)),
-        }
-    }
-    for (line, times) in lines {
-        let times = (times > 1).then(|| format!("{times} times"));
-        let parts: Vec<String> = line.split(", ").map(String::from).chain(times).collect();
-        writeln!(out, "{}", list("workload  ", &parts))?;
-    }
+    workloads(out, &report.workload)?;
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
     let parts = [
         ("weights", memory.weights_bytes),
@@ -122,6 +111,23 @@ pub(super) fn fill(
         fresh = false;
     }
     lines.join("\n")
+}
+
+/// What ran, each once.
+pub(super) fn workloads(out: &mut impl Write, all: &[Workload]) -> Result<()> {
+    let mut lines: Vec<(String, usize)> = vec![];
+    for line in all.iter().map(describe) {
+        match lines.iter_mut().find(|(seen, _)| *seen == line) {
+            Some((_, times)) => *times += 1,
+            None => lines.push((line, 1)),
+        }
+    }
+    for (line, times) in lines {
+        let times = (times > 1).then(|| format!("{times} times"));
+        let parts: Vec<String> = line.split(", ").map(String::from).chain(times).collect();
+        writeln!(out, "{}", list("workload  ", &parts))?;
+    }
+    Ok(())
 }
 
 /// A workload in one line.

@@ -32,7 +32,11 @@ pub fn temporary_beside(file: &Path) -> std::io::Result<NamedTempFile> {
     // A temporary file is private to its owner; this is as any file, under the umask.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(dir)
+    // The name of a file that never was helps nobody.
+    builder.tempfile_in(dir).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => std::io::Error::other("its folder does not exist"),
+        kind => kind.into(),
+    })
 }
 
 impl Target {

@@ -90,7 +90,6 @@ impl TrainingReport {
     /// A count past 128 bits.
     pub fn new(session: &Session, budget: &Budget, out: &Path) -> Result<Self> {
         let (progress, settings) = (&session.progress, &session.settings);
-        let workloads: Vec<_> = session.workloads().into_iter().map(|w| (w, 1)).collect();
         let two_steps = [1, 2].map(|steps| session.training(steps));
         let [one, two] = two_steps.map(|w| budget.cost(&[(w, 1)]));
         let names = session.names();
@@ -113,7 +112,7 @@ impl TrainingReport {
                 flops: budget.flops,
                 structure: budget.structure,
                 prices: budget.prices.name.clone(),
-                spent: budget.cost(&workloads)?,
+                spent: budget.cost(&session.ran())?,
                 next_step: two? - one?,
                 evaluation: budget.cost(&session.evaluation())?,
             },

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use super::{
     figures::{Figures, digits, signed},
-    table::{FAINT, align, describe, fill, list, new_table},
+    table::{FAINT, align, fill, new_table, workloads},
 };
 use crate::{
     analytic::Cause,
@@ -32,10 +32,7 @@ pub fn render_way(
     unicode: bool,
 ) -> Result<()> {
     writeln!(out, "model     {}", way.model)?;
-    for workload in &way.workload {
-        let parts: Vec<String> = describe(workload).split(", ").map(String::from).collect();
-        writeln!(out, "{}", list("workload  ", &parts))?;
-    }
+    workloads(out, &way.workload)?;
     let mut table = new_table(unicode);
     table.set_header(["cause", "by", "FLOPs", "share", "total"]);
     table.add_row([name(&way.from), "from".into(), style.count(way.from.total_flops)]);

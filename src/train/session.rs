@@ -26,8 +26,6 @@ use crate::{
 /// Everything that decides what a run does. A run that goes on must have the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Where the base weights came from.
-    pub model: String,
     /// Fingerprint of the training rows.
     pub data: u64,
     /// Fingerprint of the held-out rows; none without.
@@ -72,8 +70,8 @@ pub struct Point {
 pub struct Progress {
     /// Steps done.
     pub steps: u64,
-    /// What ran and will not go on, in turn.
-    pub finished: Vec<Workload>,
+    /// What ran and will not go on, and how often.
+    pub finished: Vec<(Workload, u64)>,
     /// Loss of each step, before its update.
     pub losses: Vec<Point>,
     /// Held-out losses.
@@ -100,6 +98,8 @@ pub struct Session<'a> {
     /// Sees every op beside the ledger.
     beside: &'a RefCell<dyn Observer + 'a>,
     timed: bool,
+    /// Fingerprint of the weights and adapters that the run began from.
+    pub(super) weights: u64,
     /// Rotary tables that no step has used yet.
     tables: Ledger,
     /// Steps that earlier processes did.
@@ -114,7 +114,7 @@ impl<'a> Session<'a> {
     /// A model without anything to train, or a device out of memory.
     pub fn new(
         settings: Settings,
-        model: Qwen2,
+        mut model: Qwen2,
         data: &'a Dataset,
         held_out: Option<&'a Dataset>,
         beside: &'a RefCell<dyn Observer + 'a>,
@@ -124,6 +124,7 @@ impl<'a> Session<'a> {
         let meter = Meter::new(&tables, Phase::Setup).timed(timed);
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
         let shape = (settings.batch, settings.seq);
+        let weights = model.fingerprint()?;
         let trainer =
             Trainer::new(meter, model, trained, settings.hyper, shape, settings.recompute)?;
         let order = Order::new(data.rows(), settings.seed);
@@ -139,6 +140,7 @@ impl<'a> Session<'a> {
             ledger: RefCell::default(),
             beside,
             timed,
+            weights,
             tables: tables.into_inner().0,
             began: 0,
         })
@@ -189,12 +191,22 @@ impl<'a> Session<'a> {
         self.ledger.borrow().clone()
     }
 
-    /// What has run so far, in turn.
-    pub fn workloads(&self) -> Vec<Workload> {
-        let mut all = self.progress.finished.clone();
+    /// What has run so far, and how often.
+    pub fn ran(&self) -> Vec<(Workload, u64)> {
         let steps = self.progress.steps - self.began;
-        all.extend((steps > 0).then(|| self.training(steps)));
-        all
+        let going_on = (steps > 0).then(|| (self.training(steps), 1));
+        self.progress.finished.iter().cloned().chain(going_on).collect()
+    }
+
+    /// The same, one after another.
+    pub fn workloads(&self) -> Vec<Workload> {
+        let times = |(workload, times)| std::iter::repeat_n(workload, times as usize);
+        self.ran().into_iter().flat_map(times).collect()
+    }
+
+    /// Steps that earlier processes did.
+    pub fn began(&self) -> u64 {
+        self.began
     }
 
     /// So many steps of it.
@@ -215,7 +227,7 @@ impl<'a> Session<'a> {
     pub fn affords_a_step(&self, budget: &Budget) -> Result<bool> {
         let (settings, model) = (&self.settings, self.trainer.model.config());
         let steps = self.progress.steps - self.began + 1;
-        let mut all: Vec<_> = self.progress.finished.iter().map(|w| (w.clone(), 1)).collect();
+        let mut all = self.progress.finished.clone();
         all.push((settings.training(model, steps), 1));
         all.extend(self.evaluation());
         if self.progress.steps + 1 == settings.check_at() {
@@ -241,8 +253,9 @@ impl<'a> Session<'a> {
         if self.progress.steps + 1 == self.settings.check_at() {
             let (checks, seed) = (self.settings.checks, self.settings.seed);
             let check = check::run(meter, &mut self.trainer, &found, &texts, checks, seed)?;
-            self.progress.check = Some(check);
-            self.progress.finished.extend(self.settings.check(self.trainer.model.config()));
+            let ran = Settings { checks: check.slopes.len(), ..self.settings.clone() };
+            self.progress.finish(ran.check(self.trainer.model.config()));
+            self.progress.check = Some(check).filter(|check| !check.slopes.is_empty());
         }
         let start = std::time::Instant::now();
         let step = self.trainer.update(meter, found, rate)?;
@@ -283,7 +296,7 @@ impl<'a> Session<'a> {
         let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
         let found = evaluate(meter, &self.trainer.model, data, self.settings.batch, progress)?;
         self.ledger.borrow_mut().extend(observers.into_inner().0);
-        self.progress.finished.extend(found.workloads);
+        self.progress.finish(found.workloads);
         self.progress.evaluations.push(Point { step: self.progress.steps, loss: found.loss });
         Ok(Some(found.loss))
     }
@@ -298,6 +311,16 @@ impl<'a> Session<'a> {
 }
 
 impl Progress {
+    /// Keeps what ran and will not go on; the same workload again is only counted.
+    fn finish(&mut self, workloads: impl IntoIterator<Item = Workload>) {
+        for workload in workloads {
+            match self.finished.iter_mut().find(|(known, _)| *known == workload) {
+                Some((_, times)) => *times += 1,
+                None => self.finished.push((workload, 1)),
+            }
+        }
+    }
+
     /// Seconds of all steps.
     pub fn seconds(&self) -> f64 {
         self.step_seconds.iter().sum()

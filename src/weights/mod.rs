@@ -18,7 +18,7 @@ use candle_core::{DType, Device, Tensor};
 
 pub use self::{
     peft::{PeftAdapter, adapter_name, save_adapter},
-    save::{Named, read, save},
+    save::{Named, fingerprint, read, save},
     synthetic::synthetic,
 };
 use crate::{
