@@ -4,7 +4,7 @@
 //! JSON ─> read ─> a section a file: verdicts, figures, charts, tables ─> page.html
 //! ```
 //!
-//! [`page`] holds what a section is made of; each kind of report has a file that fills one;
+//! `page.rs` holds what a section is made of; each kind of report has a file that fills one;
 //! `page.html` gives it markup and escapes every text.
 
 mod bench;
