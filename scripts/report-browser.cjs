@@ -23,7 +23,7 @@ const open = async (browser, file, size, scheme) => {
   page.on("request", request => {
     if (request.url() !== url) faults.push(`request: ${request.url()}`);
   });
-  await page.goto(url, { waitUntil: "networkidle0" });
+  await page.goto(url, { waitUntil: "load" });
   return { page, faults };
 };
 
