@@ -28,7 +28,7 @@ pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     analytic::{
@@ -116,7 +116,7 @@ pub struct Row {
 }
 
 /// Bytes at rest.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Memory {
     /// Base and adapter parameters.
     pub weights_bytes: u128,
@@ -147,7 +147,7 @@ pub struct AuditReport {
 
 /// One disagreement: an op that ran another number of times than predicted, or a component whose
 /// closed form is not what ran.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Difference {
     /// The phase.
     pub phase: Phase,
@@ -181,7 +181,7 @@ pub struct GenerationReport {
 }
 
 /// One generated sequence.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SequenceReport {
     /// Tokens of the prompt, its template included.
     pub prompt_tokens: usize,
@@ -194,7 +194,7 @@ pub struct SequenceReport {
 }
 
 /// Seconds and rates. Rates are absent where nothing of the kind ran.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Timings {
     /// Opening and loading the weights.
     pub load_s: f64,

@@ -2,7 +2,7 @@
 
 use std::{io::Write, path::Path};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Report,
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A training's account.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TrainingReport {
     /// Optimizer steps done, and asked for or affordable.
     pub steps: u64,
@@ -49,7 +49,7 @@ pub struct TrainingReport {
 }
 
 /// A budget and what was spent of it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BudgetReport {
     /// Most FLOPs; absent without a budget.
     pub flops: Option<u128>,
@@ -66,7 +66,7 @@ pub struct BudgetReport {
 }
 
 /// An evaluation's account.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EvaluationReport {
     /// Mean cross-entropy, in nats.
     pub loss: f64,

@@ -2,13 +2,13 @@
 
 use super::{
     page::{Block, Figure, Notes, Section, rounded},
-    read::{Evaluation, Run},
+    read::Run,
 };
-use crate::report::digits;
+use crate::report::{EvaluationReport, digits};
 
 /// Adds loss and speed to `section`.
-pub fn add(section: &mut Section, run: &Run, e: &Evaluation) {
-    let tokens = format!("{} tokens count", digits(e.tokens.into()));
+pub fn add(section: &mut Section, run: &Run, e: &EvaluationReport) {
+    let tokens = format!("{} tokens count", digits(e.tokens as u128));
     let seconds = format!("{:.2} s in all", e.seconds);
     section.figures.extend([
         Figure::new("Loss", format!("{:.4}", e.loss), "nats a token", tokens),

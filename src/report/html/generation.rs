@@ -2,14 +2,17 @@
 
 use super::{
     page::{Block, Cell, Figure, Section, Table, Text, rounded},
-    read::{Run, Timings, Traffic},
+    read::Run,
 };
-use crate::report::{bytes, digits};
+use crate::{
+    report::{Timings, bytes, digits},
+    traffic::Traffic,
+};
 
 /// Adds speeds to `section`.
 pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
     let new: usize = run.sequences.iter().map(|s| s.token_ids.len()).sum();
-    let prompt: u64 = run.sequences.iter().fold(0, |sum, s| sum.saturating_add(s.prompt_tokens));
+    let prompt: usize = run.sequences.iter().fold(0, |sum, s| sum.saturating_add(s.prompt_tokens));
     let prices = format!("prices {}", run.prices.name);
     let first = timings.time_to_first_token_s;
     let figures = &mut section.figures;
@@ -17,7 +20,7 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
         let note = format!("{} new in {:.2} s", digits(new as u128), timings.decode_s);
         figures.push(Figure::new("Decode speed", rounded(rate), "tokens/s", note));
     }
-    let note = format!("{} tokens of prompt", digits(prompt.into()));
+    let note = format!("{} tokens of prompt", digits(prompt as u128));
     figures.push(Figure::new("First token after", format!("{first:.3}"), "s", note));
     let rate = timings.prefill_flops_per_s;
     figures.push(Figure::large("Prefill rate", rate, "FLOP/s", &prices));
@@ -25,7 +28,7 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
         figures.push(Figure::large("Decode rate", rate, "FLOP/s", &prices));
     }
     let read = run.bytes_per_decoded_token.as_ref().zip(timings.decode_tokens_per_s);
-    if let Some((Traffic { weights, kv_cache }, rate)) = read {
+    if let Some((Traffic { weights, kv_cache, .. }, rate)) = read {
         let per_token = weights.saturating_add(*kv_cache) as f64;
         let note = format!("{} of weights and cache a token", bytes(per_token));
         figures.push(Figure::large("Read in decoding", rate * per_token, "B/s", note));

@@ -1,5 +1,5 @@
-//! Reading back what `--json` wrote: of each kind of report, exactly what the page shows. Fields
-//! are named and explained in the types that wrote them.
+//! Reading back what `--json` wrote: of each kind of report, exactly what the page shows. What can be
+//! read as it was written is; else fields are named and explained in the types that wrote them.
 
 use std::path::Path;
 
@@ -11,7 +11,12 @@ use crate::{
     error::{Error, Result},
     ledger::Phase,
     prices::Primitives,
-    report::{SCHEMA_VERSION, run::one_or_many},
+    reconcile,
+    report::{
+        Difference, EvaluationReport, Memory, SCHEMA_VERSION, SequenceReport, Timings,
+        TrainingReport, run::one_or_many,
+    },
+    traffic::Traffic,
     workload::Workload,
 };
 
@@ -137,11 +142,11 @@ pub struct Run {
     pub differences: Vec<Difference>,
     // And a generation's.
     #[serde(default)]
-    pub sequences: Vec<Sequence>,
+    pub sequences: Vec<SequenceReport>,
     pub timings: Option<Timings>,
     pub bytes_per_decoded_token: Option<Traffic>,
-    pub training: Option<Training>,
-    pub evaluation: Option<Evaluation>,
+    pub training: Option<TrainingReport>,
+    pub evaluation: Option<EvaluationReport>,
 }
 
 /// One component in one phase; see [`crate::report::Row`].
@@ -160,115 +165,6 @@ pub struct NotebookRow {
     pub name: String,
     pub flops: [u128; 5],
     pub total: u128,
-}
-
-/// Bytes at rest; see [`crate::report::Memory`].
-#[derive(Debug, Deserialize)]
-pub struct Memory {
-    pub weights_bytes: u128,
-    pub kv_cache_bytes: u128,
-    pub activations_bytes: u128,
-    pub training_bytes: u128,
-}
-
-/// One disagreement; see [`crate::report::Difference`].
-#[derive(Debug, Deserialize)]
-pub struct Difference {
-    pub phase: String,
-    pub scope: String,
-    pub op: String,
-    pub predicted_calls: u128,
-    pub executed_calls: u128,
-    pub predicted_flops: u128,
-    pub executed_flops: u128,
-}
-
-/// One generated sequence; see [`crate::report::SequenceReport`].
-#[derive(Debug, Deserialize)]
-pub struct Sequence {
-    pub prompt_tokens: u64,
-    pub text: String,
-    pub token_ids: Vec<u32>,
-    pub stopped: bool,
-}
-
-/// Seconds and rates; see [`crate::report::Timings`].
-#[derive(Debug, Deserialize)]
-pub struct Timings {
-    pub load_s: f64,
-    pub time_to_first_token_s: f64,
-    pub decode_s: f64,
-    pub prefill_tokens_per_s: f64,
-    pub decode_tokens_per_s: Option<f64>,
-    pub prefill_flops_per_s: f64,
-    pub decode_flops_per_s: Option<f64>,
-}
-
-/// Bytes a decoded token; see [`crate::traffic::Traffic`].
-#[derive(Debug, Deserialize)]
-pub struct Traffic {
-    pub weights: u128,
-    pub kv_cache: u128,
-}
-
-/// A training's account; see [`crate::report::TrainingReport`].
-#[derive(Debug, Deserialize)]
-pub struct Training {
-    pub steps: u64,
-    pub planned_steps: u64,
-    pub losses: Vec<Loss>,
-    pub evaluations: Vec<Loss>,
-    pub seconds: f64,
-    pub tokens_per_s: Option<f64>,
-    pub tensors: u64,
-    pub with_gradient: u64,
-    pub smallest_gradient: Option<(String, f64)>,
-    pub check: Option<Check>,
-    pub check_passed: Option<bool>,
-    pub budget: Budget,
-}
-
-/// A loss at a step; see [`crate::train::Point`].
-#[derive(Debug, Clone, Copy, Deserialize)]
-pub struct Loss {
-    pub step: u64,
-    pub loss: f64,
-}
-
-/// Gradients against finite differences; see [`crate::train::Check`].
-#[derive(Debug, Deserialize)]
-pub struct Check {
-    pub slopes: Vec<Slope>,
-}
-
-/// One tensor's.
-#[derive(Debug, Deserialize)]
-pub struct Slope {
-    pub name: String,
-    pub norm: f64,
-    pub slope: f64,
-}
-
-/// What may be spent and was; see [`crate::report::BudgetReport`].
-#[derive(Debug, Deserialize)]
-pub struct Budget {
-    pub flops: Option<u128>,
-    pub structure: Structure,
-    pub prices: String,
-    pub spent: u128,
-    pub next_step: u128,
-    pub evaluation: u128,
-}
-
-/// An evaluation's account; see [`crate::report::EvaluationReport`].
-#[derive(Debug, Deserialize)]
-pub struct Evaluation {
-    pub loss: f64,
-    pub perplexity: f64,
-    pub tokens: u64,
-    pub seconds: f64,
-    pub tokens_per_s: f64,
-    pub adapter: Option<String>,
 }
 
 /// What `count --sweep` writes; see [`crate::sweep::Sweep`].
@@ -372,15 +268,7 @@ pub struct Total {
     pub structure: Structure,
     pub prices: PriceList,
     pub total_flops: u128,
-    pub run: Option<CountedRun>,
-}
-
-/// A finished run's own total.
-#[derive(Debug, Deserialize)]
-pub struct CountedRun {
-    pub file: String,
-    pub total_flops: u128,
-    pub agrees: bool,
+    pub run: Option<reconcile::Run>,
 }
 
 /// One step of the way.

@@ -4,13 +4,13 @@ use super::{
     chart::{Bar, Bars, Chart, Entry, Ink, Words},
     evaluation, generation,
     page::{Block, Cell, Figure, Section, Table, Verdict, ratio, total},
-    read::{Memory, Row, Run},
+    read::{Row, Run},
     training,
 };
 use crate::{
     error::Result,
     ledger::Phase,
-    report::{bytes, describe, digits, human},
+    report::{Memory, bytes, describe, digits, human},
 };
 
 /// The page of a run, or of a count.
@@ -143,7 +143,7 @@ fn differences(run: &Run) -> Option<Block> {
         let off = i128::try_from(off).unwrap_or(i128::MAX);
         let off = if d.executed_flops < d.predicted_flops { -off } else { off };
         vec![
-            Cell::word(&d.phase),
+            Cell::word(d.phase.name()),
             Cell::word(&d.scope),
             Cell::word(&d.op),
             Cell::count(d.predicted_calls),

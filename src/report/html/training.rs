@@ -3,18 +3,19 @@
 use super::{
     chart::{Axis, Chart, Ink, Marks, Plot, Scale, Series, Words},
     page::{Block, Cell, Figure, Section, Table, Verdict, ratio, rounded},
-    read::{Budget, Loss, Run, Slope, Training},
+    read::Run,
 };
 use crate::{
     error::Result,
-    report::{digits, human, percent},
+    report::{BudgetReport, TrainingReport, digits, human, percent},
+    train::{Point, Slope},
 };
 
 /// Adds verdicts, figures and curves to `section`.
 ///
 /// # Errors
 /// None that drawing into memory gives.
-pub fn add(section: &mut Section, run: &Run, t: &Training) -> Result<()> {
+pub fn add(section: &mut Section, run: &Run, t: &TrainingReport) -> Result<()> {
     section.verdicts.extend(verdicts(t));
     section.figures.extend(figures(run, t));
     if t.losses.is_empty() {
@@ -27,10 +28,10 @@ pub fn add(section: &mut Section, run: &Run, t: &Training) -> Result<()> {
     Ok(())
 }
 
-fn verdicts(t: &Training) -> Vec<Verdict> {
+fn verdicts(t: &TrainingReport) -> Vec<Verdict> {
     let mut verdicts = vec![];
     if let Some(all) = t.budget.flops {
-        let Budget { spent, next_step, structure, prices, .. } = &t.budget;
+        let BudgetReport { spent, next_step, structure, prices, .. } = &t.budget;
         let within = *spent <= all;
         let detail = format!(
             "{} of {} FLOPs spent ({}); one more step takes {} ({structure}, {prices})",
@@ -56,7 +57,7 @@ fn verdicts(t: &Training) -> Vec<Verdict> {
     }
     if let Some((check, passed)) = t.check.as_ref().zip(t.check_passed) {
         let verb = if passed { "equal" } else { "differ from" };
-        let worst = check.slopes.iter().map(apart).fold(0.0, f64::max);
+        let worst = check.slopes.iter().map(Slope::error).fold(0.0, f64::max);
         let tensors = check.slopes.len();
         verdicts.push(Verdict::of(
             passed,
@@ -67,14 +68,9 @@ fn verdicts(t: &Training) -> Vec<Verdict> {
     verdicts
 }
 
-/// How far a slope is from the norm that it should be, of the norm.
-fn apart(slope: &Slope) -> f64 {
-    (slope.slope / slope.norm - 1.0).abs()
-}
-
-fn figures(run: &Run, t: &Training) -> Vec<Figure> {
+fn figures(run: &Run, t: &TrainingReport) -> Vec<Figure> {
     let mut figures = vec![];
-    let fell = |points: &[Loss], name: &str| {
+    let fell = |points: &[Point], name: &str| {
         let (first, last) = (points.first()?, points.last()?);
         let note = format!("nats a token; {:.4} at first", first.loss);
         Some(Figure::new(name, format!("{:.4}", last.loss), "", note))
@@ -83,7 +79,8 @@ fn figures(run: &Run, t: &Training) -> Vec<Figure> {
     figures.extend(fell(&t.losses, "Training loss"));
     let steps = format!("of {} planned", digits(t.planned_steps.into()));
     figures.push(Figure::new("Steps", digits(t.steps.into()), "", steps));
-    if let Some(rate) = t.tokens_per_s.filter(|_| t.steps > 0) {
+    if t.steps > 0 {
+        let rate = t.tokens_per_s;
         let note = format!("{:.3} s a step", t.seconds / t.steps as f64);
         figures.push(Figure::new("Speed", rounded(rate), "tokens/s", note));
     }
@@ -99,8 +96,8 @@ fn figures(run: &Run, t: &Training) -> Vec<Figure> {
 const POINTS: usize = 400;
 
 /// Both losses by step.
-fn losses(t: &Training) -> Result<Chart> {
-    let curve = |points: &[Loss]| -> Vec<(f64, f64)> {
+fn losses(t: &TrainingReport) -> Result<Chart> {
+    let curve = |points: &[Point]| -> Vec<(f64, f64)> {
         points.iter().map(|p| (p.step as f64, p.loss)).collect()
     };
     let each = means(&curve(&t.losses), t.losses.len().div_ceil(POINTS).max(1));
@@ -155,7 +152,7 @@ fn running_mean(points: &[(f64, f64)], window: usize) -> Vec<(f64, f64)> {
 }
 
 /// FLOPs spent by step, and the budget.
-fn spending(t: &Training) -> Result<Chart> {
+fn spending(t: &TrainingReport) -> Result<Chart> {
     let spent = spent_by_step(t);
     let last = spent.last().map_or(0.0, |point| point.0);
     let mut series = vec![Series::new("spent", Ink::Series(0), Marks::Line, spent)];
@@ -167,7 +164,7 @@ fn spending(t: &Training) -> Result<Chart> {
         }
         None => String::new(),
     };
-    let Budget { spent, structure, prices, .. } = &t.budget;
+    let BudgetReport { spent, structure, prices, .. } = &t.budget;
     let said = format!(
         "{} FLOPs{budget} after {} steps; each evaluation is a jump of {}",
         digits(*spent),
@@ -185,8 +182,8 @@ fn spending(t: &Training) -> Result<Chart> {
 
 /// What was spent after each step, before and after its evaluation. Steps cost the same; what is
 /// beyond steps and evaluations is the check of gradients, at the second step.
-fn spent_by_step(t: &Training) -> Vec<(f64, f64)> {
-    let Budget { spent, next_step, evaluation, .. } = t.budget;
+fn spent_by_step(t: &TrainingReport) -> Vec<(f64, f64)> {
+    let BudgetReport { spent, next_step, evaluation, .. } = t.budget;
     let evaluations = t.evaluations.len() as u128;
     let known = u128::from(t.steps)
         .saturating_mul(next_step)
@@ -213,7 +210,7 @@ fn spent_by_step(t: &Training) -> Vec<(f64, f64)> {
 }
 
 /// Held-out losses with the training loss since the one before; or every step's.
-fn table(t: &Training) -> Table {
+fn table(t: &TrainingReport) -> Table {
     let held_out = t.evaluations.len() > 1;
     let marks: Vec<u64> = match held_out {
         true => t.evaluations.iter().map(|p| p.step).collect(),
@@ -242,7 +239,7 @@ fn table(t: &Training) -> Table {
 }
 
 /// The gradients that were checked.
-fn slopes(t: &Training) -> Option<Block> {
+fn slopes(t: &TrainingReport) -> Option<Block> {
     let check = t.check.as_ref().filter(|check| !check.slopes.is_empty())?;
     let head = ["tensor", "norm of its gradient", "slope of the loss along it", "apart"];
     let mut table = Table::new("Gradients and finite differences", 1, head);
@@ -251,7 +248,7 @@ fn slopes(t: &Training) -> Option<Block> {
             Cell::word(&s.name),
             Cell::figure(s.norm, format!("{:.6e}", s.norm)),
             Cell::figure(s.slope, format!("{:.6e}", s.slope)),
-            Cell::share(apart(s)),
+            Cell::share(s.error()),
         ]
     }));
     Some(Block::Table(table))
@@ -262,21 +259,23 @@ mod tests {
     use super::*;
     use crate::analytic::Structure;
 
-    fn run_of_four_steps() -> Training {
-        let at = |step| Loss { step, loss: 2.0 };
-        Training {
+    fn run_of_four_steps() -> TrainingReport {
+        let at = |step| Point { step, loss: 2.0 };
+        TrainingReport {
             steps: 4,
             planned_steps: 4,
             losses: (1..=4).map(at).collect(),
             evaluations: vec![at(0), at(4)],
             seconds: 1.0,
-            tokens_per_s: Some(1.0),
+            tokens_per_s: 1.0,
+            out: "run".into(),
+            step_seconds: vec![0.25; 4],
             tensors: 1,
             with_gradient: 1,
             smallest_gradient: None,
             check: None,
             check_passed: None,
-            budget: Budget {
+            budget: BudgetReport {
                 flops: Some(1000),
                 structure: Structure::Exact,
                 prices: "unit".into(),
