@@ -120,8 +120,7 @@ impl At<'_> {
         device: &Device,
         kernel: impl FnOnce() -> candle_core::Result<T>,
     ) -> Result<T> {
-        let Meter { observer, phase, timed, .. } = self.meter;
-        let (out, time) = if timed {
+        let (out, time) = if self.meter.timed {
             device.synchronize()?;
             let start = Instant::now();
             let out = kernel()?;
@@ -130,8 +129,17 @@ impl At<'_> {
         } else {
             (kernel()?, None)
         };
-        let scope = self.scope();
-        observer.borrow_mut().op(&Key { phase, scope, op, dtype }, time);
+        self.report(op, dtype, time);
         Ok(out)
+    }
+
+    /// Reports `op` as part of a kernel that has run, or is about to, for several ops at once.
+    pub(crate) fn ran(self, op: Op, dtype: Dtype) {
+        self.report(op, dtype, self.meter.timed.then_some(Duration::ZERO));
+    }
+
+    fn report(self, op: Op, dtype: Dtype, time: Option<Duration>) {
+        let Meter { observer, phase, .. } = self.meter;
+        observer.borrow_mut().op(&Key { phase, scope: self.scope(), op, dtype }, time);
     }
 }

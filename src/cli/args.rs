@@ -139,6 +139,9 @@ pub struct ExecutionArgs {
     /// Time each op (waits for the device around it, so the run is slower)
     #[arg(long)]
     pub op_times: bool,
+    /// On a GPU, launch each decoding step anew in place of replaying a recorded CUDA graph
+    #[arg(long)]
+    pub no_cuda_graph: bool,
 }
 
 /// Element type of weights and activations.

@@ -126,6 +126,7 @@ fn execute(
                 kv_cache,
                 eos: vec![],
                 timed: execution.op_times,
+                recorded: !execution.no_cuda_graph,
             };
             generate(&model, &request, &ledger, |_, _| interrupt.check())?;
         }

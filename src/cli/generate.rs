@@ -196,6 +196,7 @@ impl Args {
             kv_cache: !self.no_kv_cache,
             eos: eos.clone(),
             timed: self.execution.op_times,
+            recorded: !self.execution.no_cuda_graph,
         };
         by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
     }

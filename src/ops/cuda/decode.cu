@@ -1,0 +1,403 @@
+// One token of each sequence through a layer, in five launches: norm and q, k, v with bias; RoPE,
+// cache and attention; o and residual; norm, gate and up with SiLU and product; down and residual.
+//
+// Products are with few rows, so what counts is that every weight is read once, by many threads,
+// with many loads under way: a block takes R rows of the weight and all B rows of the input, its
+// threads split the summed dimension. What does not depend on the kernel before (the first weights)
+// is fetched before waiting for it.
+//
+// The number of tokens held is read from memory, so that one recorded graph serves every step.
+#include "common.cuh"
+
+#define THREADS 128
+
+// What is multiplied by what, and what happens to the sums.
+enum Kind {
+    PLAIN = 0, // out = sum + bias
+    ADD = 1,   // out = out + sum
+    GATED = 2, // out = silu(sum with the first weight) · sum with the second
+};
+
+// Up to three weights one after another as the rows of one, each with its bias or none.
+template <typename T> struct Weights {
+    const T *w0, *w1, *w2;
+    const T *b0, *b1, *b2;
+    u32 n0, n01, n; // rows of the first, of the first two, of all
+
+    __device__ const T *row(u32 r, u32 k) const {
+        if (r < n0) return w0 + (u64)r * k;
+        if (r < n01) return w1 + (u64)(r - n0) * k;
+        return w2 + (u64)(r - n01) * k;
+    }
+    __device__ float bias(u32 r) const {
+        const T *b = r < n0 ? b0 : r < n01 ? b1 : b2;
+        return b ? widen(b[r < n0 ? r : r < n01 ? r - n0 : r - n01]) : 0.0f;
+    }
+};
+
+// Sums over a warp of M values each lane holds, M a power of 2 up to 32: value i ends in the lanes
+// whose index, divided by 32 / M, is i. Each step halves what is still held.
+template <int S, int MASK, int M> __device__ __forceinline__ void halve(float (&v)[M]) {
+    if constexpr (S > 0) {
+        bool upper = threadIdx.x & MASK;
+#pragma unroll
+        for (int i = 0; i < S; i++) {
+            float sent = upper ? v[i] : v[i + S];
+            v[i] = (upper ? v[i + S] : v[i]) + __shfl_xor_sync(~0u, sent, MASK);
+        }
+        halve<S / 2, MASK / 2>(v);
+    } else if constexpr (MASK > 0) {
+        v[0] += __shfl_xor_sync(~0u, v[0], MASK);
+        halve<0, MASK / 2>(v);
+    }
+}
+template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
+    halve<M / 2, 16>(v);
+    return v[0];
+}
+
+// out (batch, n) from x (batch, k), B rows at most; with `gain`, x is normalized first.
+template <typename T, int B, int R, int KIND>
+__device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 batch, u32 k,
+                        float eps) {
+    constexpr int SETS = KIND == GATED ? 2 : 1;
+    constexpr int SUMS = SETS * R * B;
+    u32 first = blockIdx.x * R;
+    const T *rows[SETS * R];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        u32 row = min(first + r, w.n - 1); // past the end: again the last, and dropped
+        if constexpr (KIND == GATED) {
+            rows[2 * r] = w.w0 + (u64)row * k;
+            rows[2 * r + 1] = w.w1 + (u64)row * k;
+        } else {
+            rows[r] = w.row(row, k);
+        }
+    }
+    float sums[SUMS] = {}, squares[B] = {};
+    float weights[SETS * R][8];
+    u32 i = threadIdx.x * 8;
+    if (i < k) {
+#pragma unroll
+        for (int r = 0; r < SETS * R; r++) load<8>(rows[r] + i, weights[r]);
+    }
+    wait_for_inputs();
+    let_next_start();
+    while (i < k) {
+        float g[8];
+        if (gain) load<8>(gain + i, g);
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            if (b < batch) {
+                float v[8];
+                load<8>(x + (u64)b * k + i, v);
+                if (gain) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) {
+                        squares[b] += v[j] * v[j];
+                        v[j] *= g[j];
+                    }
+                }
+#pragma unroll
+                for (int r = 0; r < SETS * R; r++) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sums[r * B + b] += v[j] * weights[r][j];
+                }
+            }
+        }
+        i += THREADS * 8;
+        if (i < k) {
+#pragma unroll
+            for (int r = 0; r < SETS * R; r++) load<8>(rows[r] + i, weights[r]);
+        }
+    }
+    constexpr int WARPS = THREADS / 32;
+    __shared__ float parts[WARPS][SUMS + B];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if constexpr (SUMS <= 32) {
+        float sum = scatter_sums<SUMS>(sums);
+        if (lane % (32 / SUMS) == 0) parts[warp][lane / (32 / SUMS)] = sum;
+    } else {
+#pragma unroll
+        for (int part = 0; part < SUMS / 32; part++) {
+            float some[32];
+#pragma unroll
+            for (int j = 0; j < 32; j++) some[j] = sums[part * 32 + j];
+            parts[warp][part * 32 + lane] = scatter_sums<32>(some);
+        }
+    }
+    if (gain) {
+        float sum = scatter_sums<B>(squares);
+        if (lane % (32 / B) == 0) parts[warp][SUMS + lane / (32 / B)] = sum;
+    }
+    __syncthreads();
+    int r = threadIdx.x / B, b = threadIdx.x % B;
+    if (r >= R || b >= batch || first + r >= w.n) return;
+    auto total = [&](int i) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < WARPS; j++) sum += parts[j][i];
+        return sum;
+    };
+    float inverse = gain ? rsqrtf(total(SUMS + b) / k + eps) : 1.0f;
+    T *to = out + (u64)b * w.n + first + r;
+    if constexpr (KIND == GATED) {
+        float gate = rounded<T>(total(2 * r * B + b) * inverse);
+        float up = rounded<T>(total((2 * r + 1) * B + b) * inverse);
+        *to = narrow<T>(rounded<T>(gate / (1.0f + __expf(-gate))) * up);
+    } else {
+        float sum = rounded<T>(total(r * B + b) * inverse);
+        *to = narrow<T>(sum + (KIND == ADD ? widen(*to) : w.bias(first + r)));
+    }
+}
+
+// x (batch, width) = rows `ids` of the table
+template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids, u32 width) {
+    wait_for_inputs();
+    let_next_start();
+    const T *row = table + (u64)ids[blockIdx.y] * width;
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < width) x[(u64)blockIdx.y * width + i] = row[i];
+}
+
+// Attention of one query token over `*held` tokens before it and itself, grouped: block (split,
+// key head, sequence) takes the G query heads of one key head and one of `splits` shares of the
+// keys. q, k, v are the new token's, before RoPE; k after it and v go into the caches
+// (batch, K, capacity, D). The block that finishes last of a head's adds the shares up.
+//
+// A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
+// groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
+#define MOST_G 8
+#define MOST_SPLITS 32
+template <typename T, int D>
+__device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos,
+                       const T *sin, const T *scale, const u32 *held, float *shares, u32 *done,
+                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride) {
+    constexpr int LANES = D / 8, GROUPS = THREADS / LANES;
+    u32 split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, b = blockIdx.z;
+    u32 g_count = heads / kv_heads;
+    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    wait_for_inputs();
+    let_next_start();
+    u32 past = *held;
+
+    // RoPE of the queries and of the new key.
+    __shared__ float query[MOST_G][D], new_key[D];
+    const T *co = cos + (u64)past * (D / 2), *si = sin + (u64)past * (D / 2);
+    for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += THREADS) {
+        u32 g = i / (D / 2), j = i % (D / 2);
+        const T *from = g < g_count ? q + (u64)b * q_stride + (head * g_count + g) * D
+                                    : k + (u64)b * kv_stride + head * D;
+        float first = widen(from[j]), second = widen(from[j + D / 2]);
+        float c = widen(co[j]), s = widen(si[j]);
+        float x = rounded<T>(first * c - second * s), y = rounded<T>(first * s + second * c);
+        if (g < g_count) {
+            float f = widen(scale[0]);
+            query[g][j] = rounded<T>(x * f), query[g][j + D / 2] = rounded<T>(y * f);
+        } else {
+            new_key[j] = x, new_key[j + D / 2] = y;
+        }
+    }
+    __syncthreads();
+    // Below any score, yet a number: a group without keys weighs exp(NONE − max) = 0.
+    constexpr float NONE = -1e30f;
+    float qs[MOST_G][8], max[MOST_G], sum[MOST_G], mixed[MOST_G][8];
+#pragma unroll
+    for (int g = 0; g < MOST_G; g++) {
+        max[g] = NONE, sum[g] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            qs[g][j] = g < g_count ? query[g][lane * 8 + j] : 0.0f;
+            mixed[g][j] = 0.0f;
+        }
+    }
+    // By whole warps, of whose groups some may have no key.
+    auto look = [&](const float (&key)[8], const float (&value)[8], bool valid) {
+#pragma unroll
+        for (int g = 0; g < MOST_G; g++) {
+            if (g < g_count) {
+                float s = 0.0f;
+#pragma unroll
+                for (int j = 0; j < 8; j++) s += qs[g][j] * key[j];
+#pragma unroll
+                for (int mask = LANES / 2; mask > 0; mask >>= 1)
+                    s += __shfl_xor_sync(~0u, s, mask);
+                s = valid ? s : -INFINITY;
+                float now = fmaxf(max[g], s);
+                float shrink = __expf(max[g] - now), weight = __expf(s - now);
+                max[g] = now;
+                sum[g] = sum[g] * shrink + weight;
+#pragma unroll
+                for (int j = 0; j < 8; j++) mixed[g][j] = mixed[g][j] * shrink + weight * value[j];
+            }
+        }
+    };
+    u64 base = ((u64)b * kv_heads + head) * capacity * D + lane * 8;
+    u32 start = (u64)past * split / splits, end = (u64)past * (split + 1) / splits;
+    float key[8] = {}, value[8] = {}, next_key[8] = {}, next_value[8] = {};
+    auto fetch = [&](u32 t) {
+        if (t < end) {
+            load<8>(keys + base + (u64)t * D, next_key);
+            load<8>(values + base + (u64)t * D, next_value);
+        }
+    };
+    fetch(start + group);
+    for (u32 t = start; t < end; t += GROUPS) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) key[j] = next_key[j], value[j] = next_value[j];
+        fetch(t + GROUPS + group);
+        look(key, value, t + group < end);
+    }
+    // The new token itself, in the first share.
+    if (split == 0 && threadIdx.x < 32) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) key[j] = new_key[lane * 8 + j];
+        load<8>(v + (u64)b * kv_stride + head * D + lane * 8, value);
+        if (group == 0) {
+            store<8>(keys + base + (u64)past * D, key);
+            store<8>(values + base + (u64)past * D, value);
+        }
+        look(key, value, group == 0);
+    }
+
+    // The groups' results into one share: (max, sum, D values) for each query head.
+    __shared__ float maxes[GROUPS], sums[GROUPS], part[GROUPS][D + 1];
+    u64 row = ((u64)b * heads + head * g_count);
+    for (u32 g = 0; g < g_count; g++) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < MOST_G; i++) {
+            if (i == g) {
+                if (lane == 0) maxes[group] = max[i], sums[group] = sum[i];
+#pragma unroll
+                for (int j = 0; j < 8; j++) part[group][lane * 8 + j] = mixed[i][j];
+            }
+        }
+        __syncthreads();
+        if (threadIdx.x < D) {
+            float top = -INFINITY, total = 0.0f, v = 0.0f;
+            for (int i = 0; i < GROUPS; i++) top = fmaxf(top, maxes[i]);
+            for (int i = 0; i < GROUPS; i++) {
+                float weight = __expf(maxes[i] - top);
+                total += weight * sums[i];
+                v += weight * part[i][threadIdx.x];
+            }
+            if (splits == 1) {
+                out[(row + g) * D + threadIdx.x] = narrow<T>(v / total);
+            } else {
+                float *share = shares + ((row + g) * splits + split) * (D + 2);
+                share[2 + threadIdx.x] = v;
+                if (threadIdx.x == 0) share[0] = top, share[1] = total;
+            }
+        }
+    }
+    if (splits == 1) return;
+
+    // Whoever is last of this head adds the shares up.
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(done + b * kv_heads + head, splits - 1) == splits - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    __shared__ float tops[MOST_G][MOST_SPLITS], totals[MOST_G][MOST_SPLITS];
+    for (u32 i = threadIdx.x; i < g_count * splits; i += THREADS) {
+        const float *share = shares + (row * splits + i) * (D + 2);
+        tops[i / splits][i % splits] = __ldcg(share);
+        totals[i / splits][i % splits] = __ldcg(share + 1);
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+        u32 g = i / D, j = i % D;
+        const float *share = shares + (row + g) * splits * (D + 2) + 2 + j;
+        float top = NONE, total = 0.0f, v = 0.0f;
+        for (u32 s = 0; s < splits; s++) top = fmaxf(top, tops[g][s]);
+#pragma unroll 8
+        for (u32 s = 0; s < splits; s++) {
+            float weight = __expf(tops[g][s] - top);
+            total += weight * totals[g][s];
+            v += weight * __ldcg(share + s * (D + 2));
+        }
+        out[(row + g) * D + j] = narrow<T>(v / total);
+    }
+}
+
+// The largest of each row's logits becomes the row's next input, and entry `*held - first` of
+// `chosen` (steps, batch): (order of its bits, ~index). Blocks (share of a row, row); the last one
+// to finish writes, and counts the token that has just been fed. `best` (batch) is 0 before and
+// after.
+template <typename T>
+__device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, const T *logits,
+                       u32 width, u32 first) {
+    wait_for_inputs();
+    const T *p = logits + (u64)blockIdx.y * width;
+    u64 mine = 0;
+    for (u32 i = (blockIdx.x * 256 + threadIdx.x) * 8; i < width; i += gridDim.x * 256 * 8) {
+        float v[8];
+        load<8>(p + i, v);
+#pragma unroll
+        for (int j = 0; j < 8; j++) mine = larger(mine, ranked(v[j], i + j));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1)
+        mine = larger(mine, __shfl_xor_sync(~0u, mine, mask));
+    if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, mine);
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    u32 blocks = gridDim.x * gridDim.y;
+    if (threadIdx.x == 0) last = atomicInc(done, blocks - 1) == blocks - 1;
+    __syncthreads();
+    if (!last) return;
+    for (u32 row = threadIdx.x; row < gridDim.y; row += 256) {
+        u64 top = atomicExch(best + row, 0ull);
+        ids[row] = ~(u32)top;
+        chosen[(u64)(*held - first) * gridDim.y + row] = top;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *held += 1;
+}
+
+// ---- what the host calls ------------------------------------------------------------------------
+
+#define PROJECT(T, t, NAME, B, R, KIND)                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##t##_##B(                        \
+        T *o, const T *x, const T *g, const T *w0, const T *w1, const T *w2, const T *b0,          \
+        const T *b1, const T *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k, float eps) {           \
+        Weights<T> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                       \
+        project<T, B, R, KIND>(o, x, g, w, batch, k, eps);                                         \
+    }
+
+#define PROJECTS(T, t, B)                                                                          \
+    PROJECT(T, t, project, B, 4, PLAIN)                                                            \
+    PROJECT(T, t, project_add, B, 2, ADD)                                                          \
+    PROJECT(T, t, project_gated, B, 4, GATED)
+
+#define ATTEND(T, t, D)                                                                            \
+    extern "C" __global__ void __launch_bounds__(THREADS) attend_##t##_##D(                        \
+        T *o, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos, const T *sin,  \
+        const T *scale, const u32 *held, float *shares, u32 *done, u32 heads, u32 kv_heads,        \
+        u32 capacity, u32 q_stride, u32 kv_stride) {                                               \
+        attend<T, D>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
+                     kv_heads, capacity, q_stride, kv_stride);                                     \
+    }
+
+#define ALL(T, t)                                                                                  \
+    PROJECTS(T, t, 1)                                                                              \
+    PROJECTS(T, t, 2)                                                                              \
+    PROJECTS(T, t, 4)                                                                              \
+    PROJECTS(T, t, 8)                                                                              \
+    ATTEND(T, t, 8)                                                                                \
+    ATTEND(T, t, 64)                                                                               \
+    ATTEND(T, t, 128)                                                                              \
+    extern "C" __global__ void embed_##t(T *x, const T *table, const u32 *ids, u32 width) {        \
+        embed<T>(x, table, ids, width);                                                            \
+    }                                                                                              \
+    extern "C" __global__ void choose_##t(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done,  \
+                                          const T *x, u32 width, u32 first) {                      \
+        choose<T>(ids, chosen, best, held, done, x, width, first);                                 \
+    }
+
+ALL(float, f32)
+ALL(bf16, bf16)
