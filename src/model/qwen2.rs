@@ -348,7 +348,6 @@ impl Attention {
         cache: &KvCache,
     ) -> Result<Tensor> {
         let at = meter.at(Module::SelfAttn);
-        let (batch, seq) = (x.dims()[0], x.dims()[1]);
         let (q, k, v) = (
             self.q_proj.forward(meter, x)?,
             self.k_proj.forward(meter, x)?,
@@ -359,17 +358,7 @@ impl Attention {
         let q = ops::rotated_heads(at, &q, self.heads, rope, past, Some(&self.scale))?; // (B, H, T, d)
         let k = ops::rotated_heads(at, &k, self.kv_heads, rope, past, None)?; // (B, K, T, d)
         let (k, v) = cache.extend(layer, &k, &ops::split_heads(&v, self.kv_heads)?)?; // (B, K, S, d)
-        let d = q.dims()[3];
-
-        // The G query heads of one key head are rows of one product: K is never repeated.
-        let q = q.reshape((batch, self.kv_heads, self.heads / self.kv_heads * seq, d))?;
-        let scores = ops::matmul(at, &q, &k.t()?)?; // (B, K, G·T, S)
-        let weights = match mask {
-            Some(mask) => ops::masked_softmax(at, scores, mask)?,
-            None => ops::softmax(at, scores)?,
-        };
-        let mixed = ops::matmul(at, &weights, &v)?; // (B, K, G·T, d)
-        let mixed = ops::merge_heads(&mixed.reshape((batch, self.heads, seq, d))?)?;
+        let mixed = ops::attention(at, &q, &k, &v, mask)?; // (B, T, H·d)
         self.o_proj.forward(meter, &mixed)
     }
 }

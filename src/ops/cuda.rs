@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Result, Tensor};
 /// A file of kernels in `src/ops/cuda`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum File {
+    /// Attention of whole sequences.
+    Attention,
     /// Prefill and training.
     Rows,
     /// One token of each sequence.
@@ -20,7 +22,9 @@ pub(super) enum File {
 pub(super) enum Arg<'a> {
     /// Where a tensor's elements begin.
     Of(&'a Tensor),
-    /// So many elements after that.
+    /// The same of one whose layout the kernel is told, and which need not be dense.
+    Strided(&'a Tensor),
+    /// So many elements after the beginning.
     After(&'a Tensor, usize),
     /// No tensor.
     Null,
@@ -130,6 +134,24 @@ impl Kernels {
         let args = [act.into(), Arg::Of(out), Arg::Of(gate), Arg::Of(up), Arg::U64(n as u64)];
         let name = format!("gated_{}_{width}", self.suffix());
         self.launch(File::Rows, &name, threads(n / width, 256), 256, &args)
+    }
+
+    /// (towards gate, towards up) from `dy`, the gradient of silu(gate) · up, act being silu(gate).
+    pub(super) fn gated_grad(
+        &self,
+        dy: &Tensor,
+        gate: &Tensor,
+        up: &Tensor,
+        act: &Tensor,
+    ) -> Result<(Tensor, Tensor)> {
+        let n = gate.elem_count();
+        let (to_gate, to_up) = (self.output(gate)?, self.output(up)?);
+        let width = pack(n.is_multiple_of(8));
+        let tensors = [&to_gate, &to_up, dy, gate, up, act].map(Arg::Of);
+        let args: Vec<_> = tensors.into_iter().chain([Arg::U64(n as u64)]).collect();
+        let name = format!("gated_grad_{}_{width}", self.suffix());
+        self.launch(File::Rows, &name, threads(n / width, 256), 256, &args)?;
+        Ok((to_gate, to_up))
     }
 
     /// Adds `bias` (n) to columns of `out` (rows, width) from `after` on, in place.
@@ -342,6 +364,7 @@ mod backend {
     impl File {
         fn image(self) -> &'static [u8] {
             match self {
+                Self::Attention => include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
                 Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
                 Self::Decode => include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin")),
             }
@@ -441,6 +464,7 @@ mod backend {
         for arg in args {
             values.push(match *arg {
                 Arg::Of(tensor) => pointer(tensor, 0, &stream)?,
+                Arg::Strided(tensor) => start(tensor, 0, &stream)?,
                 Arg::After(tensor, elements) => pointer(tensor, elements, &stream)?,
                 Arg::Null => 0,
                 Arg::U64(value) => value,
@@ -512,11 +536,15 @@ mod backend {
     }
 
     fn pointer(tensor: &Tensor, after: usize, stream: &CudaStream) -> Result<u64> {
+        match tensor.is_contiguous() {
+            true => start(tensor, after, stream),
+            false => candle_core::bail!("{:?} is not dense", tensor.layout()),
+        }
+    }
+
+    fn start(tensor: &Tensor, after: usize, stream: &CudaStream) -> Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else { candle_core::bail!("is not on a GPU") };
-        if !layout.is_contiguous() {
-            candle_core::bail!("{layout:?} is not dense");
-        }
         let start = match &storage.slice {
             Slice::F32(slice) => slice.device_ptr(stream).0,
             Slice::F64(slice) => slice.device_ptr(stream).0,

@@ -1,5 +1,7 @@
 //! One operation an element.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use super::{
     Tensor,
     by_row::{by_element, by_row},
@@ -98,10 +100,29 @@ pub fn gated(at: At, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         at.run(Op::Mul { n }, dtype, gate.device(), || kernels.gated(&gate.data, &up.data, keep))?;
     let product = Tensor::from(product);
     let Some(act) = act.map(Tensor::from) else { return Ok(product) };
-    let (saved, to_gate) = (gate.detach(), up.detach());
-    let product =
-        product.made_from(at, gate, move |at, dy| silu_grad(at, &saved, &mul(at, dy, &to_gate)?));
-    Ok(product.made_from(at, up, move |at, dy| mul(at, dy, &act)))
+    if !(gate.needs_gradient() && up.needs_gradient()) {
+        let (saved, to_gate) = (gate.detach(), up.detach());
+        let to_gate = move |at: At, dy: &Tensor| silu_grad(at, &saved, &mul(at, dy, &to_gate)?);
+        let product = product.made_from(at, gate, to_gate);
+        return Ok(product.made_from(at, up, move |at, dy| mul(at, dy, &act)));
+    }
+    // Both in one pass, when the first is asked for; the other waits here.
+    let waiting = Arc::new(Mutex::new(None));
+    let (of_up, inputs) = (waiting.clone(), [gate.detach(), up.detach(), act]);
+    let product = product.made_from(at, gate, move |at, dy| {
+        at.ran(Op::Mul { n }, dtype);
+        let [gate, up, act] = inputs.map(|input| input.data);
+        let (to_gate, to_up) = at.run(Op::SiluGrad { n }, dtype, dy.device(), || {
+            kernels.gated_grad(&dy.data.contiguous()?, &gate, &up, &act)
+        })?;
+        *waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(to_up);
+        Ok(to_gate.into())
+    });
+    Ok(product.made_from(at, up, move |at, _| {
+        at.ran(Op::Mul { n }, dtype);
+        let to_up = of_up.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(to_up.ok_or_else(|| anyhow::anyhow!("the gate's gradient comes first"))?.into())
+    }))
 }
 
 /// dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x)).

@@ -3,6 +3,7 @@
 //!
 //! Reshapes, transposes, slices and copies do no arithmetic and are not reported.
 
+mod attention;
 mod by_row;
 mod cuda;
 mod decode;
@@ -20,6 +21,7 @@ mod sample;
 mod softmax;
 mod tape;
 
+pub use attention::attention;
 pub use decode::{Decoding, Norm, Product, Sizes};
 pub use elementwise::{add, gated, mul, scale, silu};
 pub use embed::embed;

@@ -113,6 +113,15 @@ impl CausalMask {
     }
 }
 
+impl CausalMask {
+    /// The earlier tokens, for scores (…, seq, held).
+    pub(super) fn past_of(&self, seq: usize, held: usize) -> Result<usize> {
+        let fits = seq == self.seq && held == self.past + self.seq;
+        anyhow::ensure!(fits, "a mask of {self:?} for scores ({seq}, {held})");
+        Ok(self.past)
+    }
+}
+
 /// Softmax of scores (…, seq, past + seq) + mask, in the place of `scores`, which nothing else may
 /// hold, where a kernel can.
 ///

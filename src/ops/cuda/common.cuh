@@ -71,12 +71,10 @@ struct Sum {
     static __device__ __forceinline__ float identity() { return 0.0f; }
     static __device__ __forceinline__ float of(float a, float b) { return a + b; }
 };
+// A NaN is passed over; whoever subtracts the maximum from it will see it.
 struct Max {
     static __device__ __forceinline__ float identity() { return -INFINITY; }
-    // A NaN wins, so that it is seen.
-    static __device__ __forceinline__ float of(float a, float b) {
-        return isnan(a) || a > b ? a : b;
-    }
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
 };
 
 // Over THREADS threads, 32 or the whole block; every one of them gets the result.

@@ -35,6 +35,32 @@ template <typename T> struct Weights {
     }
 };
 
+// Eight elements as they lie in memory, so that those on their way take few registers.
+template <typename T> struct Raw;
+template <> struct Raw<bf16> {
+    uint4 v;
+    __device__ void fetch(const bf16 *p) { v = __ldcs(reinterpret_cast<const uint4 *>(p)); }
+    __device__ void widen_to(float (&out)[8]) const {
+        const __nv_bfloat162 *pairs = reinterpret_cast<const __nv_bfloat162 *>(&v);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 pair = __bfloat1622float2(pairs[i]);
+            out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+        }
+    }
+};
+template <> struct Raw<float> {
+    float4 a, b;
+    __device__ void fetch(const float *p) {
+        a = __ldcs(reinterpret_cast<const float4 *>(p));
+        b = __ldcs(reinterpret_cast<const float4 *>(p) + 1);
+    }
+    __device__ void widen_to(float (&out)[8]) const {
+        out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+        out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    }
+};
+
 // Sums over a warp of M values each lane holds, M a power of 2 up to 32: value i ends in the lanes
 // whose index, divided by 32 / M, is i. Each step halves what is still held.
 template <int S, int MASK, int M> __device__ __forceinline__ void halve(float (&v)[M]) {
@@ -57,7 +83,8 @@ template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
 }
 
 // out (batch, n) from x (batch, k), B rows at most; with `gain`, x is normalized first.
-template <typename T, int B, int R, int KIND>
+// AHEAD packs of every row are under way at once.
+template <typename T, int B, int R, int KIND, int AHEAD>
 __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 batch, u32 k,
                         float eps) {
     constexpr int SETS = KIND == GATED ? 2 : 1;
@@ -75,40 +102,47 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
         }
     }
     float sums[SUMS] = {}, squares[B] = {};
-    float weights[SETS * R][8];
-    u32 i = threadIdx.x * 8;
-    if (i < k) {
-#pragma unroll
-        for (int r = 0; r < SETS * R; r++) load<8>(rows[r] + i, weights[r]);
-    }
-    wait_for_inputs();
-    let_next_start();
-    while (i < k) {
-        float g[8];
-        if (gain) load<8>(gain + i, g);
-#pragma unroll
-        for (int b = 0; b < B; b++) {
-            if (b < batch) {
-                float v[8];
-                load<8>(x + (u64)b * k + i, v);
-                if (gain) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) {
-                        squares[b] += v[j] * v[j];
-                        v[j] *= g[j];
-                    }
-                }
-#pragma unroll
-                for (int r = 0; r < SETS * R; r++) {
-#pragma unroll
-                    for (int j = 0; j < 8; j++) sums[r * B + b] += v[j] * weights[r][j];
-                }
-            }
-        }
-        i += THREADS * 8;
+    Raw<T> weights[AHEAD][SETS * R];
+    auto fetch = [&](int c, u32 i) {
         if (i < k) {
 #pragma unroll
-            for (int r = 0; r < SETS * R; r++) load<8>(rows[r] + i, weights[r]);
+            for (int r = 0; r < SETS * R; r++) weights[c][r].fetch(rows[r] + i);
+        }
+    };
+#pragma unroll
+    for (int c = 0; c < AHEAD; c++) fetch(c, (c * THREADS + threadIdx.x) * 8);
+    wait_for_inputs();
+    let_next_start();
+    for (u32 start = threadIdx.x * 8; start < k; start += AHEAD * THREADS * 8) {
+#pragma unroll
+        for (int c = 0; c < AHEAD; c++) {
+            u32 i = start + c * THREADS * 8;
+            if (i >= k) break;
+            float g[8], v[B][8];
+            if (gain) load<8>(gain + i, g);
+#pragma unroll
+            for (int b = 0; b < B; b++) {
+                if (b < batch) load<8>(x + (u64)b * k + i, v[b]);
+#pragma unroll
+                for (int j = 0; j < 8; j++) {
+                    if (b >= batch) v[b][j] = 0.0f;
+                    if (gain) {
+                        squares[b] += v[b][j] * v[b][j];
+                        v[b][j] *= g[j];
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < SETS * R; r++) {
+                float w[8];
+                weights[c][r].widen_to(w);
+#pragma unroll
+                for (int b = 0; b < B; b++) {
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sums[r * B + b] += v[b][j] * w[j];
+                }
+            }
+            fetch(c, i + AHEAD * THREADS * 8);
         }
     }
     constexpr int WARPS = THREADS / 32;
@@ -177,9 +211,17 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     u32 split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, b = blockIdx.z;
     u32 g_count = heads / kv_heads;
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    // What was held before this step is there: whoever wrote it has ended.
+    u32 past = *held;
+    u64 base = ((u64)b * kv_heads + head) * capacity * D + lane * 8;
+    u32 start = (u64)past * split / splits, end = (u64)past * (split + 1) / splits;
+    Raw<T> next_key, next_value;
+    auto fetch = [&](u32 t) {
+        if (t < end) next_key.fetch(keys + base + (u64)t * D), next_value.fetch(values + base + (u64)t * D);
+    };
+    fetch(start + group);
     wait_for_inputs();
     let_next_start();
-    u32 past = *held;
 
     // RoPE of the queries and of the new key.
     __shared__ float query[MOST_G][D], new_key[D];
@@ -232,21 +274,14 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
             }
         }
     };
-    u64 base = ((u64)b * kv_heads + head) * capacity * D + lane * 8;
-    u32 start = (u64)past * split / splits, end = (u64)past * (split + 1) / splits;
-    float key[8] = {}, value[8] = {}, next_key[8] = {}, next_value[8] = {};
-    auto fetch = [&](u32 t) {
-        if (t < end) {
-            load<8>(keys + base + (u64)t * D, next_key);
-            load<8>(values + base + (u64)t * D, next_value);
-        }
-    };
-    fetch(start + group);
+    float key[8], value[8];
     for (u32 t = start; t < end; t += GROUPS) {
+        bool valid = t + group < end;
+        next_key.widen_to(key), next_value.widen_to(value);
 #pragma unroll
-        for (int j = 0; j < 8; j++) key[j] = next_key[j], value[j] = next_value[j];
+        for (int j = 0; j < 8; j++) value[j] = valid ? value[j] : 0.0f; // whatever it is, it may be no number
         fetch(t + GROUPS + group);
-        look(key, value, t + group < end);
+        look(key, value, valid);
     }
     // The new token itself, in the first share.
     if (split == 0 && threadIdx.x < 32) {
@@ -260,35 +295,51 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
         look(key, value, group == 0);
     }
 
-    // The groups' results into one share: (max, sum, D values) for each query head.
-    __shared__ float maxes[GROUPS], sums[GROUPS], part[GROUPS][D + 1];
-    u64 row = ((u64)b * heads + head * g_count);
-    for (u32 g = 0; g < g_count; g++) {
-        __syncthreads();
+    // The groups' results into one share, (max, sum, D values) for each query head: first within a
+    // warp, then over the warps.
+    constexpr int WARPS = THREADS / 32;
+    __shared__ float maxes[WARPS][MOST_G], sums[WARPS][MOST_G], part[WARPS][MOST_G][D];
+    int warp = threadIdx.x / 32;
 #pragma unroll
-        for (int i = 0; i < MOST_G; i++) {
-            if (i == g) {
-                if (lane == 0) maxes[group] = max[i], sums[group] = sum[i];
+    for (int g = 0; g < MOST_G; g++) {
+        if (g < g_count) {
 #pragma unroll
-                for (int j = 0; j < 8; j++) part[group][lane * 8 + j] = mixed[i][j];
+            for (int mask = LANES; mask < 32; mask <<= 1) {
+                float other = __shfl_xor_sync(~0u, max[g], mask), now = fmaxf(max[g], other);
+                float mine = __expf(max[g] - now), theirs = __expf(other - now);
+                max[g] = now;
+                sum[g] = sum[g] * mine + __shfl_xor_sync(~0u, sum[g], mask) * theirs;
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    mixed[g][j] =
+                        mixed[g][j] * mine + __shfl_xor_sync(~0u, mixed[g][j], mask) * theirs;
+            }
+            if (threadIdx.x % 32 < LANES) {
+                maxes[warp][g] = max[g], sums[warp][g] = sum[g];
+#pragma unroll
+                for (int j = 0; j < 8; j++) part[warp][g][lane * 8 + j] = mixed[g][j];
             }
         }
-        __syncthreads();
-        if (threadIdx.x < D) {
-            float top = -INFINITY, total = 0.0f, v = 0.0f;
-            for (int i = 0; i < GROUPS; i++) top = fmaxf(top, maxes[i]);
-            for (int i = 0; i < GROUPS; i++) {
-                float weight = __expf(maxes[i] - top);
-                total += weight * sums[i];
-                v += weight * part[i][threadIdx.x];
-            }
-            if (splits == 1) {
-                out[(row + g) * D + threadIdx.x] = narrow<T>(v / total);
-            } else {
-                float *share = shares + ((row + g) * splits + split) * (D + 2);
-                share[2 + threadIdx.x] = v;
-                if (threadIdx.x == 0) share[0] = top, share[1] = total;
-            }
+    }
+    __syncthreads();
+    u64 row = (u64)b * heads + head * g_count;
+    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+        u32 g = i / D, j = i % D;
+        float top = NONE, total = 0.0f, v = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) top = fmaxf(top, maxes[w][g]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            float weight = __expf(maxes[w][g] - top);
+            total += weight * sums[w][g];
+            v += weight * part[w][g][j];
+        }
+        if (splits == 1) {
+            out[(row + g) * D + j] = narrow<T>(v / total);
+        } else {
+            float *share = shares + ((row + g) * splits + split) * (D + 2);
+            share[2 + j] = v;
+            if (j == 0) share[0] = top, share[1] = total;
         }
     }
     if (splits == 1) return;
@@ -361,18 +412,18 @@ __device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, c
 
 // ---- what the host calls ------------------------------------------------------------------------
 
-#define PROJECT(T, t, NAME, B, R, KIND)                                                            \
+#define PROJECT(T, t, NAME, B, R, KIND, AHEAD)                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##t##_##B(                        \
         T *o, const T *x, const T *g, const T *w0, const T *w1, const T *w2, const T *b0,          \
         const T *b1, const T *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k, float eps) {           \
         Weights<T> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                       \
-        project<T, B, R, KIND>(o, x, g, w, batch, k, eps);                                         \
+        project<T, B, R, KIND, AHEAD>(o, x, g, w, batch, k, eps);                                  \
     }
 
 #define PROJECTS(T, t, B)                                                                          \
-    PROJECT(T, t, project, B, 4, PLAIN)                                                            \
-    PROJECT(T, t, project_add, B, 2, ADD)                                                          \
-    PROJECT(T, t, project_gated, B, 4, GATED)
+    PROJECT(T, t, project, B, 4, PLAIN, 1)                                                         \
+    PROJECT(T, t, project_add, B, 2, ADD, 5)                                                       \
+    PROJECT(T, t, project_gated, B, (B > 4 ? 2 : 4), GATED, 1)
 
 #define ATTEND(T, t, D)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS) attend_##t##_##D(                        \

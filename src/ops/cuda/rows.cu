@@ -7,11 +7,11 @@
 struct Add { static __device__ float of(float a, float b) { return a + b; } };
 struct Mul { static __device__ float of(float a, float b) { return a * b; } };
 // x / (1 + exp(−x))
-struct Silu { static __device__ float of(float x, float) { return x / (1.0f + __expf(-x)); } };
+struct Silu { static __device__ float of(float x, float) { return __fdividef(x, 1.0f + __expf(-x)); } };
 // dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x))
 struct SiluGrad {
     static __device__ float of(float x, float dy) {
-        float s = 1.0f / (1.0f + __expf(-x));
+        float s = __fdividef(1.0f, 1.0f + __expf(-x));
         return dy * s * (1.0f + x * (1.0f - s));
     }
 };
@@ -59,6 +59,26 @@ __device__ void add_bias(T *x, const T *bias, u32 rows, u32 width, u32 n) {
     if (i >= rows * n) return;
     T *to = x + (u64)(i / n) * width + i % n;
     *to = narrow<T>(widen(*to) + widen(bias[i % n]));
+}
+
+// From dy, the gradient of `out` there: dgate = silu'(gate) · dy · up and dup = dy · act.
+template <typename T, int N>
+__device__ void gated_grad(T *dgate, T *dup, const T *dy, const T *gate, const T *up, const T *act,
+                           u64 n) {
+    u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * N;
+    if (i >= n) return;
+    float d[N], g[N], u[N], a[N];
+    load<N>(dy + i, d);
+    load<N>(gate + i, g);
+    load<N>(up + i, u);
+    load<N>(act + i, a);
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        g[j] = SiluGrad::of(g[j], rounded<T>(d[j] * u[j]));
+        a[j] *= d[j];
+    }
+    store<N>(dgate + i, g);
+    store<N>(dup + i, a);
 }
 
 // ---- row by row ---------------------------------------------------------------------------------
@@ -115,8 +135,8 @@ __device__ void softmax(T *x, u64 rows, u32 width, u32 seq, u32 past) {
     max = reduce<Max, THREADS>(max);
     float sum = 0.0f;
     r.each([&](float &v, u32, int, int) { sum += v = __expf(v - max); });
-    sum = reduce<Sum, THREADS>(sum);
-    r.each([&](float &v, u32, int, int) { v /= sum; });
+    float inverse = 1.0f / reduce<Sum, THREADS>(sum);
+    r.each([&](float &v, u32, int, int) { v *= inverse; });
     r.put(p);
 }
 
@@ -145,8 +165,8 @@ __device__ void rms_norm(T *y, const T *x, const T *gain, u64 rows, u32 width, f
     g.fill(gain);
     float sum = 0.0f;
     r.each([&](float &v, u32, int, int) { sum += v * v; });
-    float root = sqrtf(reduce<Sum, THREADS>(sum) / width + eps);
-    r.each([&](float &v, u32, int k, int j) { v = v / root * g.v[k][j]; });
+    float inverse = 1.0f / sqrtf(reduce<Sum, THREADS>(sum) / width + eps);
+    r.each([&](float &v, u32, int k, int j) { v = v * inverse * g.v[k][j]; });
     r.put(y + row * width);
 }
 
@@ -319,6 +339,10 @@ extern "C" __global__ void adamw(float *state, const float *gradient, u64 n, flo
     }                                                                                              \
     extern "C" __global__ void gated_##t##_##N(T *s, T *o, const T *g, const T *u, u64 n) {        \
         gated<T, N>(s, o, g, u, n);                                                                \
+    }                                                                                              \
+    extern "C" __global__ void gated_grad_##t##_##N(T *dg, T *du, const T *d, const T *g,          \
+                                                    const T *u, const T *a, u64 n) {               \
+        gated_grad<T, N>(dg, du, d, g, u, a, n);                                                   \
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(1024)                                             \
         cross_entropy_##t##_##N(T *x, const u32 *g, float *l, float *s, u32 w) {                   \
