@@ -70,6 +70,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let execution = &args.execution;
     execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
@@ -93,6 +94,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     if execution.op_times {
         report = report.with_times(&ledger);
     }
+    ledger_file.write("audit", &execution.device, &ledger)?;
     output.write(&report.with_audit(&audit)?, false)?;
     audit.verdict()
 }

@@ -45,6 +45,7 @@ pub fn run(args: Args) -> Result<()> {
     let execution = &args.execution;
     execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
@@ -89,6 +90,7 @@ pub fn run(args: Args) -> Result<()> {
         tokens_per_s: data.tokens() as f64 / seconds,
         adapter: execution.adapter.as_ref().map(|dir| dir.display().to_string()),
     });
+    ledger_file.write("eval", &execution.device, &ledger)?;
     output.write(&report.with_audit(&audit)?, false)?;
     audit.verdict()
 }

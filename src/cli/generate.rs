@@ -83,6 +83,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     args.execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = args.execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let sampling = args.sampling.sampling()?;
     let device = args.execution.open_device()?;
@@ -111,6 +112,7 @@ pub fn run(args: Args) -> Result<()> {
         false => Some(Audit::new(&run.workloads(), &run.ledger)?),
     };
     let report = audit.iter().try_fold(report, |report, audit| report.with_audit(audit))?;
+    ledger_file.write("generate", &args.execution.device, &run.ledger)?;
     output.write(&report, args.quiet)?;
     audit.map_or(Ok(()), |audit| audit.verdict())
 }

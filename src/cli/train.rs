@@ -118,6 +118,7 @@ pub fn run(mut args: Args) -> Result<()> {
         args.lora.lora_rank = 8;
     }
     let output = args.output.open()?;
+    let ledger_file = args.execution.open_ledger()?;
     let budget = args.budget()?;
     let device = args.execution.open_device()?;
     let saved = args.open_out()?;
@@ -148,6 +149,7 @@ pub fn run(mut args: Args) -> Result<()> {
     args.save(&mut session, &checkpoint)?;
     let report = args.report(&mut session, &checkpoint, &budget)?;
     Target::open(&args.out.join("run.json"))?.write(&report.0)?;
+    ledger_file.write("train", &args.execution.device, &session.ledger())?;
     output.write(&report.0, false)?;
     report.1.verdict()?;
     if interrupted {
