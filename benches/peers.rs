@@ -3,10 +3,11 @@
 //!
 //! `cargo bench --bench peers`; `PEERS_DTYPE=bf16` for another dtype.
 
-use std::{cell::RefCell, collections::HashMap, time::Duration};
+mod candle;
+
+use std::{cell::RefCell, time::Duration};
 
 use candle_core::{Device, Tensor};
-use candle_transformers::models::qwen2::{Config, ModelForCausalLM};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use flopaudit::{
     analytic::predict,
@@ -34,36 +35,6 @@ fn ours(checkpoint: &Checkpoint) -> Qwen2 {
     Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
 }
 
-fn theirs(checkpoint: &Checkpoint) -> ModelForCausalLM {
-    let Checkpoint { config: c, weights, .. } = checkpoint;
-    let dtype = dtype().to_candle();
-    let tensors: HashMap<String, Tensor> = weights::tensor_shapes(c)
-        .into_iter()
-        .map(|(name, shape)| {
-            let tensor = weights.tensor(&name, &shape, dtype, &Device::Cpu).unwrap();
-            (name, tensor)
-        })
-        .collect();
-    let config = Config {
-        vocab_size: c.vocab_size,
-        hidden_size: c.hidden_size,
-        intermediate_size: c.intermediate_size,
-        num_hidden_layers: c.num_hidden_layers,
-        num_attention_heads: c.num_attention_heads,
-        num_key_value_heads: c.num_key_value_heads,
-        max_position_embeddings: c.max_position_embeddings,
-        sliding_window: c.max_position_embeddings,
-        max_window_layers: c.num_hidden_layers,
-        tie_word_embeddings: c.tie_word_embeddings,
-        rope_theta: c.rope_theta,
-        rms_norm_eps: c.rms_norm_eps,
-        use_sliding_window: false,
-        hidden_act: candle_nn::Activation::Silu,
-    };
-    let builder = candle_nn::VarBuilder::from_tensors(tensors, dtype, &Device::Cpu);
-    ModelForCausalLM::new(&config, builder).unwrap()
-}
-
 fn peers(c: &mut Criterion) {
     let config = ModelConfig::preset("qwen2.5-0.5b").unwrap();
     let checkpoint = weights::synthetic(config, 0).unwrap();
@@ -74,7 +45,7 @@ fn peers(c: &mut Criterion) {
 
     let model = ours(&checkpoint);
     let mut cache = model.cache(meter, 1, PROMPT + 1).unwrap();
-    let mut peer = theirs(&checkpoint);
+    let mut peer = candle::load(&checkpoint, dtype().to_candle()).unwrap();
     let prompt = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
     let next = Tensor::new(&[[1u32]], &Device::Cpu).unwrap();
 

@@ -66,6 +66,9 @@ pub enum Error {
     /// More memory than there is.
     #[error("out of memory: {0}; use smaller lengths, a smaller model or --dtype bf16")]
     Memory(String),
+    /// A measured rate that its ceiling rules out, or a ceiling that does not serve.
+    #[error("ceiling: {0}")]
+    Ceiling(String),
     /// A training whose numbers are no numbers any more.
     #[error("training diverged: {0}")]
     Diverged(String),

@@ -78,6 +78,7 @@ pub mod audit;
 pub mod reconcile;
 pub mod plan;
 pub mod sweep;
+pub mod bench;
 
 pub mod report;
 pub mod cli;

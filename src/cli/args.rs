@@ -182,11 +182,7 @@ impl DtypeArg {
 impl ExecutionArgs {
     /// Sets the number of threads. To be called before anything else runs.
     pub fn set_threads(&self) {
-        if let Some(threads) = self.threads {
-            // candle and rayon read it once, at their first parallel operation.
-            // SAFETY: called from main's thread before any other thread exists.
-            unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-        }
+        set_threads(self.threads);
     }
 
     /// Opens the device.
@@ -230,6 +226,15 @@ impl ExecutionArgs {
         let model = Qwen2::load(config, weights, adapters, self.dtype(), device, progress);
         bar.finish_and_clear();
         model
+    }
+}
+
+/// Sets the number of threads, if one is given. To be called before anything else runs.
+pub fn set_threads(threads: Option<u16>) {
+    if let Some(threads) = threads {
+        // candle and rayon read it once, at their first parallel operation.
+        // SAFETY: called from main's thread before any other thread exists.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
 }
 

@@ -324,10 +324,8 @@ fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<
 
 fn bytes_per_decoded_token(run: &Run) -> Option<Traffic> {
     let decoded: u64 = run.batches.iter().map(|(_, g)| tokens(&g.workload).1).sum();
-    let all = run.ledger.traffic(Phase::Decode);
-    let per_token = |bytes: u128| bytes / u128::from(decoded);
-    (decoded > 0)
-        .then(|| Traffic { weights: per_token(all.weights), kv_cache: per_token(all.kv_cache) })
+    let all = run.ledger.traffic(|phase| phase == Phase::Decode);
+    (decoded > 0).then(|| all.per(decoded))
 }
 
 fn show(text: &str) -> Result<()> {

@@ -52,6 +52,11 @@ pub fn check(workload: &Workload, device: &Device) -> Result<()> {
     }
 }
 
+/// Bytes that `device`, or this machine, has free, where that is known.
+pub fn free(device: &Device) -> Option<u128> {
+    device::free_memory(device).or_else(available)
+}
+
 /// Bytes that programs can still take, as Linux estimates them.
 fn available() -> Option<u128> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;

@@ -2,6 +2,8 @@
 
 mod args;
 mod audit;
+mod bench;
+mod ceiling;
 mod count;
 mod device;
 mod eval;
@@ -42,6 +44,11 @@ enum Command {
     Count(count::Command),
     /// Price a list of experiments against a budget; no weights needed.
     Plan(plan::Args),
+    /// Measure what this device can do at most: FLOP/s, bytes/s, ops/s.
+    Ceiling(ceiling::Args),
+    /// Measure tokens/s and hold them against the device's ceilings, every point audited.
+    #[command(subcommand)]
+    Bench(bench::Command),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
 }
@@ -67,6 +74,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Ceiling(args) => ceiling::run(args),
+        Command::Bench(command) => bench::run(command),
         Command::Reconcile(args) => reconcile::run(*args),
     };
     done.map_err(device::explained)

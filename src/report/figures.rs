@@ -60,8 +60,23 @@ pub fn percent(part: f64) -> String {
     format!("{percent:.decimals$} %")
 }
 
+/// A time, four significant digits.
+pub fn seconds(s: f64) -> String {
+    let (scaled, unit) = match s {
+        s if s < 1e-3 => (s * 1e6, "µs"),
+        s if s < 1.0 => (s * 1e3, "ms"),
+        s => (s, "s"),
+    };
+    let decimals = match scaled {
+        x if x < 10.0 => 3,
+        x if x < 100.0 => 2,
+        _ => 1,
+    };
+    format!("{scaled:.decimals$} {unit}")
+}
+
 /// FLOPs a second.
-pub(super) fn rate(flops_per_s: f64) -> String {
+pub fn rate(flops_per_s: f64) -> String {
     with_unit(flops_per_s, "FLOP/s")
 }
 
@@ -97,6 +112,9 @@ mod tests {
         assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
+        assert_eq!(seconds(1.2345e-5), "12.35 µs");
+        assert_eq!(seconds(0.25), "250.0 ms");
+        assert_eq!(seconds(83.0), "83.00 s");
     }
 
     #[test]

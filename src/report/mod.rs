@@ -1,5 +1,6 @@
 //! One value that every command fills and every format prints.
 
+mod bench;
 mod figures;
 mod plan;
 mod run;
@@ -9,7 +10,11 @@ mod target;
 mod training;
 mod waterfall;
 
-pub use figures::{bytes, digits, human, percent, signed, three_digits};
+pub use bench::{
+    bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
+    render_bench,
+};
+pub use figures::{bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};

@@ -140,8 +140,12 @@ fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) 
         writeln!(out, "decode    {tokens:.1} tokens/s, {} ({name})", rate(flops))?;
     }
     if let Some(traffic) = generation.bytes_per_decoded_token {
-        let (weights, cache) = (bytes(traffic.weights as f64), bytes(traffic.kv_cache as f64));
-        writeln!(out, "traffic   {weights} of weights and {cache} of KV cache a decoded token")?;
+        let [weights, cache, rest] =
+            [traffic.weights, traffic.kv_cache, traffic.activations].map(|n| bytes(n as f64));
+        writeln!(
+            out,
+            "traffic   {weights} of weights, {cache} of KV cache, {rest} of activations a decoded token"
+        )?;
     }
     Ok(())
 }

@@ -152,18 +152,26 @@ impl FromStr for Axis {
             let known = Key::ALL.map(Key::name).join(", ");
             fail(format!("no key `{}`; known: {known}", name.trim()))
         })?;
-        let values = match (key, values.split_once("..")) {
-            (Key::Preset, _) => values.split(',').map(|v| Value::Preset(v.trim().into())).collect(),
-            (_, Some((from, rest))) => {
-                range(from, rest).map_err(|why| fail(format!("{key} {why}; {FORMS}")))?
-            }
-            (_, None) => {
-                let numbers = values.split(',').map(|v| number(v).map(Value::Number));
-                let numbers = numbers.collect::<Result<Vec<_>, _>>();
-                numbers.map_err(|why| fail(format!("{key} {why}; {FORMS}")))?
+        let values = match key {
+            Key::Preset => values.split(',').map(|v| Value::Preset(v.trim().into())).collect(),
+            _ => {
+                let numbers = numbers(values);
+                let numbers = numbers.map_err(|why| fail(format!("{key} {why}; {FORMS}")))?;
+                numbers.into_iter().map(Value::Number).collect()
             }
         };
         Ok(Self { key, values })
+    }
+}
+
+/// Reads `a,b,c`, `a..b:*k` or `a..b:+k`; a range holds its end where a step meets it.
+///
+/// # Errors
+/// What is wrong, as the rest of a sentence that starts with the key.
+pub fn numbers(text: &str) -> Result<Vec<u64>, String> {
+    match text.split_once("..") {
+        Some((from, rest)) => range(from, rest),
+        None => text.split(',').map(number).collect(),
     }
 }
 
@@ -172,7 +180,7 @@ fn number(text: &str) -> Result<u64, String> {
 }
 
 /// `from`, then `rest` = `b:*k` or `b:+k`.
-fn range(from: &str, rest: &str) -> Result<Vec<Value>, String> {
+fn range(from: &str, rest: &str) -> Result<Vec<u64>, String> {
     let (to, step) = rest.split_once(':').ok_or("lacks its step, `:*k` or `:+k`")?;
     let (from, to) = (number(from)?, number(to)?);
     let (times, by) = match (step.strip_prefix('*'), step.strip_prefix('+')) {
@@ -192,14 +200,14 @@ fn range(from: &str, rest: &str) -> Result<Vec<Value>, String> {
     };
     let values = std::iter::successors(Some(from), next).take_while(|n| *n <= to);
     // One above the most, so that a grid that is too large is seen and not cut.
-    Ok(values.take(MOST_POINTS + 1).map(Value::Number).collect())
+    Ok(values.take(MOST_POINTS + 1).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn numbers(text: &str) -> Vec<u64> {
+    fn of(text: &str) -> Vec<u64> {
         let axis: Axis = text.parse().unwrap();
         let number = |value| match value {
             Value::Number(n) => n,
@@ -210,13 +218,13 @@ mod tests {
 
     #[test]
     fn axes_have_three_forms() {
-        assert_eq!(numbers("seq=128..4096:*2"), [128, 256, 512, 1024, 2048, 4096]);
-        assert_eq!(numbers("seq=1..10:*3"), [1, 3, 9]);
-        assert_eq!(numbers("batch=1..7:+3"), [1, 4, 7]);
-        assert_eq!(numbers("past=0..0:+1"), [0]);
-        assert_eq!(numbers("lora-rank=8, 1,2"), [8, 1, 2]);
+        assert_eq!(of("seq=128..4096:*2"), [128, 256, 512, 1024, 2048, 4096]);
+        assert_eq!(of("seq=1..10:*3"), [1, 3, 9]);
+        assert_eq!(of("batch=1..7:+3"), [1, 4, 7]);
+        assert_eq!(of("past=0..0:+1"), [0]);
+        assert_eq!(of("lora-rank=8, 1,2"), [8, 1, 2]);
         let last = u64::MAX;
-        assert_eq!(numbers(&format!("seq={}..{last}:*2", last / 2)), [last / 2, last - 1]);
+        assert_eq!(of(&format!("seq={}..{last}:*2", last / 2)), [last / 2, last - 1]);
         let presets: Axis = "preset=tiny,qwen2.5-7b".parse().unwrap();
         assert_eq!(presets.values[1], Value::Preset("qwen2.5-7b".into()));
     }

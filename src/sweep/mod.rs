@@ -2,7 +2,7 @@
 
 mod axis;
 
-pub use axis::{Axis, Key, Value};
+pub use axis::{Axis, Key, Value, numbers};
 
 use std::collections::BTreeMap;
 

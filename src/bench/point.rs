@@ -1,0 +1,286 @@
+//! What a benchmark found: one value for every format.
+
+use std::{fmt, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Ceiling, DeviceInfo};
+use crate::{
+    error::{Error, Result},
+    ledger::Phase,
+    traffic::Traffic,
+    workload::Workload,
+};
+
+/// Version of the JSON of [`Ceiling`] and [`BenchReport`]; raised when a field changes its
+/// meaning.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// What `bench` found out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BenchReport {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// `bench`.
+    pub command: String,
+    /// What a point measures.
+    pub kind: Kind,
+    /// Where config and weights came from.
+    pub model: String,
+    /// Parameters of the base model.
+    pub parameters: u128,
+    /// Where it ran.
+    pub device: DeviceInfo,
+    /// When, in UTC: `2026-01-31T12:00:00Z`.
+    pub date: String,
+    /// What every figure is held against.
+    pub ceiling: Ceiling,
+    /// The grid.
+    pub points: Vec<Point>,
+    /// The decoding steps' time by context, one curve for each dtype and rank that has points
+    /// enough.
+    pub curves: Vec<Curve>,
+}
+
+impl BenchReport {
+    /// Reads what `bench --json FILE` wrote.
+    ///
+    /// # Errors
+    /// A file that is none, or of another schema.
+    pub fn read(file: &Path) -> Result<Self> {
+        let bad = |why: String| Error::File { file: file.into(), why };
+        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let report: Self =
+            serde_json::from_str(&text).map_err(|e| bad(format!("is no benchmark: {e}")))?;
+        if report.schema_version != SCHEMA_VERSION {
+            let found = report.schema_version;
+            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
+        }
+        for (index, point) in report.points.iter().enumerate() {
+            let Seconds { median, samples, .. } = &point.seconds;
+            let times = samples.iter().chain([median]);
+            if samples.is_empty() || !times.clone().all(|time| *time > 0.0 && time.is_finite()) {
+                return Err(bad(format!("`points[{index}].seconds` holds no times")).into());
+            }
+        }
+        Ok(report)
+    }
+}
+
+/// What one unit of a benchmark is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A pass over the prompts of a batch, and the choice of their first tokens.
+    Prefill,
+    /// One further token of each sequence of a batch.
+    Decode,
+    /// One optimizer step: forward, backward, update.
+    Train,
+}
+
+impl Kind {
+    /// Lower-case name, as commands and JSON spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Train => "train",
+        }
+    }
+
+    /// Whether what runs in `phase` belongs to a unit.
+    pub const fn counts(self, phase: Phase) -> bool {
+        match self {
+            Self::Prefill => matches!(phase, Phase::Prefill | Phase::Sampling),
+            Self::Decode => matches!(phase, Phase::Decode),
+            Self::Train => !matches!(phase, Phase::Setup),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// One workload, measured. A unit is what [`Kind`] says; FLOPs are 2·m·k·n of its executed
+/// matrix products, as peaks are stated, and rates are of the median.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// What ran. Of a decoding step after a context of N tokens: the generation of two tokens
+    /// after a prompt of N, whose decoding it is.
+    pub workload: Workload,
+    /// Sequences.
+    pub batch: u64,
+    /// Tokens of each sequence that a unit is fed: prompt or text, 1 in decoding.
+    pub seq: u64,
+    /// Tokens in the cache before the unit.
+    pub context: u64,
+    /// Tokens of a unit over its batch, as `tokens_per_s` counts them.
+    pub tokens: u64,
+    /// Time of a unit.
+    pub seconds: Seconds,
+    /// Tokens a second over the batch: fed in prefill and training, new in decoding.
+    pub tokens_per_s: f64,
+    /// From the start of the prefill to the first token.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub time_to_first_token_s: Option<f64>,
+    /// From one token of a sequence to its next.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub time_per_token_s: Option<f64>,
+    /// FLOPs of a unit, matrix products alone.
+    pub flops: u128,
+    /// FLOPs of a unit with every primitive at 1, comparisons and sign changes free.
+    pub unit_flops: u128,
+    /// `flops` over `tokens`.
+    pub flops_per_token: f64,
+    /// Matrix products' FLOPs a second.
+    pub flops_per_s: f64,
+    /// That over the measured ceiling of its element type, in 0..=1.
+    pub mfu_measured: f64,
+    /// That over the maker's, where it is known.
+    pub mfu_datasheet: Option<f64>,
+    /// Bytes that a unit's ops read and write. Rates below are of weights and cache, which come
+    /// from memory; activations may stay in the chip's caches from op to op.
+    pub bytes: Traffic,
+    /// Executed ops of a unit.
+    pub ops: u64,
+    /// Bytes of weights and cache a second.
+    pub bytes_per_s: f64,
+    /// That over the measured stream, in 0..=1; none where the caches hold what is read.
+    pub bandwidth_use: Option<f64>,
+    /// FLOPs a byte of weights and cache.
+    pub intensity: f64,
+    /// What a unit takes at least, by each ceiling alone.
+    pub limits: Limits,
+    /// Which of them is the largest.
+    pub bound: Bound,
+    /// The largest of them over the median time: the share of the roofline reached, in 0..=1.
+    pub roofline_share: f64,
+    /// Tokens a second for each 10¹² FLOP/s of the measured matmul ceiling.
+    pub tokens_per_s_per_tflop: f64,
+    /// What the device drew, where it tells.
+    pub energy: Option<Energy>,
+    /// Whether closed form, prediction and execution agreed on what ran.
+    pub balanced: bool,
+}
+
+/// Seconds of a unit over all repetitions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seconds {
+    /// Half of the samples are below.
+    pub median: f64,
+    /// The fastest.
+    pub min: f64,
+    /// The slowest.
+    pub max: f64,
+    /// A quarter of the samples are below.
+    pub p25: f64,
+    /// Three quarters are.
+    pub p75: f64,
+    /// All, in the order they were taken.
+    pub samples: Vec<f64>,
+}
+
+impl Seconds {
+    /// Of at least one sample.
+    ///
+    /// # Errors
+    /// No sample.
+    pub fn of(samples: Vec<f64>) -> Result<Self> {
+        let mut sorted = samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let (Some(&min), Some(&max)) = (sorted.first(), sorted.last()) else {
+            anyhow::bail!("nothing was measured");
+        };
+        let [p25, median, p75] = [0.25, 0.5, 0.75].map(|share| quantile(&sorted, share));
+        Ok(Self { median, min, max, p25, p75, samples })
+    }
+}
+
+/// The value that `share` of `sorted`, which is not empty, lies below; between two samples, in
+/// proportion (the default of R and NumPy).
+pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let place = share * (sorted.len() - 1) as f64;
+    let (below, above) = (place.floor() as usize, place.ceil() as usize);
+    sorted[below] + (sorted[above] - sorted[below]) * (place - below as f64)
+}
+
+/// Seconds that a unit takes at least.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// FLOPs over the measured matmul rate of the element type.
+    pub compute_s: f64,
+    /// Bytes of weights and cache over the measured stream: in decoding, the time predicted from
+    /// bandwidth alone. None where the chip's caches hold them.
+    pub memory_s: Option<f64>,
+    /// Ops times the measured dispatch.
+    pub dispatch_s: f64,
+}
+
+/// What holds a unit back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bound {
+    /// Arithmetic.
+    Compute,
+    /// Reading and writing memory.
+    Memory,
+    /// Starting ops.
+    Dispatch,
+}
+
+impl Bound {
+    /// Lower-case name, as tables and JSON spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Compute => "compute",
+            Self::Memory => "memory",
+            Self::Dispatch => "dispatch",
+        }
+    }
+}
+
+/// Energy of a unit, as the device's own counter tells.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Energy {
+    /// Joules of a unit, on average over all repetitions.
+    pub joules: f64,
+    /// Tokens for each of them.
+    pub tokens_per_joule: f64,
+    /// FLOPs for each of them.
+    pub flop_per_joule: f64,
+}
+
+/// Time per decoding step fitted over batches and contexts:
+/// launch + bytes / bandwidth + FLOPs / rate, none of the three below zero.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Curve {
+    /// What the points share: `f32`, `f32, LoRA rank 8`.
+    pub name: String,
+    /// Seconds that no byte and no FLOP explains; 0 where they explain all.
+    pub launch_s: f64,
+    /// Fitted bandwidth; none where bytes explain nothing.
+    pub bytes_per_s: Option<f64>,
+    /// Fitted rate; none where FLOPs explain nothing.
+    pub flops_per_s: Option<f64>,
+    /// Root of the mean squared relative error of the fit.
+    pub residual: f64,
+    /// Measured and fitted, by batch and context.
+    pub points: Vec<CurvePoint>,
+}
+
+/// One point of a [`Curve`].
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct CurvePoint {
+    /// Sequences.
+    pub batch: u64,
+    /// Tokens in the cache.
+    pub context: u64,
+    /// Median seconds of a step.
+    pub measured_s: f64,
+    /// The fit's.
+    pub fitted_s: f64,
+}

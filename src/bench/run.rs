@@ -1,0 +1,224 @@
+//! Runs a workload again and again, timed and metered.
+
+use std::{cell::RefCell, time::Instant};
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::EnergyCounter;
+use crate::{
+    analytic,
+    audit::Audit,
+    error::Result,
+    generate::{Request, generate},
+    ledger::{Ledger, Phase},
+    meter::Meter,
+    model::{Labelled, Qwen2, Trained},
+    tally::Tally,
+    train::{Hyper, Trainer},
+    workload::{Logits, Sampling, Task, Workload},
+};
+
+/// How often, and who hears of it.
+#[derive(Clone, Copy)]
+pub struct Runner<'a> {
+    /// Units that run before any is timed.
+    pub warmup: usize,
+    /// Units that are timed.
+    pub samples: usize,
+    /// Seed of the tokens, which are random.
+    pub seed: u64,
+    /// What the device draws, where it tells.
+    pub energy: Option<&'a EnergyCounter>,
+    /// Hears of each unit done, and may end the work with an error.
+    pub tick: &'a dyn Fn() -> Result<()>,
+}
+
+/// What ran, how often, and how long each timed unit took.
+#[derive(Debug)]
+pub struct Measured {
+    /// One unit.
+    pub workload: Workload,
+    /// Seconds of each timed unit.
+    pub samples: Vec<f64>,
+    /// Joules of the timed units together.
+    pub joules: Option<f64>,
+    /// Everything that ran, warm-up and setup among it.
+    pub ledger: Ledger,
+    /// Units that ran, warm-up among them.
+    pub units: u64,
+    /// Predicted against executed, of everything that ran.
+    pub audit: Audit,
+}
+
+/// What the timing of units leaves behind.
+struct Timed {
+    samples: Vec<f64>,
+    joules: Option<f64>,
+}
+
+impl Runner<'_> {
+    /// Passes over random prompts, each with the choice of its first tokens: what a user waits
+    /// for. A pass starts with an empty cache.
+    ///
+    /// # Errors
+    /// A workload that the model cannot run, or the device's.
+    pub fn prefill(&self, model: &Qwen2, batch: u64, seq: u64) -> Result<Measured> {
+        let mut tokens = self.tokens(model);
+        let request = Request {
+            prompts: (0..batch).map(|_| tokens(seq)).collect(),
+            max_new_tokens: 1,
+            sampling: Sampling::GREEDY,
+            seeds: vec![self.seed; batch as usize],
+            kv_cache: true,
+            eos: vec![],
+            timed: false,
+        };
+        let ledger = RefCell::new(Ledger::default());
+        let timed = self.time(|| {
+            let run = generate(model, &request, &ledger, |_, _| Ok(()))?;
+            Ok(run.first_token.as_secs_f64())
+        })?;
+        let workload = request.workload(model.config(), model.lora(), model.dtype());
+        let ledger = ledger.into_inner();
+        let audit = Audit::new(&vec![workload.clone(); self.units()], &ledger)?;
+        Ok(self.measured(workload, timed, ledger, audit))
+    }
+
+    /// One further token for each of `batch` sequences that hold `context` already: zeros, which
+    /// cost the same. No token is chosen.
+    ///
+    /// # Errors
+    /// As [`Runner::prefill`].
+    pub fn decode(&self, model: &Qwen2, batch: u64, context: u64) -> Result<Measured> {
+        let ids = self.tokens(model)(batch);
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let (rows, past) = (batch as usize, context as usize);
+        let mut cache = model.cache(meter, rows, past + 1)?;
+        let meter = meter.phase(Phase::Decode);
+        let timed = self.time(|| {
+            cache.set_past(past)?;
+            model.device().synchronize()?;
+            let start = Instant::now();
+            model.forward(meter, &ids, rows, &mut cache, Logits::Last)?;
+            model.device().synchronize()?;
+            Ok(start.elapsed().as_secs_f64())
+        })?;
+        let task = Task::Generate {
+            batch,
+            prompt_tokens: context,
+            new_tokens: 2,
+            max_new_tokens: 2,
+            kv_cache: true,
+            sampling: Sampling::GREEDY,
+        };
+        let workload = self.workload(model, task);
+        let ledger = ledger.into_inner();
+        let audit = decoding(&workload, self.units() as u64, &ledger)?;
+        Ok(self.measured(workload, timed, ledger, audit))
+    }
+
+    /// Optimizer steps on random tokens, of one micro-step of batch × seq each: of every weight if
+    /// `full`, else of the adapters. Gives the model back, trained.
+    ///
+    /// # Errors
+    /// As [`Runner::prefill`]; a model without anything to train.
+    pub fn train(
+        &self,
+        model: Qwen2,
+        (batch, seq): (u64, u64),
+        full: bool,
+        recompute: bool,
+    ) -> Result<(Measured, Qwen2)> {
+        let task =
+            |steps| Task::Train { batch, seq, accumulate: 1, steps, full, recompute, clip: true };
+        let workload = self.workload(&model, task(1));
+        let all = self.workload(&model, task(self.units() as u64));
+        workload.validate()?;
+        let mut tokens = self.tokens(&model);
+        let (ids, targets) = (tokens(batch * seq), tokens(batch * seq));
+        let weights = vec![1.0 / ids.len() as f32; ids.len()];
+        let text =
+            Labelled { ids: &ids, targets: &targets, weights: &weights, batch: batch as usize };
+
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let trained = if full { Trained::All } else { Trained::Adapters };
+        let hyper = Hyper::DEFAULT;
+        let shape = (batch as usize, seq as usize);
+        let mut trainer = Trainer::new(meter, model, trained, hyper, shape, recompute)?;
+        let device = trainer.model.device().clone();
+        let timed = self.time(|| {
+            device.synchronize()?;
+            let start = Instant::now();
+            let found = trainer.gradients(meter, &[text])?;
+            trainer.update(meter, found, 1e-5)?;
+            device.synchronize()?;
+            Ok(start.elapsed().as_secs_f64())
+        })?;
+        let ledger = ledger.into_inner();
+        let audit = Audit::new(&[all], &ledger)?;
+        Ok((self.measured(workload, timed, ledger, audit), trainer.model))
+    }
+
+    fn units(&self) -> usize {
+        self.warmup + self.samples
+    }
+
+    /// Warm-up, then timed units.
+    fn time(&self, mut unit: impl FnMut() -> Result<f64>) -> Result<Timed> {
+        for _ in 0..self.warmup {
+            unit()?;
+            (self.tick)()?;
+        }
+        let joules = || self.energy.and_then(EnergyCounter::joules);
+        let before = joules();
+        let mut samples = Vec::with_capacity(self.samples);
+        for _ in 0..self.samples {
+            samples.push(unit()?);
+            (self.tick)()?;
+        }
+        let joules = joules().zip(before).map(|(after, before)| after - before);
+        Ok(Timed { samples, joules })
+    }
+
+    /// Draws so many random tokens.
+    fn tokens(&self, model: &Qwen2) -> impl FnMut(u64) -> Vec<u32> + use<> {
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let vocab = model.config().vocab_size as u32;
+        move |n| (0..n).map(|_| rng.random_range(0..vocab)).collect()
+    }
+
+    fn workload(&self, model: &Qwen2, task: Task) -> Workload {
+        let (config, lora) = (model.config().clone(), model.lora().clone());
+        Workload { model: config, lora, dtype: model.dtype(), task }
+    }
+
+    fn measured(&self, workload: Workload, timed: Timed, ledger: Ledger, audit: Audit) -> Measured {
+        let Timed { samples, joules } = timed;
+        Measured { workload, samples, joules, ledger, units: self.units() as u64, audit }
+    }
+}
+
+/// Compares the decoding of `generation`, `times` over, and the tables it needs once, with what
+/// ran.
+fn decoding(generation: &Workload, times: u64, executed: &Ledger) -> Result<Audit> {
+    let calls = |phase| match phase {
+        Phase::Setup => 1,
+        Phase::Decode => times,
+        _ => 0,
+    };
+    let mut predicted = Ledger::default();
+    for (key, entry) in analytic::predict(generation)?.iter() {
+        if calls(key.phase) > 0 {
+            predicted.add(*key, entry.calls * calls(key.phase), entry.time);
+        }
+    }
+    let mut closed_form = Tally::default();
+    for (phase, component, sum) in analytic::closed_form(generation)?.iter() {
+        let mut row = Tally::default();
+        row.add(phase, component, *sum)?;
+        closed_form.extend_times(calls(phase).into(), &row)?;
+    }
+    Audit::compare(closed_form, &predicted, executed)
+}

@@ -1,0 +1,423 @@
+//! `flopaudit bench`: a grid of workloads, timed, audited and held against the ceiling.
+
+use std::{path::PathBuf, str::FromStr};
+
+use clap::{Args, Subcommand};
+
+use super::{
+    args::{ModelArgs, Output, OutputArgs, bar, set_threads},
+    ceiling, device,
+    interrupt::Interrupt,
+    memory,
+};
+use crate::{
+    bench::{
+        BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Point, Runner,
+        SCHEMA_VERSION, curves, now,
+    },
+    config::{LoraConfig, Projection},
+    error::{Error, Result},
+    ledger::Dtype,
+    model::{AdapterSource, Qwen2},
+    report::{self, Target},
+    sweep,
+    weights::Checkpoint,
+    workload::{Sampling, Task, Workload},
+};
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Passes over prompts, up to the first token.
+    Prefill(Box<Bench<PrefillArgs>>),
+    /// Further tokens, one a step, after contexts of given lengths.
+    Decode(Box<Bench<DecodeArgs>>),
+    /// Optimizer steps: forward, backward, update.
+    Train(Box<Bench<TrainArgs>>),
+    /// What changed between two results, beyond the noise.
+    Compare(CompareArgs),
+}
+
+/// A grid and how to run it.
+#[derive(Debug, Args)]
+pub struct Bench<T: Args> {
+    #[command(flatten)]
+    task: T,
+    #[command(flatten)]
+    grid: GridArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    files: FileArgs,
+}
+
+/// Lengths of prompts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grid")]
+pub struct PrefillArgs {
+    /// Tokens of each prompt: a,b,c or a..b:*k or a..b:+k
+    #[arg(long, value_name = "LIST", default_value = "128,512")]
+    seq: Grid,
+}
+
+/// Lengths of contexts.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grid")]
+pub struct DecodeArgs {
+    /// Tokens already in the cache: a,b,c or a..b:*k or a..b:+k
+    #[arg(long, visible_alias = "seq", value_name = "LIST", default_value = "128,512,2048")]
+    context: Grid,
+    /// Steps in each repetition, all at the same context
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    new_tokens: u16,
+}
+
+/// Lengths of texts, and what is trained.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grid")]
+pub struct TrainArgs {
+    /// Tokens of each sequence: a,b,c or a..b:*k or a..b:+k
+    #[arg(long, value_name = "LIST", default_value = "128")]
+    seq: Grid,
+    /// Train every weight, not the adapters alone
+    #[arg(long)]
+    full: bool,
+    /// Keep only each layer's input, and run it forward again for its gradients
+    #[arg(long)]
+    recompute: bool,
+}
+
+/// What all grids vary, and how often each point runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Grid")]
+struct GridArgs {
+    /// Sequences: a,b,c or a..b:*k or a..b:+k
+    #[arg(long, value_name = "LIST", default_value = "1")]
+    batch: Grid,
+    /// Element types of weights and activations [default: bf16 on cuda, else f32]
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
+    dtype: Vec<Dtype>,
+    /// Ranks of the adapters; 0 is none [default: 8 where adapters are trained, else 0]
+    #[arg(long, value_name = "LIST")]
+    lora_rank: Option<Grid>,
+    /// The adapters' output is scaled by alpha / rank
+    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
+    lora_alpha: f64,
+    /// Adapted projections
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
+    lora_targets: Vec<Projection>,
+    /// Timed repetitions of each point
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    repetitions: u16,
+    /// Repetitions before them that are not timed
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warmup: u16,
+    /// cpu, cuda[:N] or metal
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Seed of the tokens, which are random, and of the adapters' initial values
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A ceiling that `ceiling --json FILE` wrote [default: the one kept of this device, else a
+    /// new one]
+    #[arg(long, value_name = "FILE")]
+    ceiling: Option<PathBuf>,
+}
+
+/// Further formats.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Output")]
+struct FileArgs {
+    /// Write the points as CSV to FILE; without FILE, to stdout and nothing else there
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    csv: Option<PathBuf>,
+    /// Write the table as Markdown to FILE; without FILE, to stdout and nothing else there
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
+    markdown: Option<PathBuf>,
+}
+
+/// Two results.
+#[derive(Debug, Args)]
+pub struct CompareArgs {
+    /// What `bench … --json FILE` wrote before
+    before: PathBuf,
+    /// And after
+    after: PathBuf,
+    /// Changes below this many percent are noise, whatever the samples say
+    #[arg(long, value_name = "PERCENT", default_value_t = 2.0)]
+    noise: f64,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Values of one dimension.
+#[derive(Debug, Clone)]
+struct Grid(Vec<u64>);
+
+impl FromStr for Grid {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        sweep::numbers(text).map(Self)
+    }
+}
+
+/// What one grid measures at each point.
+#[derive(Debug, Clone, Copy)]
+enum Unit {
+    Prefill,
+    Decode { new_tokens: u16 },
+    Train { full: bool, recompute: bool },
+}
+
+/// Measures and prints.
+pub fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Prefill(args) => bench(&args, Unit::Prefill, &args.task.seq),
+        Command::Decode(args) => {
+            let unit = Unit::Decode { new_tokens: args.task.new_tokens };
+            bench(&args, unit, &args.task.context)
+        }
+        Command::Train(args) => {
+            let unit = Unit::Train { full: args.task.full, recompute: args.task.recompute };
+            bench(&args, unit, &args.task.seq)
+        }
+        Command::Compare(args) => compare(args),
+    }
+}
+
+fn compare(args: CompareArgs) -> Result<()> {
+    if !(args.noise >= 0.0 && args.noise.is_finite()) {
+        return Err(Error::flag("--noise", format!("{} is no share", args.noise)).into());
+    }
+    let output = args.output.open()?;
+    let (before, after) = (BenchReport::read(&args.before)?, BenchReport::read(&args.after)?);
+    let comparison = Comparison::new(&before, &after, args.noise / 100.0)?;
+    output.write_with(&comparison, || report::print_comparison(&comparison))
+}
+
+/// The opened outputs.
+struct Outputs {
+    json: Output,
+    csv: Option<Target>,
+    markdown: Option<Target>,
+}
+
+impl Outputs {
+    fn open<T: Args>(args: &Bench<T>) -> Result<Self> {
+        let open = |file: &Option<PathBuf>| file.as_deref().map(Target::open).transpose();
+        let (csv, markdown) = (open(&args.files.csv)?, open(&args.files.markdown)?);
+        let outputs = Self { json: args.output.open()?, csv, markdown };
+        let [csv, markdown] = [&outputs.csv, &outputs.markdown].map(is_stdout);
+        if usize::from(csv) + usize::from(markdown) + usize::from(!outputs.json.is_human()) > 1 {
+            let flags = "--json, --csv, --markdown";
+            return Err(Error::flag(flags, "only one of them can have stdout").into());
+        }
+        Ok(outputs)
+    }
+
+    fn write(self, report: &BenchReport) -> Result<()> {
+        let human = !is_stdout(&self.csv) && !is_stdout(&self.markdown);
+        self.json
+            .write_with(report, || if human { report::print_bench(report) } else { Ok(()) })?;
+        if let Some(csv) = self.csv {
+            csv.write_with(|out| report::bench_csv(out, report))?;
+        }
+        let markdown = self.markdown;
+        markdown.map_or(Ok(()), |file| file.write_with(|out| report::bench_markdown(out, report)))
+    }
+}
+
+fn is_stdout(target: &Option<Target>) -> bool {
+    matches!(target, Some(Target::Stdout))
+}
+
+fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
+    let grid = &args.grid;
+    set_threads(grid.threads);
+    let outputs = Outputs::open(args)?;
+    let opened = device::open(&grid.device)?;
+    let interrupt = Interrupt::listen()?;
+    let checkpoint = args.model.open()?;
+    let plan = Plan::new(grid, unit, lengths, &checkpoint)?;
+    for workload in plan.workloads(&checkpoint) {
+        memory::check(&workload, &opened)?;
+    }
+    let ceiling = grid.ceiling.as_deref();
+    let ceiling = ceiling::obtain(ceiling, (&opened, &grid.device), &plan.dtypes, &interrupt)?;
+
+    let energy = EnergyCounter::of(&opened);
+    let bar = bar(plan.units(), "{bar:30} {pos}/{len} {msg}");
+    let tick = || {
+        bar.inc(1);
+        interrupt.check()
+    };
+    let (warmup, samples) = plan.repetitions;
+    let runner = Runner { warmup, samples, seed: grid.seed, energy: energy.as_ref(), tick: &tick };
+    let mut points = vec![];
+    for &dtype in &plan.dtypes {
+        for lora in &plan.adapters {
+            let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: grid.seed };
+            let Checkpoint { config, weights, .. } = &checkpoint;
+            bar.set_message("loading weights");
+            let check = |_| interrupt.check();
+            let mut model = Qwen2::load(config, weights, &adapters, dtype, &opened, check)?;
+            for &(batch, length) in &plan.shapes {
+                let rank = lora.rank;
+                bar.set_message(format!("{} rank {rank}: {batch} x {length}", dtype.name()));
+                let (measured, back) = unit.run(&runner, model, batch, length)?;
+                model = back;
+                points.push(Point::new(unit.kind(), measured, &ceiling)?);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    outputs.write(&BenchReport {
+        schema_version: SCHEMA_VERSION,
+        command: "bench".into(),
+        kind: unit.kind(),
+        model: checkpoint.origin.clone(),
+        parameters: checkpoint.config.parameters(),
+        device: DeviceInfo::of(&opened, &grid.device),
+        date: now(),
+        ceiling,
+        curves: if unit.kind() == Kind::Decode { curves(&points) } else { vec![] },
+        points,
+    })
+}
+
+impl Unit {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Prefill => Kind::Prefill,
+            Self::Decode { .. } => Kind::Decode,
+            Self::Train { .. } => Kind::Train,
+        }
+    }
+
+    /// The flag that gives the lengths.
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Prefill | Self::Train { .. } => "--seq",
+            Self::Decode { .. } => "--context",
+        }
+    }
+
+    /// Tokens that a unit chooses beside those it is given.
+    fn new_tokens(self) -> u64 {
+        match self {
+            Self::Prefill => 1,
+            Self::Decode { .. } => 2,
+            Self::Train { .. } => 0,
+        }
+    }
+
+    fn task(self, batch: u64, length: u64) -> Task {
+        let new_tokens = self.new_tokens();
+        match self {
+            Self::Train { full, recompute } => {
+                let (accumulate, steps, clip) = (1, 1, true);
+                Task::Train { batch, seq: length, accumulate, steps, full, recompute, clip }
+            }
+            Self::Prefill | Self::Decode { .. } => Task::Generate {
+                batch,
+                prompt_tokens: length,
+                new_tokens,
+                max_new_tokens: new_tokens,
+                kv_cache: true,
+                sampling: Sampling::GREEDY,
+            },
+        }
+    }
+
+    fn run(
+        self,
+        runner: &Runner,
+        model: Qwen2,
+        batch: u64,
+        length: u64,
+    ) -> Result<(Measured, Qwen2)> {
+        match self {
+            Self::Prefill => Ok((runner.prefill(&model, batch, length)?, model)),
+            Self::Decode { .. } => Ok((runner.decode(&model, batch, length)?, model)),
+            Self::Train { full, recompute } => {
+                runner.train(model, (batch, length), full, recompute)
+            }
+        }
+    }
+}
+
+/// The grid, every point of which can run.
+struct Plan {
+    unit: Unit,
+    dtypes: Vec<Dtype>,
+    adapters: Vec<LoraConfig>,
+    /// (batch, length).
+    shapes: Vec<(u64, u64)>,
+    /// (warm-up, timed) units of a point.
+    repetitions: (usize, usize),
+}
+
+impl Plan {
+    fn new(args: &GridArgs, unit: Unit, lengths: &Grid, checkpoint: &Checkpoint) -> Result<Self> {
+        let config = &checkpoint.config;
+        let dtypes = match args.dtype.as_slice() {
+            [] => vec![device::default_dtype(&args.device)],
+            dtypes => dtypes.to_vec(),
+        };
+        let default = u64::from(matches!(unit, Unit::Train { full: false, .. })) * 8;
+        let ranks = args.lora_rank.as_ref().map_or(vec![default], |grid| grid.0.clone());
+        let adapters = ranks.into_iter().map(|rank| {
+            let rank = usize::try_from(rank).unwrap_or(usize::MAX);
+            LoraConfig::new(config, rank, args.lora_alpha, &args.lora_targets)
+        });
+        let adapters = adapters.collect::<Result<_>>()?;
+        let most = (config.max_position_embeddings as u64).saturating_sub(unit.new_tokens());
+        if let Some(length) = lengths.0.iter().find(|&&length| length > most) {
+            let positions = config.max_position_embeddings;
+            let why = format!(
+                "{length} and the tokens after it are past the model's {positions} positions"
+            );
+            return Err(Error::flag(unit.flag(), why).into());
+        }
+        if let Some(zero) = lengths.0.iter().find(|&&length| length == 0) {
+            return Err(Error::flag(unit.flag(), format!("{zero} is below 1")).into());
+        }
+        let of_batch = |&batch: &u64| lengths.0.iter().map(move |&length| (batch, length));
+        let shapes = args.batch.0.iter().flat_map(of_batch).collect();
+        let each = match unit {
+            Unit::Decode { new_tokens } => usize::from(new_tokens),
+            Unit::Prefill | Unit::Train { .. } => 1,
+        };
+        let repetitions = (usize::from(args.warmup) * each, usize::from(args.repetitions) * each);
+        let plan = Self { unit, dtypes, adapters, shapes, repetitions };
+        plan.workloads(checkpoint).try_for_each(|workload| workload.validate())?;
+        Ok(plan)
+    }
+
+    /// Every point, in the order that they run.
+    fn workloads(&self, checkpoint: &Checkpoint) -> impl Iterator<Item = Workload> {
+        let of_shape = |dtype, lora: &LoraConfig, (batch, length)| Workload {
+            model: checkpoint.config.clone(),
+            lora: lora.clone(),
+            dtype,
+            task: self.unit.task(batch, length),
+        };
+        self.dtypes.iter().flat_map(move |&dtype| {
+            self.adapters.iter().flat_map(move |lora| {
+                self.shapes.iter().map(move |&shape| of_shape(dtype, lora, shape))
+            })
+        })
+    }
+
+    /// Units that run, warm-up among them.
+    fn units(&self) -> u64 {
+        let points = self.dtypes.len() * self.adapters.len() * self.shapes.len();
+        (points * (self.repetitions.0 + self.repetitions.1)) as u64
+    }
+}

@@ -1,0 +1,137 @@
+//! `flopaudit ceiling`: what this device can do at most, measured and kept.
+
+use std::{path::Path, time::Duration};
+
+use candle_core::Device;
+use indicatif::ProgressBar;
+
+use super::{
+    args::{OutputArgs, set_threads},
+    device,
+    interrupt::Interrupt,
+    memory,
+};
+use crate::{
+    bench::{Ceiling, DeviceInfo, Probe},
+    error::{Error, Result},
+    ledger::Dtype,
+    report,
+};
+
+/// Flags of `ceiling`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// cpu, cuda[:N] or metal
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Element types [default: f32 and bf16, on cuda f16 too]
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
+    dtype: Vec<Dtype>,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Repetitions of each size, of which the fastest counts
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..))]
+    repetitions: u16,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Measures, keeps, prints.
+pub fn run(args: Args) -> Result<()> {
+    set_threads(args.threads);
+    let output = args.output.open()?;
+    let opened = device::open(&args.device)?;
+    let interrupt = Interrupt::listen()?;
+    let info = DeviceInfo::of(&opened, &args.device);
+    let dtypes = if args.dtype.is_empty() { defaults(&args.device) } else { args.dtype };
+    let ceiling = measure(&opened, info, &dtypes, args.repetitions.into(), &interrupt)?;
+    let kept = ceiling.keep()?;
+    output.write_with(&ceiling, || {
+        report::print_ceiling(&ceiling)?;
+        match kept {
+            Some(file) => report::print_line(&format!("kept      {}", file.display())),
+            None => Ok(()),
+        }
+    })
+}
+
+/// The ceiling in `file`; else the one kept of this device; else a new one, kept for later.
+///
+/// # Errors
+/// A file that is of another device, or lacks one of `dtypes`.
+pub fn obtain(
+    file: Option<&Path>,
+    (opened, device): (&Device, &str),
+    dtypes: &[Dtype],
+    interrupt: &Interrupt,
+) -> Result<Ceiling> {
+    let info = DeviceInfo::of(opened, device);
+    if let Some(file) = file {
+        let ceiling = Ceiling::read(file)?;
+        let bad = |why: String| Err(Error::File { file: file.into(), why }.into());
+        if ceiling.device.name != info.name {
+            return bad(format!("is of {}; this is {}", ceiling.device.name, info.name));
+        }
+        return match dtypes.iter().find(|&&dtype| ceiling.flops_per_s(dtype).is_none()) {
+            Some(dtype) => bad(format!("has no rate for {}", dtype.name())),
+            None => Ok(ceiling),
+        };
+    }
+    let kept = Ceiling::kept(&info);
+    if let Some(kept) = kept.as_ref().filter(|kept| kept.covers(dtypes)) {
+        return Ok(kept.clone());
+    }
+    let known = kept.map_or_else(Vec::new, |kept| kept.matmul.iter().map(|r| r.dtype).collect());
+    let mut all = [defaults(device), known, dtypes.to_vec()].concat();
+    all.sort();
+    all.dedup();
+    let ceiling = measure(opened, info, &all, 10, interrupt)?;
+    ceiling.keep()?;
+    Ok(ceiling)
+}
+
+fn defaults(device: &str) -> Vec<Dtype> {
+    match device {
+        cuda if cuda.starts_with("cuda") => vec![Dtype::F32, Dtype::F16, Dtype::BF16],
+        _ => vec![Dtype::F32, Dtype::BF16],
+    }
+}
+
+fn measure(
+    device: &Device,
+    info: DeviceInfo,
+    dtypes: &[Dtype],
+    repetitions: usize,
+    interrupt: &Interrupt,
+) -> Result<Ceiling> {
+    let spinner = ProgressBar::new_spinner();
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let tick = |what: &str| {
+        if !what.is_empty() {
+            spinner.set_message(format!("measuring the ceiling: {what}"));
+        }
+        interrupt.check()
+    };
+    let free = memory::free(device);
+    let ceiling = Probe { device, repetitions, free, tick: &tick }.measure(info, dtypes);
+    spinner.finish_and_clear();
+    let ceiling = ceiling?;
+    warn_of_noise(&ceiling);
+    Ok(ceiling)
+}
+
+/// Repetitions that differ by more say that something else ran.
+const BUSY: f64 = 0.15;
+
+fn warn_of_noise(ceiling: &Ceiling) {
+    let spread = ceiling.spread();
+    if spread > BUSY {
+        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+        anstream::eprintln!(
+            "{yellow}warning:{yellow:#} repetitions of the ceiling differ by {:.0} %: the machine \
+             was busy and can do more; run `flopaudit ceiling` again with nothing beside it",
+            100.0 * spread
+        );
+    }
+}
