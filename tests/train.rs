@@ -78,6 +78,9 @@ fn a_run_is_audited_and_proved() {
     }
     assert!(!phases.contains(&"backward dW"));
 
+    // Other programs find the base model by its name alone.
+    let config = read(&dir.path().join("out/adapter_config.json"));
+    assert_eq!(config["base_model_name_or_path"], "synthetic, seed 0");
     // The adapter that was saved scores as the model that was trained.
     let eval = format!(
         "eval --preset tiny --data {held_out} --seq 32 --batch 2 --adapter {} --json",
@@ -152,6 +155,46 @@ fn a_run_cut_short_goes_on_bit_for_bit() {
         };
         assert_eq!(setup(&resumed), setup(&run) + 1);
     }
+}
+
+/// Files of this process and its children cannot grow past `blocks` of 512 bytes: a full disk, to
+/// those who write.
+#[cfg(unix)]
+fn with_little_space(dir: &Path, line: &str, blocks: u32) -> std::process::Output {
+    Command::new("sh")
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"")])
+        .arg(assert_cmd::cargo::cargo_bin("flopaudit"))
+        .args(line.split_whitespace())
+        .current_dir(dir)
+        .output()
+        .unwrap()
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_loses_nothing_already_saved() {
+    let more = "--steps 60 --lr 0.02 --save-every 1 --check-gradients 0";
+    let whole = tmp();
+    train(whole.path(), more);
+    let dir = tmp();
+    cut_short(dir.path(), &line(more), "-KILL");
+    let out = dir.path().join("out");
+    let checkpoint = || fs::read(out.join("checkpoint.safetensors")).unwrap();
+    let files = || fs::read_dir(&out).unwrap().count();
+    let before = (checkpoint(), files());
+
+    let full = with_little_space(dir.path(), &line(&format!("{more} --resume")), 32);
+    let stderr = String::from_utf8(full.stderr).unwrap();
+    assert_eq!(full.status.code(), Some(2), "{stderr}");
+    let errors: Vec<&str> = stderr.lines().filter(|l| l.starts_with("error: ")).collect();
+    assert!(
+        matches!(errors[..], [one] if one.contains("out/checkpoint.safetensors: ")),
+        "{stderr}"
+    );
+    assert!((checkpoint(), files()) == before, "the checkpoint changed, or a file stays behind");
+
+    train(dir.path(), &format!("{more} --resume"));
+    assert_eq!(losses(dir.path()), losses(whole.path()));
 }
 
 #[test]

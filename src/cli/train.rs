@@ -351,7 +351,7 @@ impl Args {
             Target::open(&self.out.join("config.json"))?.write(&checkpoint.config.to_hub())?;
             checkpoint.text.save(&self.out)?;
         } else {
-            save_adapter(&self.out, &checkpoint.origin, &session.settings.lora, &trained)?;
+            save_adapter(&self.out, &checkpoint.name, &session.settings.lora, &trained)?;
         }
         session.save(&self.out.join(CHECKPOINT))
     }

@@ -160,7 +160,8 @@ fn curves(t: &TrainingReport, unicode: bool) -> String {
     const ROWS: usize = 12;
     let mut marks: Vec<u64> = t.evaluations.iter().map(|point| point.step).collect();
     if marks.len() < 2 {
-        marks = (0..=t.steps).collect();
+        // Before the first step there is a held-out loss at most.
+        marks = (u64::from(marks.is_empty())..=t.steps).collect();
     }
     let stride = marks.len().div_ceil(ROWS).max(1);
     let last = marks.last().copied();

@@ -35,10 +35,11 @@ pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
     let weights = Weights { source: Source::Safetensors(shards) };
     weights.check(&config)?;
     let text = Text::from_directory(dir, config.vocab_size)?;
-    let place = id.map_or_else(|| dir.display().to_string(), |id| format!("{id} from the hub"));
+    let name = id.map_or_else(|| dir.display().to_string(), String::from);
+    let from = if id.is_some() { " from the hub" } else { "" };
     let plural = if files == 1 { "" } else { "s" };
-    let origin = format!("{place} (safetensors, {files} file{plural})");
-    Ok(Checkpoint { config, weights, text, origin, synthetic: false })
+    let origin = format!("{name}{from} (safetensors, {files} file{plural})");
+    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false })
 }
 
 /// Whether a directory holds any model file at all.

@@ -47,10 +47,11 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let config = gguf.config()?;
     gguf.check_extents()?;
     let text = Text::from_gguf(&mut gguf.content, path, config.vocab_size)?;
-    let origin = format!("{} (GGUF, {})", path.display(), gguf.types().join("/"));
+    let name = path.display().to_string();
+    let origin = format!("{name} (GGUF, {})", gguf.types().join("/"));
     let weights = Weights { source: Source::Gguf(gguf) };
     weights.check(&config)?;
-    Ok(Checkpoint { config, weights, text, origin, synthetic: false })
+    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false })
 }
 
 impl Gguf {

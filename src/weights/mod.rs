@@ -42,6 +42,8 @@ pub struct Checkpoint {
     pub weights: Weights,
     /// Its tokenizer and chat template.
     pub text: Text,
+    /// What other programs find it by: its hub id or path; `synthetic:…` for random weights.
+    pub name: String,
     /// One line for reports, for example `weights/model.gguf (GGUF, …)`.
     pub origin: String,
     /// Random weights of the true shapes: the same FLOPs, meaningless text.

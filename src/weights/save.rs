@@ -4,7 +4,7 @@ use std::{borrow::Cow, collections::HashMap, fs, path::Path};
 
 use anyhow::Context;
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, View, serialize_to_file};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, View, serialize_to_file};
 
 use crate::{
     error::{Error, Result},
@@ -31,11 +31,20 @@ pub fn save(file: &Path, tensors: &[Named], metadata: HashMap<String, String>) -
     let temporary = temporary_beside(file).with_context(name)?.into_temp_path();
     let permissions = fs::metadata(&temporary).with_context(name)?.permissions();
     let views = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor));
-    serialize_to_file(views, Some(metadata), &temporary).with_context(name)?;
+    let written = serialize_to_file(views, Some(metadata), &temporary);
+    written.map_err(plain).with_context(name)?;
     // The library has put another file in its place.
     fs::set_permissions(&temporary, permissions).with_context(name)?;
     fs::File::open(&temporary).and_then(|written| written.sync_all()).with_context(name)?;
     temporary.persist(file).with_context(name)
+}
+
+/// The system's own error, which the library's would say twice.
+fn plain(error: SafeTensorError) -> anyhow::Error {
+    match error {
+        SafeTensorError::IoError(error) => error.into(),
+        other => other.into(),
+    }
 }
 
 impl View for &Named {
@@ -65,7 +74,7 @@ pub fn read(file: &Path) -> Result<(Vec<Named>, HashMap<String, String>)> {
     let opened = fs::File::open(file).map_err(|e| bad(e.to_string()))?;
     // SAFETY: the file is replaced by renaming, never changed in place.
     let bytes = unsafe { Mmap::map(&opened) }.map_err(|e| bad(e.to_string()))?;
-    let broken = |e: safetensors::SafeTensorError| bad(format!("cannot be read: {e}"));
+    let broken = |e: SafeTensorError| bad(format!("cannot be read: {e}"));
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
     let metadata = header.metadata().clone().unwrap_or_default();
     let tensors = SafeTensors::deserialize(&bytes).map_err(broken)?;

@@ -40,7 +40,8 @@ pub(super) fn open(spec: &str) -> Result<Checkpoint> {
         })?
     };
     let mut checkpoint = synthetic(config, seed)?;
-    checkpoint.origin = format!("synthetic:{preset}:{seed} (random weights)");
+    checkpoint.name = format!("synthetic:{preset}:{seed}");
+    checkpoint.origin = format!("{} (random weights)", checkpoint.name);
     Ok(checkpoint)
 }
 
@@ -74,6 +75,7 @@ pub fn synthetic(config: ModelConfig, seed: u64) -> Result<Checkpoint> {
     Ok(Checkpoint {
         weights: Weights { source: Source::Synthetic(Synthetic { seed, shapes }) },
         text: Text::bytes(config.vocab_size),
+        name: format!("synthetic, seed {seed}"),
         origin: format!("synthetic, seed {seed} (random weights)"),
         synthetic: true,
         config,
