@@ -90,6 +90,16 @@ impl Decoder<'_> {
         Ok(vec![sampler.next(at, &self.decoding.logits(), contexts)?])
     }
 
+    /// One step up to the logits on top of what `cache` holds, which holds as much afterwards: the
+    /// same step, however often.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn again(&mut self, meter: Meter, cache: &KvCache) -> Result<()> {
+        self.decoding.rewind();
+        self.step(meter, cache, false)
+    }
+
     fn step(&mut self, meter: Meter, cache: &KvCache, choose: bool) -> Result<()> {
         let Self { model, decoding, recorded } = self;
         decoding.step(*recorded, |decoding| {
@@ -137,8 +147,9 @@ impl Layer {
         let first = norm(Module::InputLayernorm, &self.input_layernorm);
         decoding.queries_keys_values(first, [q, k, v])?;
         let at = meter.at(Module::SelfAttn);
-        decoding.attend(at, cache.layer(index)?, cache.rope(), &attention.scale)?;
-        decoding.add_mixed(o, residual)?;
+        let ahead = [&self.mlp.gate_proj.weight, &self.mlp.up_proj.weight];
+        decoding.attend(at, cache.layer(index)?, cache.rope(), &attention.scale, ahead)?;
+        decoding.add_mixed(o, residual, &self.mlp.down_proj.weight)?;
 
         let [gate, up, down] = [&self.mlp.gate_proj, &self.mlp.up_proj, &self.mlp.down_proj]
             .map(|linear| linear.product(meter));

@@ -89,12 +89,24 @@ pub struct Decoding {
     past: usize,
     graph: Option<Graph>,
     replaying: bool,
+    /// Whether a step has run, and with it every kernel once.
+    ran: bool,
 }
 
 impl std::fmt::Debug for Decoding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Decoding({:?}, {} held)", self.sizes, self.past)
     }
+}
+
+/// The last arguments of a kernel: weights to fetch ahead, two at most, with their bytes.
+fn fetched<'a>(weights: impl IntoIterator<Item = &'a Tensor>) -> [Arg<'a>; 4] {
+    let mut args = [Arg::Null, Arg::U64(0), Arg::Null, Arg::U64(0)];
+    for (pair, weight) in args.chunks_exact_mut(2).zip(weights) {
+        let bytes = weight.elements() * weight.data.dtype().size_in_bytes();
+        pair.copy_from_slice(&[Arg::Of(&weight.data), Arg::U64(bytes as u64)]);
+    }
+    args
 }
 
 /// Most rows that the products by our own kernel take; more go through cuBLAS.
@@ -125,7 +137,7 @@ impl Decoding {
         }
         // As many blocks as keep the device busy, none with too few keys to be worth a block.
         let most = 528usize.div_ceil(batch * kv_heads).clamp(1, MOST_SPLITS);
-        let splits = capacity.div_ceil(64).clamp(1, most);
+        let splits = capacity.div_ceil(256).clamp(1, most);
         let zeros = |shape: (usize, usize), dtype| candle_core::Tensor::zeros(shape, dtype, device);
         let wide = |width| zeros((batch, width), dtype.to_candle());
         let mut new = Self {
@@ -151,6 +163,7 @@ impl Decoding {
             past,
             graph: None,
             replaying: false,
+            ran: false,
         };
         new.hold(past)?;
         Ok(Some(new))
@@ -175,15 +188,21 @@ impl Decoding {
                 self.graph = Some(graph);
             }
             // The first step loads kernels, which no recording may do.
-            None if recorded && done > 0 => {
+            None if recorded && self.ran => {
                 let graph = Graph::record(&self.device, || step(self))?;
                 graph.replay()?;
                 self.graph = Some(graph);
             }
             None => step(self)?,
         }
+        self.ran = true;
         self.past += 1;
         Ok(())
+    }
+
+    /// Forgets the steps so far, which must not have chosen tokens: the next feeds the same again.
+    pub fn rewind(&mut self) {
+        self.past = self.sizes.past;
     }
 
     /// Sets the tokens that the next step feeds.
@@ -266,8 +285,8 @@ impl Decoding {
     ///
     /// # Errors
     /// The device's.
-    pub fn add_mixed(&self, product: Product, residual: At) -> Result<()> {
-        self.add_product(product, residual, &self.mixed)
+    pub fn add_mixed(&self, product: Product, residual: At, ahead: &Tensor) -> Result<()> {
+        self.add_product(product, residual, &self.mixed, Some(ahead))
     }
 
     /// Adds `product` of the MLP's inner activations to x, likewise.
@@ -275,7 +294,7 @@ impl Decoding {
     /// # Errors
     /// The device's.
     pub fn add_inner(&self, product: Product, residual: At) -> Result<()> {
-        self.add_product(product, residual, &self.inner)
+        self.add_product(product, residual, &self.inner, None)
     }
 
     /// silu(gate) · up of normed x.
@@ -285,7 +304,7 @@ impl Decoding {
     pub fn gated(&self, norm: Norm, gate: Product, up: Product, at: At) -> Result<()> {
         let weights = [gate.weight, up.weight];
         if self.sizes.batch <= FEW {
-            self.few("project_gated", &self.inner, &self.x, Some(norm), &[gate, up])?;
+            self.few("project_gated", &self.inner, &self.x, Some(norm), &[gate, up], None)?;
         } else {
             self.norm(norm)?;
             self.product(&self.gate, 0, &self.normed, weights[0], false)?;
@@ -303,7 +322,8 @@ impl Decoding {
     }
 
     /// RoPE of q and k, q times `scale`, k and v into the cache (B, K, capacity, d), and the
-    /// softmax-weighted mix of all values there.
+    /// softmax-weighted mix of all values there. Few threads do it, so that memory is free to bring
+    /// the weights `ahead` nearer, which a later kernel reads.
     ///
     /// # Errors
     /// The device's.
@@ -313,6 +333,7 @@ impl Decoding {
         (keys, values): (&Tensor, &Tensor),
         table: &RopeTable,
         scale: &Tensor,
+        ahead: [&Tensor; 2],
     ) -> Result<()> {
         let Sizes { batch, heads, kv_heads, head_dim, .. } = self.sizes;
         let (cos, sin) = table.parts();
@@ -337,10 +358,11 @@ impl Decoding {
             Arg::U32(stride as u32),
             Arg::U32(stride as u32),
         ];
+        let args = [&args[..], &fetched(ahead)].concat();
         if !self.replaying {
             let name = format!("attend_{}_{head_dim}", self.kernels.suffix());
             let grid = [self.splits, kv_heads, batch].map(|n| n as u64);
-            self.kernels.launch(File::Decode, &name, grid, 128, &args)?;
+            self.kernels.launch(File::Decode, &name, grid, 256, &args)?;
         }
         let [b, h, kv, d] = [batch, heads, kv_heads, head_dim].map(|n| n as u64);
         let (group, held) = (h / kv, self.past as u64 + 1);
@@ -387,7 +409,7 @@ impl Decoding {
         out: &candle_core::Tensor,
     ) -> Result<()> {
         if self.sizes.batch <= FEW {
-            self.few("project", out, &self.x, Some(norm), products)?;
+            self.few("project", out, &self.x, Some(norm), products, None)?;
         } else {
             self.norm(norm)?;
             let mut after = 0;
@@ -408,9 +430,10 @@ impl Decoding {
         product: Product,
         residual: At,
         input: &candle_core::Tensor,
+        ahead: Option<&Tensor>,
     ) -> Result<()> {
         if self.sizes.batch <= FEW {
-            self.few("project_add", &self.x, input, None, &[product])?;
+            self.few("project_add", &self.x, input, None, &[product], ahead)?;
         } else {
             self.product(&self.x, 0, input, product.weight, true)?;
         }
@@ -427,6 +450,7 @@ impl Decoding {
         x: &candle_core::Tensor,
         norm: Option<Norm>,
         products: &[Product],
+        ahead: Option<&Tensor>,
     ) -> Result<()> {
         if self.replaying {
             return Ok(());
@@ -460,6 +484,7 @@ impl Decoding {
             Arg::U32(k as u32),
             Arg::F32(norm.map_or(0.0, |norm| norm.eps as f32)),
         ];
+        let args = [&args[..], &fetched(ahead)].concat();
         let rows = if name == "project_add" { 2 } else { 4 };
         let batch = self.sizes.batch.next_power_of_two();
         let name = format!("{name}_{}_{batch}", self.kernels.suffix());

@@ -35,6 +35,27 @@ template <typename T> struct Weights {
     }
 };
 
+// Weights that a later kernel reads, to be fetched into the L2 cache while this one leaves memory
+// idle: two tensors, of so many bytes each.
+struct Ahead {
+    const char *p0, *p1;
+    u64 n0, n1;
+
+    // A share of them, by each of `count` threads.
+    __device__ void fetch(u32 thread, u32 count) const {
+        share(p0, n0, thread, count);
+        share(p1, n1, thread, count);
+    }
+    static __device__ void share(const char *p, u64 bytes, u32 thread, u32 count) {
+#if __CUDA_ARCH__ >= 900
+        u64 each = (bytes / count + 127) / 128 * 128, from = thread * each;
+        if (from >= bytes) return;
+        u32 size = (u32)(bytes - from < each ? bytes - from : each) & ~15u;
+        if (size) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p + from), "r"(size));
+#endif
+    }
+};
+
 // Eight elements as they lie in memory, so that those on their way take few registers.
 template <typename T> struct Raw;
 template <> struct Raw<bf16> {
@@ -85,8 +106,8 @@ template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
 // out (batch, n) from x (batch, k), B rows at most; with `gain`, x is normalized first.
 // AHEAD packs of every row are under way at once.
 template <typename T, int B, int R, int KIND, int AHEAD>
-__device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 batch, u32 k,
-                        float eps) {
+__device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 batch, u32 k, float eps,
+                        Ahead ahead) {
     constexpr int SETS = KIND == GATED ? 2 : 1;
     constexpr int SUMS = SETS * R * B;
     u32 first = blockIdx.x * R;
@@ -111,6 +132,7 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
     };
 #pragma unroll
     for (int c = 0; c < AHEAD; c++) fetch(c, (c * THREADS + threadIdx.x) * 8);
+    if (threadIdx.x == 0) ahead.fetch(blockIdx.x, gridDim.x);
     wait_for_inputs();
     let_next_start();
     for (u32 start = threadIdx.x * 8; start < k; start += AHEAD * THREADS * 8) {
@@ -203,11 +225,14 @@ template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids
 // groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
 #define MOST_G 8
 #define MOST_SPLITS 32
+#define LOOKERS 256
+#define KEYS 2 // that a group looks at together
 template <typename T, int D>
 __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos,
                        const T *sin, const T *scale, const u32 *held, float *shares, u32 *done,
-                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride) {
-    constexpr int LANES = D / 8, GROUPS = THREADS / LANES;
+                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride,
+                       Ahead ahead) {
+    constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES;
     u32 split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, b = blockIdx.z;
     u32 g_count = heads / kv_heads;
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
@@ -215,18 +240,27 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     u32 past = *held;
     u64 base = ((u64)b * kv_heads + head) * capacity * D + lane * 8;
     u32 start = (u64)past * split / splits, end = (u64)past * (split + 1) / splits;
-    Raw<T> next_key, next_value;
-    auto fetch = [&](u32 t) {
-        if (t < end) next_key.fetch(keys + base + (u64)t * D), next_value.fetch(values + base + (u64)t * D);
+    Raw<T> next_key[KEYS], next_value[KEYS];
+    auto fetch = [&](u32 from) {
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            u32 t = from + i * GROUPS + group;
+            if (t >= end) continue;
+            next_key[i].fetch(keys + base + (u64)t * D);
+            next_value[i].fetch(values + base + (u64)t * D);
+        }
     };
-    fetch(start + group);
+    fetch(start);
+    u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    u32 blocks = gridDim.x * gridDim.y * gridDim.z;
+    ahead.fetch(block * LOOKERS + threadIdx.x, blocks * LOOKERS);
     wait_for_inputs();
     let_next_start();
 
     // RoPE of the queries and of the new key.
     __shared__ float query[MOST_G][D], new_key[D];
     const T *co = cos + (u64)past * (D / 2), *si = sin + (u64)past * (D / 2);
-    for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += THREADS) {
+    for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += LOOKERS) {
         u32 g = i / (D / 2), j = i % (D / 2);
         const T *from = g < g_count ? q + (u64)b * q_stride + (head * g_count + g) * D
                                     : k + (u64)b * kv_stride + head * D;
@@ -254,50 +288,75 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
         }
     }
     // By whole warps, of whose groups some may have no key.
-    auto look = [&](const float (&key)[8], const float (&value)[8], bool valid) {
+    auto look = [&](const float (&key)[KEYS][8], const float (&value)[KEYS][8], const bool (&valid)[KEYS]) {
 #pragma unroll
         for (int g = 0; g < MOST_G; g++) {
             if (g < g_count) {
-                float s = 0.0f;
+                float s[KEYS], now = max[g];
 #pragma unroll
-                for (int j = 0; j < 8; j++) s += qs[g][j] * key[j];
+                for (int i = 0; i < KEYS; i++) {
+                    s[i] = 0.0f;
 #pragma unroll
-                for (int mask = LANES / 2; mask > 0; mask >>= 1)
-                    s += __shfl_xor_sync(~0u, s, mask);
-                s = valid ? s : -INFINITY;
-                float now = fmaxf(max[g], s);
-                float shrink = __expf(max[g] - now), weight = __expf(s - now);
+                    for (int j = 0; j < 8; j++) s[i] += qs[g][j] * key[i][j];
+                }
+#pragma unroll
+                for (int mask = LANES / 2; mask > 0; mask >>= 1) {
+#pragma unroll
+                    for (int i = 0; i < KEYS; i++) s[i] += __shfl_xor_sync(~0u, s[i], mask);
+                }
+#pragma unroll
+                for (int i = 0; i < KEYS; i++) {
+                    s[i] = valid[i] ? s[i] : -INFINITY;
+                    now = fmaxf(now, s[i]);
+                }
+                float shrink = __expf(max[g] - now);
                 max[g] = now;
-                sum[g] = sum[g] * shrink + weight;
+                sum[g] *= shrink;
 #pragma unroll
-                for (int j = 0; j < 8; j++) mixed[g][j] = mixed[g][j] * shrink + weight * value[j];
+                for (int j = 0; j < 8; j++) mixed[g][j] *= shrink;
+#pragma unroll
+                for (int i = 0; i < KEYS; i++) {
+                    float weight = __expf(s[i] - now);
+                    sum[g] += weight;
+#pragma unroll
+                    for (int j = 0; j < 8; j++) mixed[g][j] += weight * value[i][j];
+                }
             }
         }
     };
-    float key[8], value[8];
-    for (u32 t = start; t < end; t += GROUPS) {
-        bool valid = t + group < end;
-        next_key.widen_to(key), next_value.widen_to(value);
+    float key[KEYS][8], value[KEYS][8];
+    bool valid[KEYS];
+    for (u32 t = start; t < end; t += KEYS * GROUPS) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) value[j] = valid ? value[j] : 0.0f; // whatever it is, it may be no number
-        fetch(t + GROUPS + group);
+        for (int i = 0; i < KEYS; i++) {
+            valid[i] = t + i * GROUPS + group < end;
+            next_key[i].widen_to(key[i]), next_value[i].widen_to(value[i]);
+            // Whatever is there without a token may be no number.
+#pragma unroll
+            for (int j = 0; j < 8; j++) value[i][j] = valid[i] ? value[i][j] : 0.0f;
+        }
+        fetch(t + KEYS * GROUPS);
         look(key, value, valid);
     }
     // The new token itself, in the first share.
     if (split == 0 && threadIdx.x < 32) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) key[j] = new_key[lane * 8 + j];
-        load<8>(v + (u64)b * kv_stride + head * D + lane * 8, value);
-        if (group == 0) {
-            store<8>(keys + base + (u64)past * D, key);
-            store<8>(values + base + (u64)past * D, value);
+        for (int i = 0; i < KEYS; i++) {
+            valid[i] = i == 0 && group == 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) key[i][j] = new_key[lane * 8 + j], value[i][j] = 0.0f;
         }
-        look(key, value, group == 0);
+        load<8>(v + (u64)b * kv_stride + head * D + lane * 8, value[0]);
+        if (group == 0) {
+            store<8>(keys + base + (u64)past * D, key[0]);
+            store<8>(values + base + (u64)past * D, value[0]);
+        }
+        look(key, value, valid);
     }
 
     // The groups' results into one share, (max, sum, D values) for each query head: first within a
     // warp, then over the warps.
-    constexpr int WARPS = THREADS / 32;
+    constexpr int WARPS = LOOKERS / 32;
     __shared__ float maxes[WARPS][MOST_G], sums[WARPS][MOST_G], part[WARPS][MOST_G][D];
     int warp = threadIdx.x / 32;
 #pragma unroll
@@ -323,7 +382,7 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     }
     __syncthreads();
     u64 row = (u64)b * heads + head * g_count;
-    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+    for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
         u32 g = i / D, j = i % D;
         float top = NONE, total = 0.0f, v = 0.0f;
 #pragma unroll
@@ -353,13 +412,13 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     if (!last) return;
     __threadfence();
     __shared__ float tops[MOST_G][MOST_SPLITS], totals[MOST_G][MOST_SPLITS];
-    for (u32 i = threadIdx.x; i < g_count * splits; i += THREADS) {
+    for (u32 i = threadIdx.x; i < g_count * splits; i += LOOKERS) {
         const float *share = shares + (row * splits + i) * (D + 2);
         tops[i / splits][i % splits] = __ldcg(share);
         totals[i / splits][i % splits] = __ldcg(share + 1);
     }
     __syncthreads();
-    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+    for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
         u32 g = i / D, j = i % D;
         const float *share = shares + (row + g) * splits * (D + 2) + 2 + j;
         float top = NONE, total = 0.0f, v = 0.0f;
@@ -415,9 +474,10 @@ __device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, c
 #define PROJECT(T, t, NAME, B, R, KIND, AHEAD)                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##t##_##B(                        \
         T *o, const T *x, const T *g, const T *w0, const T *w1, const T *w2, const T *b0,          \
-        const T *b1, const T *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k, float eps) {           \
+        const T *b1, const T *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k, float eps,             \
+        const char *p0, u64 s0, const char *p1, u64 s1) {                                          \
         Weights<T> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                       \
-        project<T, B, R, KIND, AHEAD>(o, x, g, w, batch, k, eps);                                  \
+        project<T, B, R, KIND, AHEAD>(o, x, g, w, batch, k, eps, {p0, p1, s0, s1});                \
     }
 
 #define PROJECTS(T, t, B)                                                                          \
@@ -426,12 +486,13 @@ __device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, c
     PROJECT(T, t, project_gated, B, (B > 4 ? 2 : 4), GATED, 1)
 
 #define ATTEND(T, t, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) attend_##t##_##D(                        \
+    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D(                        \
         T *o, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos, const T *sin,  \
         const T *scale, const u32 *held, float *shares, u32 *done, u32 heads, u32 kv_heads,        \
-        u32 capacity, u32 q_stride, u32 kv_stride) {                                               \
+        u32 capacity, u32 q_stride, u32 kv_stride, const char *p0, u64 s0, const char *p1,         \
+        u64 s1) {                                                                                  \
         attend<T, D>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
-                     kv_heads, capacity, q_stride, kv_stride);                                     \
+                     kv_heads, capacity, q_stride, kv_stride, {p0, p1, s0, s1});                   \
     }
 
 #define ALL(T, t)                                                                                  \
