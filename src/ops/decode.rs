@@ -109,8 +109,17 @@ fn fetched<'a>(weights: impl IntoIterator<Item = &'a Tensor>) -> [Arg<'a>; 4] {
     args
 }
 
-/// Most rows that the products by our own kernel take; more go through cuBLAS.
-const FEW: usize = 8;
+/// Most rows that our own kernels of products take; more go through cuBLAS.
+fn few(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::BF16 => 64,
+        Dtype::F32 | Dtype::F16 => 8,
+    }
+}
+
+/// Rows up to which the kernels of products normalize their input themselves: each of their blocks
+/// does.
+const NORMED_BY_EACH: usize = 8;
 /// Most shares that the keys of one head are split into (`MOST_SPLITS` in decode.cu).
 const MOST_SPLITS: usize = 32;
 /// Most query heads of one key head (`MOST_G` in decode.cu).
@@ -303,8 +312,9 @@ impl Decoding {
     /// The device's.
     pub fn gated(&self, norm: Norm, gate: Product, up: Product, at: At) -> Result<()> {
         let weights = [gate.weight, up.weight];
-        if self.sizes.batch <= FEW {
-            self.few("project_gated", &self.inner, &self.x, Some(norm), &[gate, up], None)?;
+        if self.sizes.batch <= few(self.dtype) {
+            let (x, norm) = self.input(norm)?;
+            self.few("project_gated", &self.inner, x, norm, &[gate, up], None)?;
         } else {
             self.norm(norm)?;
             self.product(&self.gate, 0, &self.normed, weights[0], false)?;
@@ -408,8 +418,9 @@ impl Decoding {
         products: &[Product],
         out: &candle_core::Tensor,
     ) -> Result<()> {
-        if self.sizes.batch <= FEW {
-            self.few("project", out, &self.x, Some(norm), products, None)?;
+        if self.sizes.batch <= few(self.dtype) {
+            let (x, norm) = self.input(norm)?;
+            self.few("project", out, x, norm, products, None)?;
         } else {
             self.norm(norm)?;
             let mut after = 0;
@@ -432,7 +443,7 @@ impl Decoding {
         input: &candle_core::Tensor,
         ahead: Option<&Tensor>,
     ) -> Result<()> {
-        if self.sizes.batch <= FEW {
+        if self.sizes.batch <= few(self.dtype) {
             self.few("project_add", &self.x, input, None, &[product], ahead)?;
         } else {
             self.product(&self.x, 0, input, product.weight, true)?;
@@ -485,11 +496,34 @@ impl Decoding {
             Arg::F32(norm.map_or(0.0, |norm| norm.eps as f32)),
         ];
         let args = [&args[..], &fetched(ahead)].concat();
-        let rows = if name == "project_add" { 2 } else { 4 };
-        let batch = self.sizes.batch.next_power_of_two();
-        let name = format!("{name}_{}_{batch}", self.kernels.suffix());
+        let (batch, t) = (self.sizes.batch, self.kernels.suffix());
+        // Rows of the weight that a block takes, as PROJECTS and TILES in decode.cu say.
+        let (name, rows, block) = match self.dtype {
+            Dtype::BF16 if batch > 2 => {
+                let tiles = batch.div_ceil(8).next_power_of_two();
+                (format!("{name}_tiles_{t}_{tiles}"), 16, 256)
+            }
+            _ => {
+                let batch = batch.next_power_of_two();
+                let rows = match name {
+                    "project_add" => 2,
+                    "project_gated" if batch > 4 => 2,
+                    _ => 4,
+                };
+                (format!("{name}_{t}_{batch}"), rows, 128)
+            }
+        };
         let grid = [n.div_ceil(rows) as u64, 1, 1];
-        Ok(self.kernels.launch(File::Decode, &name, grid, 128, &args)?)
+        Ok(self.kernels.launch(File::Decode, &name, grid, block, &args)?)
+    }
+
+    /// What products of normed x read: x and the norm, or what is normed already and none.
+    fn input<'a>(&self, norm: Norm<'a>) -> Result<(&candle_core::Tensor, Option<Norm<'a>>)> {
+        if self.sizes.batch <= NORMED_BY_EACH {
+            return Ok((&self.x, Some(norm)));
+        }
+        self.norm(norm)?;
+        Ok((&self.normed, None))
     }
 
     /// normed = norm of x

@@ -207,6 +207,139 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
     }
 }
 
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// `project` for 8 · NT rows of input at most, in bf16 by the tensor cores: the weight's rows are
+// the rows of a tile, the input's its columns. A block takes 16 rows of the weight (of each, if
+// gated); its warps take turns along the summed dimension, 32 elements at a time, of which a lane
+// loads 8 that lie together. The order in which a tile sums them is of no account, so these serve
+// as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
+#define TILE_WARPS 8
+template <int NT, int KIND>
+__device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weights<bf16> w,
+                              u32 batch, u32 k, float eps, Ahead ahead) {
+    constexpr int SETS = KIND == GATED ? 2 : 1, TURNS = 4;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 first = blockIdx.x * 16;
+    const bf16 *rows[SETS][2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 row = min(first + half * 8 + g, w.n - 1);
+        if constexpr (KIND == GATED) {
+            rows[0][half] = w.w0 + (u64)row * k;
+            rows[1][half] = w.w1 + (u64)row * k;
+        } else {
+            rows[0][half] = w.row(row, k);
+        }
+    }
+    uint4 weights[TURNS][SETS][2];
+    auto fetch = [&](int turn, u32 i) {
+#pragma unroll
+        for (int s = 0; s < SETS; s++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                weights[turn][s][half] =
+                    i < k ? __ldcs(reinterpret_cast<const uint4 *>(rows[s][half] + i)) : uint4{};
+        }
+    };
+    u32 start = warp * 32 + t * 8;
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) fetch(turn, start + turn * TILE_WARPS * 32);
+    if (threadIdx.x == 0) ahead.fetch(blockIdx.x, gridDim.x);
+    wait_for_inputs();
+    let_next_start();
+
+    float sums[SETS][NT][4] = {}, squares[NT] = {};
+    for (; start - t * 8 < k; start += TURNS * TILE_WARPS * 32) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            u32 i = start + turn * TILE_WARPS * 32;
+            float gains[8];
+            if (gain && i < k) load<8>(gain + i, gains);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                u32 row = n * 8 + g;
+                uint4 pack = {};
+                if (row < batch && i < k)
+                    pack = *reinterpret_cast<const uint4 *>(x + (u64)row * k + i);
+                if (gain) {
+                    __nv_bfloat162 *pairs = reinterpret_cast<__nv_bfloat162 *>(&pack);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        float2 v = __bfloat1622float2(pairs[j]);
+                        squares[n] += v.x * v.x + v.y * v.y;
+                        pairs[j] = i < k ? __floats2bfloat162_rn(v.x * gains[2 * j],
+                                                                 v.y * gains[2 * j + 1])
+                                         : pairs[j];
+                    }
+                }
+#pragma unroll
+                for (int s = 0; s < SETS; s++) {
+                    const uint4 &a = weights[turn][s][0], &b = weights[turn][s][1];
+                    mma(sums[s][n], a.x, b.x, a.y, b.y, pack.x, pack.y);
+                    mma(sums[s][n], a.z, b.z, a.w, b.w, pack.z, pack.w);
+                }
+            }
+            fetch(turn, i + TURNS * TILE_WARPS * 32);
+        }
+    }
+
+    // The warps' sums: half of the warps give theirs to the other half, until one has all.
+    __shared__ float given[TILE_WARPS / 2][SETS * NT * 4][32], of_squares[TILE_WARPS][NT * 8];
+    if (gain) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            squares[n] += __shfl_xor_sync(~0u, squares[n], 1);
+            squares[n] += __shfl_xor_sync(~0u, squares[n], 2);
+            if (t == 0) of_squares[warp][n * 8 + g] = squares[n];
+        }
+    }
+#pragma unroll
+    for (int left = TILE_WARPS / 2; left > 0; left /= 2) {
+        if (warp >= left && warp < 2 * left) {
+#pragma unroll
+            for (int i = 0; i < SETS * NT * 4; i++)
+                given[warp - left][i][lane] = sums[i / (NT * 4)][i / 4 % NT][i % 4];
+        }
+        __syncthreads();
+        if (warp < left) {
+#pragma unroll
+            for (int i = 0; i < SETS * NT * 4; i++)
+                sums[i / (NT * 4)][i / 4 % NT][i % 4] += given[warp][i][lane];
+        }
+        __syncthreads();
+    }
+    if (warp) return;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 b = n * 8 + 2 * t + j % 2, row = first + g + j / 2 * 8;
+            if (b >= batch || row >= w.n) continue;
+            float inverse = 1.0f;
+            if (gain) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int i = 0; i < TILE_WARPS; i++) sum += of_squares[i][b];
+                inverse = rsqrtf(sum / k + eps);
+            }
+            bf16 *to = out + (u64)b * w.n + row;
+            float sum = rounded<bf16>(sums[0][n][j] * inverse);
+            if constexpr (KIND == GATED) {
+                float up = rounded<bf16>(sums[1][n][j] * inverse);
+                *to = narrow<bf16>(rounded<bf16>(sum / (1.0f + __expf(-sum))) * up);
+            } else {
+                *to = narrow<bf16>(sum + (KIND == ADD ? widen(*to) : w.bias(row)));
+            }
+        }
+    }
+}
+
 // x (batch, width) = rows `ids` of the table
 template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids, u32 width) {
     wait_for_inputs();
@@ -479,6 +612,25 @@ __device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, c
         Weights<T> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                       \
         project<T, B, R, KIND, AHEAD>(o, x, g, w, batch, k, eps, {p0, p1, s0, s1});                \
     }
+
+#define TILES(NAME, NT, KIND)                                                                      \
+    extern "C" __global__ void __launch_bounds__(TILE_WARPS * 32) NAME##_tiles_bf16_##NT(          \
+        bf16 *o, const bf16 *x, const bf16 *g, const bf16 *w0, const bf16 *w1, const bf16 *w2,     \
+        const bf16 *b0, const bf16 *b1, const bf16 *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k,  \
+        float eps, const char *p0, u64 s0, const char *p1, u64 s1) {                               \
+        Weights<bf16> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                    \
+        project_tiles<NT, KIND>(o, x, g, w, batch, k, eps, {p0, p1, s0, s1});                      \
+    }
+
+#define ALL_TILES(NT)                                                                              \
+    TILES(project, NT, PLAIN)                                                                      \
+    TILES(project_add, NT, ADD)                                                                    \
+    TILES(project_gated, NT, GATED)
+
+ALL_TILES(1)
+ALL_TILES(2)
+ALL_TILES(4)
+ALL_TILES(8)
 
 #define PROJECTS(T, t, B)                                                                          \
     PROJECT(T, t, project, B, 4, PLAIN, 1)                                                         \
