@@ -145,10 +145,10 @@ impl Layer {
             [&attention.q_proj, &attention.k_proj, &attention.v_proj, &attention.o_proj]
                 .map(|linear| linear.product(meter));
         let first = norm(Module::InputLayernorm, &self.input_layernorm);
-        decoding.queries_keys_values(first, [q, k, v])?;
-        let at = meter.at(Module::SelfAttn);
         let ahead = [&self.mlp.gate_proj.weight, &self.mlp.up_proj.weight];
-        decoding.attend(at, cache.layer(index)?, cache.rope(), &attention.scale, ahead)?;
+        decoding.queries_keys_values(first, [q, k, v], ahead)?;
+        let at = meter.at(Module::SelfAttn);
+        decoding.attend(at, cache.layer(index)?, cache.rope(), &attention.scale)?;
         decoding.add_mixed(o, residual, &self.mlp.down_proj.weight)?;
 
         let [gate, up, down] = [&self.mlp.gate_proj, &self.mlp.up_proj, &self.mlp.down_proj]

@@ -100,7 +100,7 @@ impl std::fmt::Debug for Decoding {
 }
 
 /// The last arguments of a kernel: weights to fetch ahead, two at most, with their bytes.
-fn fetched<'a>(weights: impl IntoIterator<Item = &'a Tensor>) -> [Arg<'a>; 4] {
+fn fetched<'a>(weights: &[&'a Tensor]) -> [Arg<'a>; 4] {
     let mut args = [Arg::Null, Arg::U64(0), Arg::Null, Arg::U64(0)];
     for (pair, weight) in args.chunks_exact_mut(2).zip(weights) {
         let bytes = weight.elements() * weight.data.dtype().size_in_bytes();
@@ -112,7 +112,7 @@ fn fetched<'a>(weights: impl IntoIterator<Item = &'a Tensor>) -> [Arg<'a>; 4] {
 /// Most rows that our own kernels of products take; more go through cuBLAS.
 fn few(dtype: Dtype) -> usize {
     match dtype {
-        Dtype::BF16 => 64,
+        Dtype::BF16 => 32,
         Dtype::F32 | Dtype::F16 => 8,
     }
 }
@@ -146,7 +146,7 @@ impl Decoding {
         }
         // As many blocks as keep the device busy, none with too few keys to be worth a block.
         let most = 528usize.div_ceil(batch * kv_heads).clamp(1, MOST_SPLITS);
-        let splits = capacity.div_ceil(256).clamp(1, most);
+        let splits = capacity.div_ceil(64).clamp(1, most);
         let zeros = |shape: (usize, usize), dtype| candle_core::Tensor::zeros(shape, dtype, device);
         let wide = |width| zeros((batch, width), dtype.to_candle());
         let mut new = Self {
@@ -274,12 +274,18 @@ impl Decoding {
         Ok(())
     }
 
-    /// q, k and v of normed x, beside one another.
+    /// q, k and v of normed x, beside one another. Attention after it leaves memory idle: meanwhile
+    /// the weights `ahead` come nearer, which a later kernel reads.
     ///
     /// # Errors
     /// The device's.
-    pub fn queries_keys_values(&self, norm: Norm, products: [Product; 3]) -> Result<()> {
-        self.normed_products(norm, &products, &self.qkv)
+    pub fn queries_keys_values(
+        &self,
+        norm: Norm,
+        products: [Product; 3],
+        ahead: [&Tensor; 2],
+    ) -> Result<()> {
+        self.normed_products(norm, &products, &self.qkv, &ahead)
     }
 
     /// Logits of normed x.
@@ -287,7 +293,7 @@ impl Decoding {
     /// # Errors
     /// The device's.
     pub fn head(&self, norm: Norm, product: Product) -> Result<()> {
-        self.normed_products(norm, &[product], &self.logits)
+        self.normed_products(norm, &[product], &self.logits, &[])
     }
 
     /// Adds `product` of the heads' mixed values to x; the sum is accounted for at `residual`.
@@ -314,7 +320,7 @@ impl Decoding {
         let weights = [gate.weight, up.weight];
         if self.sizes.batch <= few(self.dtype) {
             let (x, norm) = self.input(norm)?;
-            self.few("project_gated", &self.inner, x, norm, &[gate, up], None)?;
+            self.few("project_gated", &self.inner, x, norm, &[gate, up], &[])?;
         } else {
             self.norm(norm)?;
             self.product(&self.gate, 0, &self.normed, weights[0], false)?;
@@ -332,8 +338,7 @@ impl Decoding {
     }
 
     /// RoPE of q and k, q times `scale`, k and v into the cache (B, K, capacity, d), and the
-    /// softmax-weighted mix of all values there. Few threads do it, so that memory is free to bring
-    /// the weights `ahead` nearer, which a later kernel reads.
+    /// softmax-weighted mix of all values there.
     ///
     /// # Errors
     /// The device's.
@@ -343,7 +348,6 @@ impl Decoding {
         (keys, values): (&Tensor, &Tensor),
         table: &RopeTable,
         scale: &Tensor,
-        ahead: [&Tensor; 2],
     ) -> Result<()> {
         let Sizes { batch, heads, kv_heads, head_dim, .. } = self.sizes;
         let (cos, sin) = table.parts();
@@ -368,7 +372,6 @@ impl Decoding {
             Arg::U32(stride as u32),
             Arg::U32(stride as u32),
         ];
-        let args = [&args[..], &fetched(ahead)].concat();
         if !self.replaying {
             let name = format!("attend_{}_{head_dim}", self.kernels.suffix());
             let grid = [self.splits, kv_heads, batch].map(|n| n as u64);
@@ -417,10 +420,11 @@ impl Decoding {
         norm: Norm,
         products: &[Product],
         out: &candle_core::Tensor,
+        ahead: &[&Tensor],
     ) -> Result<()> {
         if self.sizes.batch <= few(self.dtype) {
             let (x, norm) = self.input(norm)?;
-            self.few("project", out, x, norm, products, None)?;
+            self.few("project", out, x, norm, products, ahead)?;
         } else {
             self.norm(norm)?;
             let mut after = 0;
@@ -444,7 +448,7 @@ impl Decoding {
         ahead: Option<&Tensor>,
     ) -> Result<()> {
         if self.sizes.batch <= few(self.dtype) {
-            self.few("project_add", &self.x, input, None, &[product], ahead)?;
+            self.few("project_add", &self.x, input, None, &[product], ahead.as_slice())?;
         } else {
             self.product(&self.x, 0, input, product.weight, true)?;
         }
@@ -461,7 +465,7 @@ impl Decoding {
         x: &candle_core::Tensor,
         norm: Option<Norm>,
         products: &[Product],
-        ahead: Option<&Tensor>,
+        ahead: &[&Tensor],
     ) -> Result<()> {
         if self.replaying {
             return Ok(());

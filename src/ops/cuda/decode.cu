@@ -363,8 +363,7 @@ template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids
 template <typename T, int D>
 __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos,
                        const T *sin, const T *scale, const u32 *held, float *shares, u32 *done,
-                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride,
-                       Ahead ahead) {
+                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride) {
     constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES;
     u32 split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, b = blockIdx.z;
     u32 g_count = heads / kv_heads;
@@ -384,9 +383,6 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
         }
     };
     fetch(start);
-    u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    u32 blocks = gridDim.x * gridDim.y * gridDim.z;
-    ahead.fetch(block * LOOKERS + threadIdx.x, blocks * LOOKERS);
     wait_for_inputs();
     let_next_start();
 
@@ -630,7 +626,6 @@ __device__ void choose(u32 *ids, u64 *chosen, u64 *best, u32 *held, u32 *done, c
 ALL_TILES(1)
 ALL_TILES(2)
 ALL_TILES(4)
-ALL_TILES(8)
 
 #define PROJECTS(T, t, B)                                                                          \
     PROJECT(T, t, project, B, 4, PLAIN, 1)                                                         \
@@ -641,10 +636,9 @@ ALL_TILES(8)
     extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D(                        \
         T *o, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos, const T *sin,  \
         const T *scale, const u32 *held, float *shares, u32 *done, u32 heads, u32 kv_heads,        \
-        u32 capacity, u32 q_stride, u32 kv_stride, const char *p0, u64 s0, const char *p1,         \
-        u64 s1) {                                                                                  \
+        u32 capacity, u32 q_stride, u32 kv_stride) {                                               \
         attend<T, D>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
-                     kv_heads, capacity, q_stride, kv_stride, {p0, p1, s0, s1});                   \
+                     kv_heads, capacity, q_stride, kv_stride);                                     \
     }
 
 #define ALL(T, t)                                                                                  \
