@@ -88,7 +88,7 @@ correctness() {
     local data=(--data examples/overfit.txt --seq 64 --batch 2)
     local text=("A sentence that every side goes on with" --raw --ignore-eos --max-new-tokens 24 --dtype f32)
     rm -rf "$out"/run-*
-    for side in cpu "$device"; do
+    for side in $(printf "%s\n" cpu "$device" | sort -u); do
         step "train-tiny-${side%%:*}" 90 train --model synthetic:tiny:1 "${data[@]}" --device "$side" \
             --dtype f32 --steps 20 --lr 0.01 --lora-rank 4 --out "$out/run-${side%%:*}"
         step "eval-${side%%:*}" 90 eval "${model[@]}" "${data[@]}" --device "$side" --dtype f32

@@ -13,4 +13,5 @@ if [ -z "${FLOPAUDIT_WEIGHTS:-}" ]; then
 fi
 export FLOPAUDIT_WEIGHTS
 
+python3 scripts/witness/test.py
 cargo test "$@"

@@ -50,7 +50,7 @@ fn outcome(
         Tensor::from_vec(values, shape, dtype, device).unwrap()
     };
     let input = |(i, shape): (usize, &&[usize])| {
-        tensor(shape.iter().product(), i as u64, shape.to_vec()).parameter(SCOPE)
+        tensor(shape.iter().product(), i as u64, shape.to_vec()).leaf(SCOPE)
     };
     let inputs: Vec<_> = shapes.iter().enumerate().map(input).collect();
     let y = run(at, &inputs).unwrap();

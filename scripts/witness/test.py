@@ -47,7 +47,7 @@ class NcuTable(unittest.TestCase):
         sums, kernels = counters.counted((SAMPLES / "forward.ncu").read_text())
         self.assertEqual(sums[counters.TENSOR], sum(k[counters.TENSOR] for k in kernels.values()))
         self.assertGreater(sums[counters.TENSOR], 0)
-        self.assertIn("attention_bf16_64", kernels)
+        self.assertIn("softmax_bf16_8_1_32", kernels)
 
     def test_the_tensor_cores_did_what_the_ledger_asks_for(self) -> None:
         sums, _ = counters.counted((SAMPLES / "forward.ncu").read_text())
