@@ -1,74 +1,188 @@
 #!/usr/bin/env bash
-# What a GPU does, measured in one go: scripts/gpu-session.sh [DIR]
+# What a GPU does, checked and measured in one go: scripts/gpu-session.sh [DIR]
 #
-# Audits and losses against the CPU, then speeds of generation, evaluation and training on weights
-# of the true shapes. Each step has a time limit, a log and a JSON report in DIR (default
-# gpu-session), and a failing one stops none of the others; DIR/summary.md is the table.
-# DEVICE=cpu rehearses it anywhere, PRESET=tiny shortens it; SKIP="name name" leaves steps out.
+# Kernels against their CPU twins, audits, losses and tokens against the CPU; ceilings; decoding,
+# prefill and training; witnesses: cuBLAS's log, Nsight Compute's counters, PyTorch. Each step has a
+# time limit, a log and a JSON report in DIR (default gpu-session), and a failing one stops none of
+# the others; DIR/summary.md is the table. From the environment:
+#   DEVICE, PRESET    cuda[:N] and qwen2.5-0.5b; cpu and tiny rehearse it anywhere
+#   FLOPAUDIT         the program [scripts/cuda/run.sh, on the CPU target/release/flopaudit]
+#   KERNEL_TESTS      the built tests/cuda.rs, where there is one
+#   PYTHON            one with PyTorch [python3]
+#   SKIP, ONLY        patterns of steps, with spaces: SKIP="torch-* bench-train-*"
+#   SECONDS_IN_ALL    after which no further step is begun [530]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 out="${1:-gpu-session}"
 device="${DEVICE:-cuda}"
 preset="${PRESET:-qwen2.5-0.5b}"
-model="${MODEL:-synthetic:$preset}"
+model=(--model "${MODEL:-synthetic:$preset}")
+python="${PYTHON:-python3}"
+limit_in_all="${SECONDS_IN_ALL:-530}"
+on_gpu=false
+case "$device" in cuda*) on_gpu=true ;; esac
 if [ -z "${FLOPAUDIT:-}" ]; then
-    case "$device" in
-        cuda*) FLOPAUDIT=scripts/cuda/run.sh ;;
-        *) FLOPAUDIT=target/release/flopaudit ;;
-    esac
+    if $on_gpu; then FLOPAUDIT=scripts/cuda/run.sh; else FLOPAUDIT=target/release/flopaudit; fi
 fi
 mkdir -p "$out"
+# The ceiling that is measured here is the one that counts, and no other run's.
+export XDG_CACHE_HOME="$out/cache"
 : >"$out/steps.tsv"
 
-# step NAME SECONDS ARGUMENTS…: runs flopaudit, at most so long, with its report as NAME.json.
-step() {
-    local name="$1" limit="$2" start status
+matches() { # NAME PATTERN…
+    local name="$1" pattern
+    shift
+    # shellcheck disable=SC2254 — the patterns are patterns
+    for pattern in "$@"; do case "$name" in $pattern) return 0 ;; esac; done
+    return 1
+}
+
+# timed NAME SECONDS COMMAND…: runs it, at most so long; its output is NAME.log.
+timed() {
+    local name="$1" limit="$2" start=$SECONDS status=0
     shift 2
-    case " ${SKIP:-} " in *" $name "*) return ;; esac
-    start=$SECONDS
-    timeout "$limit" "$FLOPAUDIT" "$@" --json "$out/$name.json" >"$out/$name.log" 2>&1
-    status=$?
+    # shellcheck disable=SC2086 — patterns with spaces between
+    (set -f; matches "$name" ${SKIP:-}) && return
+    # shellcheck disable=SC2086
+    [ -z "${ONLY:-}" ] || (set -f; matches "$name" $ONLY) || return
+    if [ "$SECONDS" -ge "$limit_in_all" ]; then
+        status=late
+    else
+        timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+    fi
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$out/steps.tsv"
-    printf '%-28s %s after %s s\n' "$name" "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")" \
-        "$((SECONDS - start))"
-    [ $status = 0 ] || tail -n 2 "$out/$name.log"
+    printf '%4s s  %-26s %s\n' "$SECONDS" "$name" "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")"
+    case "$status" in 0 | late) ;; *) tail -n 2 "$out/$name.log" ;; esac
+}
+
+# step NAME SECONDS ARGUMENTS…: flopaudit, with its report as NAME.json.
+step() {
+    local name="$1" limit="$2"
+    shift 2
+    timed "$name" "$limit" "$FLOPAUDIT" "$@" --json "$out/$name.json"
 }
 
 on=(--device "$device")
 tiny=(--model synthetic:tiny:1 --lora-rank 4 --lora-targets q_proj,v_proj,down_proj)
-for dtype in f32 bf16; do
-    step "audit-forward-$dtype" 60 audit forward "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 32 --batch 2
-    step "audit-generate-$dtype" 60 audit generate "${tiny[@]}" "${on[@]}" --dtype $dtype \
-        --prompt-tokens 16 --new-tokens 8 --batch 2 --temperature 0.8 --top-k 5
-    step "audit-train-$dtype" 60 audit train "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 300 --batch 2 \
-        --steps 2 --accumulate 2 --recompute
-    step "audit-full-$dtype" 60 audit train "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 32 --full --steps 2
-done
+tokens=(--prompt-tokens 16 --new-tokens 24)
 
-# The same training and the same evaluation on both sides, in f32.
-data=(--data examples/overfit.txt --seq 64 --batch 2)
-rm -rf "$out"/run-*
-for side in cpu "$device"; do
-    name="train-tiny-${side%%:*}"
-    step "$name" 90 train --model synthetic:tiny:1 "${data[@]}" --device "$side" --dtype f32 --steps 20 \
-        --lr 0.01 --lora-rank 4 --out "$out/run-$name"
-    step "eval-${side%%:*}" 90 eval --model "$model" "${data[@]}" --device "$side" --dtype f32
-done
+correctness() {
+    [ -z "${KERNEL_TESTS:-}" ] || timed kernels 120 "$KERNEL_TESTS" --test-threads 1
+    local dtype batch side
+    for dtype in f32 bf16; do
+        step "audit-forward-$dtype" 60 audit forward "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 32 --batch 2
+        for batch in 1 3 9; do
+            step "audit-generate-$batch-$dtype" 60 audit generate --model synthetic:tiny:1 "${on[@]}" \
+                --dtype $dtype "${tokens[@]}" --batch $batch
+        done
+        step "audit-sampling-$dtype" 60 audit generate --model synthetic:tiny:1 "${on[@]}" --dtype $dtype \
+            "${tokens[@]}" --batch 2 --temperature 0.8 --top-k 5
+        step "audit-adapters-$dtype" 60 audit generate "${tiny[@]}" "${on[@]}" --dtype $dtype "${tokens[@]}"
+        step "audit-train-$dtype" 60 audit train "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 300 --batch 2 \
+            --steps 2 --accumulate 2 --recompute
+        step "audit-full-$dtype" 60 audit train --model synthetic:tiny:1 "${on[@]}" --dtype $dtype --seq 32 \
+            --full --steps 2
+    done
+    # The same training, evaluation and text on both sides, in f32.
+    local data=(--data examples/overfit.txt --seq 64 --batch 2)
+    local text=("A sentence that every side goes on with" --raw --ignore-eos --max-new-tokens 24 --dtype f32)
+    rm -rf "$out"/run-*
+    for side in $(printf "%s\n" cpu "$device" | sort -u); do
+        step "train-tiny-${side%%:*}" 90 train --model synthetic:tiny:1 "${data[@]}" --device "$side" \
+            --dtype f32 --steps 20 --lr 0.01 --lora-rank 4 --out "$out/run-${side%%:*}"
+        step "eval-${side%%:*}" 90 eval "${model[@]}" "${data[@]}" --device "$side" --dtype f32
+        step "text-${side%%:*}" 90 generate "${text[@]}" "${model[@]}" --device "$side"
+    done
+    # Recorded, launch by launch, op by op.
+    step text-no-graph 60 generate "${text[@]}" "${model[@]}" "${on[@]}" --no-cuda-graph
+    step text-ops 60 generate "${text[@]}" "${model[@]}" "${on[@]}" --op-times
+    # In bf16, attention runs in one kernel.
+    step eval-bf16 60 eval "${model[@]}" "${data[@]}" "${on[@]}" --dtype bf16
+    rm -rf "$out"/run-*
+}
 
-# Speeds, in bf16.
-fast=(--model "$model" "${on[@]}" --dtype bf16)
-for batch in 1 8 64; do
-    step "decode-b$batch" 90 generate "Once upon a time" --raw "${fast[@]}" --batch $batch \
-        --max-new-tokens 128 --ignore-eos
-done
-for seq in 512 2048; do
-    step "prefill-$seq" 90 eval "${fast[@]}" --data examples/alice-eval.txt --seq $seq --batch 4
-    step "lora-$seq" 90 train "${fast[@]}" --data examples/alice.txt --seq $seq --batch $((8192 / seq)) \
-        --steps 12 --lora-rank 8 --out "$out/run-lora-$seq"
-done
-step full-512 120 train "${fast[@]}" --data examples/alice.txt --seq 512 --batch 8 --steps 8 --full \
-    --lr 1e-5 --out "$out/run-full-512"
-rm -rf "$out"/run-*
+# Sizes of the benches: those of the tiny model where it is rehearsed.
+if [ "$preset" = tiny ]; then
+    batches=1,2 contexts=8,16 lengths=16,32 few_long=64 many=2 train_seqs="16 32" row_tokens=64
+else
+    batches=1,8,64 contexts=128,2048,8192 lengths=512,2048,8192 few_long=32736 many=8
+    train_seqs="512 2048" row_tokens=8192
+fi
 
-python3 scripts/cuda/summary.py "$out" | tee "$out/summary.md"
+benches() {
+    local seq to=(--ceiling "$out/ceiling.json") fast=("${model[@]}" "${on[@]}" --dtype bf16)
+    step ceiling 60 ceiling "${on[@]}" --dtype bf16
+    step bench-decode 60 bench decode "${fast[@]}" "${to[@]}" --batch $batches --context $contexts --new-tokens 32
+    step bench-prefill-1 60 bench prefill "${fast[@]}" "${to[@]}" --batch 1 --seq $lengths
+    step bench-prefill-$many 90 bench prefill "${fast[@]}" "${to[@]}" --batch $many --seq $lengths --repetitions 3
+    step bench-prefill-long 60 bench prefill "${fast[@]}" "${to[@]}" --batch 1 --seq $few_long --repetitions 3
+    for seq in $train_seqs; do
+        step "bench-lora-$seq" 60 bench train "${fast[@]}" "${to[@]}" --batch $((row_tokens / seq)) --seq "$seq"
+    done
+    for seq in $train_seqs; do
+        step "bench-full-$seq" 60 bench train "${fast[@]}" "${to[@]}" --batch $((row_tokens / 2 / seq)) \
+            --seq "$seq" --full
+    done
+    # A whole generation, choice of tokens and all.
+    step generate-1 60 generate "Once upon a time" --raw "${fast[@]}" --max-new-tokens 512 --ignore-eos
+    step generate-1-no-graph 60 generate "Once upon a time" --raw "${fast[@]}" --max-new-tokens 256 \
+        --ignore-eos --no-cuda-graph
+}
+
+# logged NAME SECONDS ARGUMENTS…: cuBLAS's log of a run held against its ledger.
+logged() {
+    local name="$1" limit="$2"
+    shift 2
+    CUBLAS_LOGINFO_DBG=1 CUBLAS_LOGDEST_DBG="$out/$name-run.cublas" timed "$name-run" "$limit" "$FLOPAUDIT" \
+        audit "$@" "${on[@]}" --ledger "$out/$name.ledger"
+    timed "$name" 60 "$python" scripts/witness/cublas.py "$out/$name-run.cublas" "$out/$name.ledger" \
+        --json "$out/$name.json"
+}
+
+# counted NAME SECONDS ARGUMENTS…: Nsight Compute's counters of a run held against its ledger.
+counted() {
+    local name="$1" limit="$2"
+    shift 2
+    timed "$name-run" "$limit" ncu --target-processes all --clock-control none --csv \
+        --metrics "$("$python" scripts/witness/counters.py --metrics)" "$FLOPAUDIT" audit "$@" "${on[@]}" \
+        --ledger "$out/$name.ledger"
+    timed "$name" 60 "$python" scripts/witness/counters.py "$out/$name-run.log" "$out/$name.ledger" \
+        --json "$out/$name.json"
+}
+
+witnesses() {
+    if $on_gpu; then
+        logged cublas-forward 60 forward "${model[@]}" --dtype f32 --seq 64 --batch 2
+        logged cublas-train 60 train "${model[@]}" --dtype bf16 --seq 128 --batch 2 --steps 1 --lora-rank 8
+        logged cublas-generate 60 generate "${model[@]}" --dtype bf16 --prompt-tokens 1 --new-tokens 6 --op-times
+        if command -v ncu >/dev/null; then
+            counted ncu-forward 90 forward "${model[@]}" --dtype bf16 --seq 128 --batch 4
+            counted ncu-train 90 train --model synthetic:tiny:1 --dtype bf16 --seq 64 --batch 2 --steps 1 \
+                --lora-rank 8
+        fi
+    else
+        timed witness-parsers 60 "$python" scripts/witness/test.py
+    fi
+    local sizes=(--decode 1x128,8x128,64x128,1x2048 --prefill 1x2048,8x2048 --lora 16x512 --tokens 48)
+    [ "$preset" = tiny ] && sizes=(--decode 1x8 --prefill 2x16 --lora 2x16 --tokens 4 --repetitions 1)
+    "$python" -c 'import torch, transformers' 2>/dev/null || return
+    local part parts="decode-sdpa prefill-sdpa lora-sdpa flops decode-eager prefill-eager lora-eager"
+    for part in $parts; do
+        timed "torch-$part" 60 "$python" scripts/witness/torch_peer.py --device "${device%%:*}" --preset "$preset" \
+            "${sizes[@]}" --parts "$part" --json "$out/torch-$part.json"
+    done
+    # Compiling takes PyTorch longer than all the rest: it has what is left.
+    $on_gpu && timed torch-decode-compiled 150 "$python" scripts/witness/torch_peer.py --preset "$preset" \
+        --decode 1x128 --tokens 48 --parts decode-compiled --json "$out/torch-decode-compiled.json"
+}
+
+$on_gpu && nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,temperature.gpu,power.draw \
+    --format=csv,noheader | tee "$out/gpu.txt"
+correctness
+benches
+witnesses
+rm -rf "$out/cache"
+"$python" scripts/cuda/summary.py "$out" | tee "$out/summary.md"
+# Fails where a step did, so that a rehearsal can be a test.
+! cut -f 2 "$out/steps.tsv" | grep -qv '^0$'

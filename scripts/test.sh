@@ -13,6 +13,7 @@ if [ -z "${FLOPAUDIT_WEIGHTS:-}" ]; then
 fi
 export FLOPAUDIT_WEIGHTS
 
+python3 scripts/witness/test.py
 cargo test "$@"
 
 scripts/report-browser.sh

@@ -32,6 +32,8 @@ pub struct Request {
     pub eos: Vec<u32>,
     /// Time each op, at the price of waiting for the device around it.
     pub timed: bool,
+    /// On a GPU, record a step once and replay it.
+    pub recorded: bool,
 }
 
 /// One finished sequence.
@@ -56,6 +58,9 @@ pub struct Generation {
     pub decode: Duration,
 }
 
+/// Steps that a GPU is given at once where no token can end a sequence.
+const AHEAD: usize = 16;
+
 /// Generates, reporting each op to `observer` and each token, with its sequence, to `on_token`,
 /// whose error ends the run.
 ///
@@ -65,7 +70,7 @@ pub struct Generation {
 pub fn generate(
     model: &Qwen2,
     request: &Request,
-    observer: &RefCell<dyn Observer + '_>,
+    observer: &RefCell<impl Observer>,
     mut on_token: impl FnMut(usize, u32) -> Result<()>,
 ) -> Result<Generation> {
     let Request { prompts, max_new_tokens, sampling, .. } = request;
@@ -83,29 +88,48 @@ pub fn generate(
     let start = Instant::now();
     let mut first_token = Duration::ZERO;
     let mut steps = 0;
+    let mut decoder = None;
     while steps < *max_new_tokens && sequences.iter().any(|s| !s.stopped) {
-        let (phase, fed) = match steps {
-            0 => (Phase::Prefill, length),
-            _ if request.kv_cache => (Phase::Decode, 1),
-            _ => {
-                cache.set_past(0)?;
-                (Phase::Decode, length + steps)
+        let latest = |fed| contexts.iter().flat_map(move |c: &Vec<u32>| &c[c.len() - fed..]);
+        if steps == 1 && request.kv_cache && !request.timed {
+            let ids: Vec<u32> = latest(1).copied().collect();
+            decoder = model.decoder(&cache, &ids, max_new_tokens - 1, request.recorded)?;
+        }
+        let several = match &mut decoder {
+            Some(decoder) => {
+                // Nobody asks for the tokens before the device may go on, unless one may end it.
+                let ahead = if request.eos.is_empty() { AHEAD } else { 1 };
+                let steps = ahead.min(max_new_tokens - steps);
+                decoder.next(meter, &mut cache, &mut sampler, &contexts, steps)?
+            }
+            None => {
+                let (phase, fed) = match steps {
+                    0 => (Phase::Prefill, length),
+                    _ if request.kv_cache => (Phase::Decode, 1),
+                    _ => {
+                        cache.set_past(0)?;
+                        (Phase::Decode, length + steps)
+                    }
+                };
+                let ids: Vec<u32> = latest(fed).copied().collect();
+                let meter_now = meter.phase(phase);
+                let logits = model.forward(meter_now, &ids, batch, &mut cache, Logits::Last)?;
+                let at = meter.phase(Phase::Sampling).at(Module::Sampler);
+                vec![sampler.next(at, &logits, &contexts)?]
             }
         };
-        let ids: Vec<u32> = contexts.iter().flat_map(|c| &c[c.len() - fed..]).copied().collect();
-        let logits = model.forward(meter.phase(phase), &ids, batch, &mut cache, Logits::Last)?;
-        let at = meter.phase(Phase::Sampling).at(Module::Sampler);
-        let chosen = sampler.next(at, &logits, &contexts)?;
-        steps += 1;
-        if steps == 1 {
-            first_token = start.elapsed();
-        }
-        for (row, (&id, sequence)) in chosen.iter().zip(&mut sequences).enumerate() {
-            contexts[row].push(id);
-            if !sequence.stopped {
-                sequence.tokens.push(id);
-                sequence.stopped = request.eos.contains(&id);
-                on_token(row, id)?;
+        for chosen in several {
+            steps += 1;
+            if steps == 1 {
+                first_token = start.elapsed();
+            }
+            for (row, (&id, sequence)) in chosen.iter().zip(&mut sequences).enumerate() {
+                contexts[row].push(id);
+                if !sequence.stopped {
+                    sequence.tokens.push(id);
+                    sequence.stopped = request.eos.contains(&id);
+                    on_token(row, id)?;
+                }
             }
         }
     }

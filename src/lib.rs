@@ -31,6 +31,7 @@
 //!     kv_cache: true,
 //!     eos: vec![],
 //!     timed: false,
+//!     recorded: true,
 //! };
 //! let ledger = RefCell::new(Ledger::default());
 //! let generation = generate(&model, &request, &ledger, |_sequence, _token| Ok(()))?;

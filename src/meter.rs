@@ -48,6 +48,17 @@ impl<O: Observer + ?Sized> Observer for &RefCell<O> {
     }
 }
 
+/// An [`Observer`] in its cell, so that a meter can be copied, and lives as long as any part asks.
+trait Listener {
+    fn hear(&self, key: &Key, time: Option<Duration>);
+}
+
+impl<O: Observer> Listener for RefCell<O> {
+    fn hear(&self, key: &Key, time: Option<Duration>) {
+        self.borrow_mut().op(key, time);
+    }
+}
+
 /// Discards everything: for work that belongs to no audit.
 impl Observer for () {
     fn op(&mut self, _: &Key, _: Option<Duration>) {}
@@ -66,7 +77,7 @@ impl Observer for () {
 /// ```
 #[derive(Clone, Copy)]
 pub struct Meter<'a> {
-    observer: &'a RefCell<dyn Observer + 'a>,
+    listener: &'a dyn Listener,
     phase: Phase,
     layer: Option<u32>,
     timed: bool,
@@ -82,8 +93,8 @@ pub struct At<'a> {
 
 impl<'a> Meter<'a> {
     /// Reports to `observer`, outside all layers, without timing.
-    pub fn new(observer: &'a RefCell<dyn Observer + 'a>, phase: Phase) -> Self {
-        Self { observer, phase, layer: None, timed: false, taped: false }
+    pub fn new(observer: &'a RefCell<impl Observer>, phase: Phase) -> Self {
+        Self { listener: observer, phase, layer: None, timed: false, taped: false }
     }
 
     /// Times each op, waiting for the device before and after: slower, so on request only.
@@ -136,8 +147,7 @@ impl At<'_> {
         device: &Device,
         kernel: impl FnOnce() -> candle_core::Result<T>,
     ) -> Result<T> {
-        let Meter { observer, phase, timed, .. } = self.meter;
-        let (out, time) = if timed {
+        let (out, time) = if self.meter.timed {
             device.synchronize()?;
             let start = Instant::now();
             let out = kernel()?;
@@ -146,8 +156,17 @@ impl At<'_> {
         } else {
             (kernel()?, None)
         };
-        let scope = self.scope();
-        observer.borrow_mut().op(&Key { phase, scope, op, dtype }, time);
+        self.report(op, dtype, time);
         Ok(out)
+    }
+
+    /// Reports `op` as part of a kernel that has run, or is about to, for several ops at once.
+    pub(crate) fn ran(self, op: Op, dtype: Dtype) {
+        self.report(op, dtype, self.meter.timed.then_some(Duration::ZERO));
+    }
+
+    fn report(self, op: Op, dtype: Dtype, time: Option<Duration>) {
+        let Meter { listener, phase, .. } = self.meter;
+        listener.hear(&Key { phase, scope: self.scope(), op, dtype }, time);
     }
 }

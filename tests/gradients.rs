@@ -7,7 +7,7 @@ use flopaudit::{
     error::Result,
     ledger::{Dtype, Module, Phase, Scope},
     meter::{At, Meter},
-    ops::{self, CrossEntropy, Gradients, RopeTable, Tensor, backward},
+    ops::{self, CausalMask, CrossEntropy, Gradients, Losses, RopeTable, Tensor, backward},
 };
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -71,8 +71,19 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
             "mask and softmax",
             &[&[b, m, k + m]],
             Box::new(move |at, x| {
-                let mask = ops::causal_mask(m, k, Dtype::F32, &Device::Cpu)?;
-                ops::softmax(at, ops::mask(at, &x[0], &mask)?)
+                let mask = CausalMask::new(m, k, Dtype::F32, &Device::Cpu)?;
+                ops::masked_softmax(at, x[0].clone(), &mask)
+            }),
+        ),
+        case("gated", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::gated(at, &x[0], &x[1]))),
+        case(
+            "rotated heads",
+            &[&[b, m, n * 2 * k]],
+            Box::new(move |at, x| {
+                let table = RopeTable::new(at, m + 3, 2 * k, 10.0, Dtype::F32, &Device::Cpu)?;
+                let factor = Tensor::from_vec(vec![0.5], 1, Dtype::F32, &Device::Cpu)?;
+                let turned = ops::rotated_heads(at, &x[0], n, &table, 3, Some(&factor))?;
+                ops::merge_heads(&turned)
             }),
         ),
         case("embed", &[&[n + 1, k]], Box::new(move |at, x| ops::embed(at, &x[0], &ids, b))),
@@ -208,7 +219,7 @@ fn cross_entropy(logits: &[f32], targets: &[u32], weights: &[f32]) -> (f64, Vec<
     let at = Meter::new(&observer, Phase::Loss).at(Module::Loss);
     let logits = tensor(logits, &[targets.len(), logits.len() / targets.len()]);
     let entropy = CrossEntropy::new(at, logits, targets, weights).unwrap();
-    let loss = entropy.loss;
+    let loss = Losses::sum(&[entropy.losses(weights)]).unwrap();
     (loss, entropy.gradient(at, targets, weights).unwrap().to_vec().unwrap())
 }
 

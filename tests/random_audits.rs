@@ -118,6 +118,7 @@ proptest! {
             kv_cache,
             eos: if eos { vec![0, 1] } else { vec![] },
             timed: false,
+            recorded: true,
         };
         let ledger = RefCell::new(Ledger::default());
         let mut told = 0;

@@ -121,6 +121,7 @@ fn run(
         kv_cache,
         eos: vec![],
         timed: false,
+        recorded: true,
     };
     let ledger = RefCell::new(Ledger::default());
     let out = generate(model, &request, &ledger, |_, _| Ok(())).unwrap();

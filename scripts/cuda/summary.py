@@ -1,52 +1,139 @@
 #!/usr/bin/env python3
-"""The table of a folder that scripts/gpu-session.sh filled: summary.py DIR."""
+"""The table of a folder that scripts/gpu-session.sh filled: summary.py DIR. Also DIR/summary.json."""
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
 
-def report(folder: Path, name: str) -> dict | None:
-    file = folder / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def read(file: Path) -> dict | None:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    if rows:
+        print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+        for row in rows:
+            print(f"| {' | '.join(row)} |")
+
+
+def against_cpu(reports: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for name, what, loss in [
+        ("eval", "loss of an evaluation, f32", lambda r: r["evaluation"]["loss"]),
+        ("train-tiny", "loss after 20 steps, f32", lambda r: r["training"]["losses"][-1]["loss"]),
+    ]:
+        cpu = reports.get(f"{name}-cpu")
+        for other in (f"{name}-cuda", "eval-bf16" if name == "eval" else ""):
+            if cpu and (device := reports.get(other)):
+                a, b = loss(cpu), loss(device)
+                what_now = what.replace("f32", "bf16") if other == "eval-bf16" else what
+                rows.append([what_now, f"{a:.7f}", f"{b:.7f}", f"{abs(a - b):.1e}"])
+    cpu = reports.get("text-cpu")
+    for name, how in [("text-cuda", "recorded"), ("text-no-graph", "launch by launch"), ("text-ops", "op by op")]:
+        if cpu and (device := reports.get(name)):
+            ours, theirs = device["token_ids"], cpu["token_ids"]
+            same = sum(a == b for a, b in zip(ours, theirs))
+            rows.append([f"tokens, f32, {how}", str(len(theirs)), str(len(ours)), f"{len(theirs) - same} differ"])
+    return rows
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def benches(reports: dict[str, dict]) -> list[list[str]]:
+    rows = []
+    for name, report in reports.items():
+        if not name.startswith("bench-"):
+            continue
+        what = name.removeprefix("bench-").split("-")[0]
+        for p in report["points"]:
+            energy = p.get("energy")
+            rows.append([
+                what, str(p["batch"]), str(p["context"] if what == "decode" else p["seq"]),
+                f"{1e3 * p['seconds']['median']:.3f}", f"{p['tokens_per_s']:,.0f}", f"{p['flops_per_s'] / 1e12:.1f}",
+                share(p["mfu_measured"]), share(p.get("bandwidth_use")),
+                f"{1e3 * energy['joules'] / p['tokens']:.3g}" if energy else "",
+            ])
+    return rows
+
+
+def peers(reports: dict[str, dict], rows: list[list[str]]) -> list[list[str]]:
+    ours = {(r[0], r[1], r[2]): float(r[3]) for r in rows}
+    found = []
+    for report in reports.values():
+        for part, points in report.items():
+            if not isinstance(points, list):
+                continue
+            for p in points:
+                if "ms" not in p:
+                    continue
+                kind = part.split("-")[0]
+                length = str(p.get("context", p.get("seq")))
+                mine = ours.get((kind, str(p["batch"]), length))
+                found.append([
+                    part, str(p["batch"]), length, f"{p['ms']:.2f}", f"{p['tokens_per_s']:,.0f}",
+                    f"{mine:.3f}" if mine else "", f"{p['ms'] / mine:.1f}" if mine else "",
+                ])
+    return found
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
-    failed = [name for name, status, _ in steps if status != "0"]
-    reports = {name: report(folder, name) for name, *_ in steps}
-    ran = {name: r for name, r in reports.items() if r}
-    balanced = [name for name, r in ran.items() if r.get("balanced")]
-    print(f"{len(steps) - len(failed)} of {len(steps)} steps ran, {len(balanced)} of {len(ran)} audits balance"
-          + (f"; failed: {', '.join(failed)}" if failed else ""))
+    failed = [f"{name} ({status})" for name, status, _ in steps if status != "0"]
+    reports = {name: r for name, *_ in steps if (r := read(folder / f"{name}.json"))}
+    audited = {name: r["balanced"] for name, r in reports.items() if r.get("balanced") is not None}
+    points = [p["balanced"] for r in reports.values() for p in r.get("points", [])]
+    gpu = folder / "gpu.txt"
+    if gpu.is_file():
+        print(f"{gpu.read_text().strip()}\n")
+    print(f"{len(steps) - len(failed)} of {len(steps)} steps ran, {sum(audited.values()) + sum(points)} of "
+          f"{len(audited) + len(points)} audits balance" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    kernels = folder / "kernels.log"
+    if kernels.is_file():
+        lines = [line for line in kernels.read_text().splitlines() if line.startswith("test result")]
+        print(f"\nKernels against their CPU twins: {lines[-1] if lines else 'no result'}")
 
-    print("\n| against the CPU | CPU | device | apart |\n|---|---|---|---|")
-    for kind in ("eval", "train-tiny"):
-        sides = [(n, r) for n, r in ran.items() if n.startswith(kind)]
-        if len(sides) < 2:
-            continue
-        a, b = (r["evaluation"]["loss"] if kind == "eval" else r["training"]["losses"][-1]["loss"]
-                for _, r in sides[:2])
-        print(f"| {'loss of an evaluation' if kind == 'eval' else 'loss after 20 steps'} | {a:.7f} | {b:.7f} | {abs(a - b):.1e} |")
-
-    print("\n| speed | tokens/s | ms a step | FLOP/s (unit) |\n|---|---|---|---|")
-    for name, r in ran.items():
-        if name.startswith("decode"):
+    table("Against the CPU", ["", "CPU", "device", "apart"], against_cpu(reports))
+    if ceiling := reports.get("ceiling"):
+        best = max(ceiling["matmul"], key=lambda m: m["flops_per_s"])
+        print(f"\nCeilings: {best['flops_per_s'] / 1e12:.0f} TFLOP/s in {best['dtype']} (product "
+              f"{best['m']} x {best['k']} x {best['n']}), {ceiling['stream']['bytes_per_s'] / 1e12:.2f} TB/s")
+    rows = benches(reports)
+    table("Speeds (FLOPs of matrix products; shares of the measured ceilings)",
+          ["", "batch", "context or length", "ms", "tokens/s", "TFLOP/s", "MFU", "bandwidth", "mJ a token"], rows)
+    generated = []
+    for name in ("generate-1", "generate-1-no-graph"):
+        if r := reports.get(name):
             t = r["timings"]
-            per_step = 1e3 * t["decode_s"] / (len(r["token_ids"]) - 1)
-            print(f"| {name} | {t['decode_tokens_per_s']:.1f} | {per_step:.2f} | {t['decode_flops_per_s']:.3g} |")
-        elif name.startswith("prefill"):
-            e = r["evaluation"]
-            print(f"| {name} (first pass included) | {e['tokens_per_s']:.0f} | | {r['total_flops'] / e['seconds']:.3g} |")
-        elif name.startswith(("lora", "full")):
-            t = r["training"]
-            seconds = t["step_seconds"][2:]
-            median = statistics.median(seconds)
-            tokens = t["tokens_per_s"] * t["seconds"] / t["steps"]
-            flops = t["budget"]["next_step"]
-            print(f"| {name} | {tokens / median:.0f} | {1e3 * median:.1f} | {flops / median:.3g} |")
+            generated.append([name, str(len(r["token_ids"])), f"{1e3 * t['decode_s'] / (len(r['token_ids']) - 1):.3f}",
+                              f"{t['decode_tokens_per_s']:.0f}"])
+    table("Whole generations", ["", "tokens", "ms a token", "tokens/s"], generated)
+
+    witnesses = []
+    for name, r in reports.items():
+        if name.startswith("cublas-"):
+            witnesses.append([name, "agree" if r["agree"] else "DIFFER", f"{r['ledger']} matmuls in the ledger, "
+                              f"{r['cublas']} products logged, {r['shapes']} shapes"])
+        elif name.startswith("ncu-"):
+            asked = r["ledger_macs"].get("bf16", 0)
+            padding = 100 * (r["tensor_macs"] / asked - 1) if asked else 0
+            witnesses.append([name, "agree" if r["enough"] else "LESS", f"{asked:,} MACs in the ledger, "
+                              f"{r['tensor_macs']:,} on the tensor cores, {padding:.2f} % padding"])
+    table("Witnesses", ["", "", ""], witnesses)
+    found = peers({n: r for n, r in reports.items() if n.startswith("torch-")}, rows)
+    table("PyTorch on the same device", ["", "batch", "context or length", "ms", "tokens/s", "ours, ms", "times ours"],
+          found)
+    for report in reports.values():
+        for p in report.get("flops", []) if isinstance(report.get("flops"), list) else []:
+            print(f"\nFlopCounterMode, forward of {p['batch']} x {p['seq']}: {p['flops']:,}")
+    (folder / "summary.json").write_text(json.dumps(
+        {"steps": steps, "benches": rows, "peers": found, "witnesses": witnesses}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,11 @@ impl Point {
         let limits = Limits {
             compute_s: unit.flops as f64 / peak,
             memory_s,
-            dispatch_s: unit.ops as f64 * ceiling.dispatch_s,
+            // On a GPU one launch runs several ops, and a recorded step is launched as a whole.
+            dispatch_s: match ceiling.device.kind.starts_with("cuda") {
+                true => 0.0,
+                false => unit.ops as f64 * ceiling.dispatch_s,
+            },
         };
         let (bound, longest) = limits.longest();
         let flops_per_s = unit.flops as f64 / time;

@@ -72,6 +72,7 @@ impl Runner<'_> {
             kv_cache: true,
             eos: vec![],
             timed: false,
+            recorded: true,
         };
         let ledger = RefCell::new(Ledger::default());
         let timed = self.time(|| {
@@ -96,11 +97,16 @@ impl Runner<'_> {
         let (rows, past) = (batch as usize, context as usize);
         let mut cache = model.cache(meter, rows, past + 1)?;
         let meter = meter.phase(Phase::Decode);
+        cache.set_past(past)?;
+        let mut decoder = model.decoder(&cache, &ids, 1, true)?;
         let timed = self.time(|| {
             cache.set_past(past)?;
             model.device().synchronize()?;
             let start = Instant::now();
-            model.forward(meter, &ids, rows, &mut cache, Logits::Last)?;
+            match &mut decoder {
+                Some(decoder) => decoder.again(meter, &cache)?,
+                None => drop(model.forward(meter, &ids, rows, &mut cache, Logits::Last)?),
+            }
             model.device().synchronize()?;
             Ok(start.elapsed().as_secs_f64())
         })?;

@@ -11,7 +11,7 @@ use crate::{
     analytic::Structure,
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
-    ledger::Dtype,
+    ledger::{Dtype, Ledger},
     model::{AdapterSource, Qwen2},
     prices::Prices,
     report::{self, Figures, Report, Target},
@@ -139,6 +139,29 @@ pub struct ExecutionArgs {
     /// Time each op (waits for the device around it, so the run is slower)
     #[arg(long)]
     pub op_times: bool,
+    /// On a GPU, launch each decoding step anew in place of replaying a recorded CUDA graph
+    #[arg(long)]
+    pub no_cuda_graph: bool,
+    /// Write every op that ran, with its calls, to FILE as JSON; `-` is stdout
+    #[arg(long, value_name = "FILE")]
+    ledger: Option<PathBuf>,
+}
+
+/// An opened file for the executed ledger, where one was asked for.
+#[derive(Debug)]
+pub struct LedgerOutput(Option<Target>);
+
+impl LedgerOutput {
+    /// Writes `ledger`, which `command` executed on `device`.
+    pub fn write(self, command: &str, device: &str, ledger: &Ledger) -> Result<()> {
+        let Some(target) = self.0 else { return Ok(()) };
+        target.write(&serde_json::json!({
+            "schema_version": report::SCHEMA_VERSION,
+            "command": command,
+            "device": device,
+            "ledger": ledger,
+        }))
+    }
 }
 
 /// Element type of weights and activations.
@@ -165,6 +188,11 @@ impl ExecutionArgs {
     /// Opens the device.
     pub fn open_device(&self) -> Result<Device> {
         device::open(&self.device)
+    }
+
+    /// Opens the file for the ledger before the work starts.
+    pub fn open_ledger(&self) -> Result<LedgerOutput> {
+        Ok(LedgerOutput(self.ledger.as_deref().map(Target::open).transpose()?))
     }
 
     /// The element type asked for, or the device's.

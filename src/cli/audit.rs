@@ -73,6 +73,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let execution = &args.execution;
     execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
     let timed = execution.op_times || trace.is_some();
@@ -90,7 +91,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     memory::check(&workload, &device)?;
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let observers = RefCell::new((Ledger::default(), trace));
-    execute(model, task, execution.seed, timed, &observers, &interrupt)?;
+    execute(model, task, execution, timed, &observers, &interrupt)?;
     let (ledger, trace) = observers.into_inner();
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
@@ -103,20 +104,21 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let traced = trace::finish(trace, &report);
     output.write(&report.with_audit(&audit)?, false)?;
     traced?;
+    ledger_file.write("audit", &execution.device, &ledger)?;
     audit.verdict()
 }
 
-/// Runs `task` on random tokens, all ops told to `observer`; cached tokens before a forward pass are zeros, which cost the
-/// same.
+/// Runs `task` on random tokens, all ops told to `observer`; cached tokens before a forward pass are
+/// zeros, which cost the same.
 fn execute(
     model: Qwen2,
     task: Task,
-    seed: u64,
+    execution: &ExecutionArgs,
     timed: bool,
-    observer: &RefCell<dyn Observer + '_>,
+    observer: &RefCell<impl Observer>,
     interrupt: &Interrupt,
 ) -> Result<()> {
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = StdRng::seed_from_u64(execution.seed);
     let vocab = model.config().vocab_size as u32;
     let mut tokens = |n: u64| -> Vec<u32> { (0..n).map(|_| rng.random_range(0..vocab)).collect() };
     match task {
@@ -132,10 +134,11 @@ fn execute(
                 prompts: (0..batch).map(|_| tokens(prompt_tokens)).collect(),
                 max_new_tokens: new_tokens as usize,
                 sampling,
-                seeds: (0..batch).map(|row| seed.wrapping_add(row)).collect(),
+                seeds: (0..batch).map(|row| execution.seed.wrapping_add(row)).collect(),
                 kv_cache,
                 eos: vec![],
                 timed,
+                recorded: !execution.no_cuda_graph,
             };
             generate(&model, &request, observer, |_, _| interrupt.check())?;
         }

@@ -22,7 +22,7 @@ use crate::{
     report::{self, Target},
     sweep,
     weights::Checkpoint,
-    workload::{Sampling, Task, Workload},
+    workload::{Logits, Sampling, Task, Workload},
 };
 
 /// What to measure.
@@ -246,7 +246,7 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     let checkpoint = args.model.open()?;
     let plan = Plan::new(grid, unit, lengths, &checkpoint)?;
     for workload in plan.workloads(&checkpoint) {
-        memory::check(&workload, &opened)?;
+        memory::check(&unit.runs(workload), &opened)?;
     }
     let ceiling = grid.ceiling.as_deref();
     let ceiling = ceiling::obtain(ceiling, (&opened, &grid.device), &plan.dtypes, &interrupt)?;
@@ -315,6 +315,17 @@ impl Unit {
             Self::Decode { .. } => 2,
             Self::Train { .. } => 0,
         }
+    }
+
+    /// What memory is needed for: of decoding, the steps alone, without the prompt before them.
+    fn runs(self, workload: Workload) -> Workload {
+        let task = match (self, workload.task) {
+            (Self::Decode { .. }, Task::Generate { batch, prompt_tokens, .. }) => {
+                Task::Forward { batch, seq: 1, past: prompt_tokens, logits: Logits::Last }
+            }
+            (_, task) => task,
+        };
+        Workload { task, ..workload }
     }
 
     fn task(self, batch: u64, length: u64) -> Task {

@@ -48,6 +48,7 @@ pub fn run(args: Args) -> Result<()> {
     let execution = &args.execution;
     execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
     let device = execution.open_device()?;
@@ -97,5 +98,6 @@ pub fn run(args: Args) -> Result<()> {
     let traced = trace::finish(trace, &report);
     output.write(&report.with_audit(&audit)?, false)?;
     traced?;
+    ledger_file.write("eval", &execution.device, &ledger)?;
     audit.verdict()
 }

@@ -86,6 +86,7 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     args.execution.set_threads();
     let output = args.output.open()?;
+    let ledger_file = args.execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
     let sampling = args.sampling.sampling()?;
@@ -120,6 +121,7 @@ pub fn run(args: Args) -> Result<()> {
     let traced = trace::finish(trace, &report);
     output.write(&report, args.quiet)?;
     traced?;
+    ledger_file.write("generate", &args.execution.device, &run.ledger)?;
     audit.map_or(Ok(()), |audit| audit.verdict())
 }
 
@@ -208,6 +210,7 @@ impl Args {
             kv_cache: !self.no_kv_cache,
             eos: eos.clone(),
             timed: self.timed(),
+            recorded: !self.execution.no_cuda_graph,
         };
         by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
     }

@@ -125,6 +125,7 @@ fn train(mut args: Args) -> Result<()> {
         args.lora.lora_rank.get_or_insert(8);
     }
     let output = args.output.open()?;
+    let ledger_file = args.execution.open_ledger()?;
     let budget = args.budget()?;
     let trace = RefCell::new(args.trace.open(&budget.prices)?);
     let device = args.execution.open_device()?;
@@ -164,6 +165,7 @@ fn train(mut args: Args) -> Result<()> {
     let traced = trace::finish(trace.borrow_mut().take(), &report.0);
     output.write(&report.0, false)?;
     traced?;
+    ledger_file.write("train", &args.execution.device, &session.ledger())?;
     report.1.verdict()?;
     if interrupted {
         let (done, all) = (session.progress.steps, session.settings.schedule.steps);

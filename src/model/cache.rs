@@ -77,6 +77,17 @@ impl KvCache {
         Ok(())
     }
 
+    /// Tokens that each sequence has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The keys and values of a layer, (B, K, capacity, d), held or not.
+    pub(super) fn layer(&self, layer: usize) -> Result<(&Tensor, &Tensor)> {
+        let layer = self.layers.get(layer).ok_or_else(|| anyhow::anyhow!("keeps nothing"))?;
+        Ok((&layer.0, &layer.1))
+    }
+
     /// The rotary tables.
     pub fn rope(&self) -> &RopeTable {
         &self.rope

@@ -5,7 +5,7 @@ use crate::{
     error::Result,
     ledger::{Module, Phase, Scope},
     meter::Meter,
-    ops::{self, CrossEntropy, Gradients, Tensor, backward},
+    ops::{self, CrossEntropy, Gradients, Losses, Tensor, backward},
     workload::LOSS_ROWS,
 };
 
@@ -132,7 +132,7 @@ impl Qwen2 {
         let h = h.detach().reshape((rows, shape[2]))?;
         let head = self.head();
         let at_loss = meter.phase(Phase::Loss).at(Module::Loss);
-        let (mut loss, mut dh) = (0.0, vec![]);
+        let (mut losses, mut dh) = (vec![], vec![]);
         for start in (0..rows).step_by(LOSS_ROWS) {
             let end = rows.min(start + LOSS_ROWS);
             let part = h.narrow(0, start, end - start)?;
@@ -140,7 +140,7 @@ impl Qwen2 {
             let logits =
                 ops::linear(meter.phase(Phase::Forward).at(Module::LmHead), &part, &head.detach())?;
             let entropy = CrossEntropy::new(at_loss, logits, targets, weights)?;
-            loss += entropy.loss;
+            losses.push(entropy.losses(weights));
             let Some(gradients) = gradients.as_deref_mut() else { continue };
             let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype())?;
             let at = |phase| meter.phase(phase).at(Module::LmHead);
@@ -151,7 +151,7 @@ impl Qwen2 {
             }
         }
         let dh = Tensor::stacked(&dh, &h)?.reshape(shape)?;
-        Ok((loss, dh))
+        Ok((Losses::sum(&losses)?, dh))
     }
 }
 

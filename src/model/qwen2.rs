@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Scope},
     meter::Meter,
-    ops::{self, Tensor},
+    ops::{self, CausalMask, Tensor},
     weights::{Weights, adapter_name, fingerprint},
     workload::Logits,
 };
@@ -36,36 +36,36 @@ pub struct Qwen2 {
 
 #[derive(Debug)]
 pub(super) struct Layer {
-    input_layernorm: Tensor, // (D)
-    self_attn: Attention,
-    post_attention_layernorm: Tensor, // (D)
-    mlp: Mlp,
-    eps: f64,
+    pub(super) input_layernorm: Tensor, // (D)
+    pub(super) self_attn: Attention,
+    pub(super) post_attention_layernorm: Tensor, // (D)
+    pub(super) mlp: Mlp,
+    pub(super) eps: f64,
 }
 
 #[derive(Debug)]
-struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
+pub(super) struct Attention {
+    pub(super) q_proj: Linear,
+    pub(super) k_proj: Linear,
+    pub(super) v_proj: Linear,
+    pub(super) o_proj: Linear,
     heads: usize,
     kv_heads: usize,
-    scale: Tensor, // 1/√d, one element
+    pub(super) scale: Tensor, // 1/√d, one element
 }
 
 #[derive(Debug)]
-struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
+pub(super) struct Mlp {
+    pub(super) gate_proj: Linear,
+    pub(super) up_proj: Linear,
+    pub(super) down_proj: Linear,
 }
 
 #[derive(Debug)]
-struct Linear {
-    projection: Projection,
-    weight: Tensor,       // (out, in)
-    bias: Option<Tensor>, // (out)
+pub(super) struct Linear {
+    pub(super) projection: Projection,
+    pub(super) weight: Tensor,       // (out, in)
+    pub(super) bias: Option<Tensor>, // (out)
     adapter: Option<Adapter>,
 }
 
@@ -241,15 +241,30 @@ impl Qwen2 {
 
     /// The mask (T, S) of `seq` tokens on top of what `cache` holds; a single token may look at
     /// everything before it and has none.
-    pub(super) fn mask(&self, batch: usize, seq: usize, cache: &KvCache) -> Result<Option<Tensor>> {
+    pub(super) fn mask(
+        &self,
+        batch: usize,
+        seq: usize,
+        cache: &KvCache,
+    ) -> Result<Option<CausalMask>> {
         cache.check_room(batch, seq)?;
-        let mask = || ops::causal_mask(seq, cache.past(), self.dtype, &self.device);
+        let mask = || CausalMask::new(seq, cache.past(), self.dtype, &self.device);
         (seq > 1).then(mask).transpose()
     }
 
     /// What the head takes, from the last layer's output.
     pub(super) fn normed(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
         ops::rms_norm(meter.at(Module::Norm), x, &self.norm, self.config.rms_norm_eps)
+    }
+
+    /// The final norm's gain, (D).
+    pub(super) fn last_norm(&self) -> &Tensor {
+        &self.norm
+    }
+
+    /// (V, D)
+    pub(super) fn embedding(&self) -> &Tensor {
+        &self.embed_tokens
     }
 
     /// (V, D)
@@ -323,7 +338,7 @@ impl Layer {
         meter: Meter,
         index: usize,
         x: &Tensor, // (B, T, D)
-        mask: Option<&Tensor>,
+        mask: Option<&CausalMask>,
         cache: &KvCache,
     ) -> Result<Tensor> {
         let h =
@@ -343,45 +358,31 @@ impl Attention {
         meter: Meter,
         layer: usize,
         x: &Tensor, // (B, T, D)
-        mask: Option<&Tensor>,
+        mask: Option<&CausalMask>,
         cache: &KvCache,
     ) -> Result<Tensor> {
         let at = meter.at(Module::SelfAttn);
-        let (batch, seq) = (x.dims()[0], x.dims()[1]);
-        let heads = |x: Tensor, n| {
-            x.reshape((batch, seq, n, x.elements() / (batch * seq * n)))?.transpose(1, 2)
-        };
-        let q = heads(self.q_proj.forward(meter, x)?, self.heads)?; // (B, H, T, d)
-        let k = heads(self.k_proj.forward(meter, x)?, self.kv_heads)?; // (B, K, T, d)
-        let v = heads(self.v_proj.forward(meter, x)?, self.kv_heads)?;
-
-        let q = ops::rope(at, &q, cache.rope(), cache.past())?;
-        let k = ops::rope(at, &k, cache.rope(), cache.past())?;
-        let (k, v) = cache.extend(layer, &k, &v)?; // (B, K, S, d)
-        let (d, held) = (q.dims()[3], k.dims()[2]);
-
+        let (q, k, v) = (
+            self.q_proj.forward(meter, x)?,
+            self.k_proj.forward(meter, x)?,
+            self.v_proj.forward(meter, x)?,
+        );
+        let (rope, past) = (cache.rope(), cache.past());
         // Scaling q costs T·d a head; scaling the scores would cost T·S.
-        let q = ops::scale(at, &q, &self.scale)?;
-        // The G query heads of one key head are rows of one product: K is never repeated.
-        let q = q.reshape((batch, self.kv_heads, self.heads / self.kv_heads * seq, d))?;
-        let mut scores = ops::matmul(at, &q, &k.t()?)?; // (B, K, G·T, S)
-        if let Some(mask) = mask {
-            let by_head = scores.reshape((batch * self.heads, seq, held))?;
-            scores = ops::mask(at, &by_head, mask)?.reshape(scores.dims())?;
-        }
-        let weights = ops::softmax(at, scores)?;
-        let mixed = ops::matmul(at, &weights, &v)?; // (B, K, G·T, d)
-        let mixed = mixed.reshape((batch, self.heads, seq, d))?.transpose(1, 2)?;
-        self.o_proj.forward(meter, &mixed.reshape((batch, seq, self.heads * d))?)
+        let q = ops::rotated_heads(at, &q, self.heads, rope, past, Some(&self.scale))?; // (B, H, T, d)
+        let k = ops::rotated_heads(at, &k, self.kv_heads, rope, past, None)?; // (B, K, T, d)
+        let (k, v) = cache.extend(layer, &k, &ops::split_heads(&v, self.kv_heads)?)?; // (B, K, S, d)
+        let mixed = ops::attention(at, &q, &k, &v, mask)?; // (B, T, H·d)
+        self.o_proj.forward(meter, &mixed)
     }
 }
 
 impl Mlp {
     fn forward(&self, meter: Meter, x: &Tensor) -> Result<Tensor> {
         let at = meter.at(Module::Mlp);
-        let gate = ops::silu(at, &self.gate_proj.forward(meter, x)?)?; // (B, T, F)
+        let gate = self.gate_proj.forward(meter, x)?; // (B, T, F)
         let up = self.up_proj.forward(meter, x)?;
-        self.down_proj.forward(meter, &ops::mul(at, &gate, &up)?)
+        self.down_proj.forward(meter, &ops::gated(at, &gate, &up)?)
     }
 }
 

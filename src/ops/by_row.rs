@@ -5,6 +5,8 @@ use std::mem::MaybeUninit;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use super::cuda::Kernels;
+
 /// `on_cpu(a's row, b's row, out's row)` over the rows, along the last dimension, of two tensors
 /// of one shape, in f32; elsewhere `composed` of the device's own kernels. In `a`'s type.
 pub(super) fn by_row(
@@ -23,8 +25,9 @@ pub(super) fn by_row(
 }
 
 /// `ours(a's element, b's element)` where both are dense f32 on the CPU and `b`, again and again,
-/// has the shape of `a`; else `theirs`.
+/// has the shape of `a`; by the kernel `name` on a GPU; else `theirs`.
 pub(super) fn by_element(
+    name: &str,
     a: &Tensor,
     b: &Tensor,
     ours: impl Fn(f32, f32) -> f32 + Send + Sync,
@@ -36,9 +39,12 @@ pub(super) fn by_element(
             *out = ours(a, b);
         }
     };
-    match is_dense_f32_on_cpu(a) && is_dense_f32_on_cpu(b) && repeats {
-        true => a.apply_op2_no_bwd(b, &ByRow(on_cpu)),
-        false => theirs(),
+    if is_dense_f32_on_cpu(a) && is_dense_f32_on_cpu(b) && repeats {
+        return a.apply_op2_no_bwd(b, &ByRow(on_cpu));
+    }
+    match Kernels::of(&[a, b]).filter(|_| repeats) {
+        Some(kernels) => kernels.map(name, a, b),
+        None => theirs(),
     }
 }
 

@@ -70,7 +70,7 @@ pub fn bias(at: At, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::Bias { rows, width };
     let y = at.run(op, x.dtype()?, x.device(), || {
-        by_element(&x.data, &bias.data, |x, b| x + b, || x.data.broadcast_add(&bias.data))
+        by_element("add", &x.data, &bias.data, |x, b| x + b, || x.data.broadcast_add(&bias.data))
     })?;
     Ok(Tensor::from(y).made_from(at, x, |_, dy| Ok(dy.clone())).made_from(at, bias, sum_rows))
 }

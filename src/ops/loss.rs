@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, D, DType, InplaceOp1, Layout, bail};
 use rayon::prelude::*;
 
-use super::{Tensor, exp::exponentials};
+use super::{Tensor, cuda::Kernels, exp::exponentials};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -16,10 +16,57 @@ use crate::{
 /// exponentials, in their place, and each row's sum of them.
 #[derive(Debug)]
 pub struct CrossEntropy {
-    /// Σ over rows of weight · −log softmax(logits) at the target, natural log.
-    pub loss: f64,
+    losses: ByRow,        // (rows)
     exponentials: Tensor, // (rows, V)
-    sums: Vec<f32>,
+    sums: ByRow,          // (rows)
+}
+
+/// One f32 a row: where the kernel that wrote them left them.
+#[derive(Debug, Clone)]
+enum ByRow {
+    Host(Vec<f32>),
+    Device(candle_core::Tensor),
+}
+
+/// Losses of rows of logits, not yet summed.
+#[derive(Debug)]
+pub struct Losses {
+    by_row: ByRow,
+    weights: Vec<f32>,
+}
+
+impl Losses {
+    /// Σ over the rows of all `parts` of weight · loss. What lies on the device is copied at once.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn sum(parts: &[Self]) -> Result<f64> {
+        let on_device: Vec<_> = parts
+            .iter()
+            .filter_map(|part| match &part.by_row {
+                ByRow::Device(losses) => Some(losses),
+                ByRow::Host(_) => None,
+            })
+            .collect();
+        let copied: Vec<f32> = match on_device.is_empty() {
+            true => vec![],
+            false => candle_core::Tensor::cat(&on_device, 0)?.to_vec1()?,
+        };
+        let mut copied = copied.as_slice();
+        let mut sum = 0.0;
+        for Self { by_row, weights } in parts {
+            let losses = match by_row {
+                ByRow::Host(losses) => losses,
+                ByRow::Device(_) => {
+                    let (these, rest) = copied.split_at(weights.len());
+                    copied = rest;
+                    these
+                }
+            };
+            sum += losses.iter().zip(weights).map(|(l, w)| f64::from(l * w)).sum::<f64>();
+        }
+        Ok(sum)
+    }
 }
 
 impl CrossEntropy {
@@ -33,16 +80,30 @@ impl CrossEntropy {
         anyhow::ensure!(fits, "{} targets for {rows} rows", targets.len());
         let known = targets.iter().all(|&id| u64::from(id) < width);
         anyhow::ensure!(known, "a target is outside the vocabulary of {width}");
-        let logits = logits.data.to_dtype(DType::F32)?;
         let op = Op::CrossEntropy { rows, width };
+        if let Some(kernels) = Kernels::of(&[&logits.data]) {
+            let exponentials = logits.data.reshape((rows as usize, width as usize))?;
+            let targets = candle_core::Tensor::new(targets, logits.device())?;
+            let (losses, sums) = at.run(op, Dtype::F32, logits.device(), || {
+                kernels.cross_entropy(&exponentials, &targets)
+            })?;
+            let (losses, sums) = (ByRow::Device(losses), ByRow::Device(sums));
+            return Ok(Self { losses, exponentials: exponentials.into(), sums });
+        }
+        let logits = logits.data.to_dtype(DType::F32)?;
         at.run(op, Dtype::F32, &logits.device().clone(), || {
             let (exponentials, losses, sums) = match logits.device().is_cpu() {
                 true => on_cpu(logits, targets)?,
                 false => composed(&logits, targets)?,
             };
-            let weighted = losses.iter().zip(weights).map(|(l, w)| f64::from(l * w));
-            Ok(Self { loss: weighted.sum(), exponentials: exponentials.into(), sums })
+            let (losses, sums) = (ByRow::Host(losses), ByRow::Host(sums));
+            Ok(Self { losses, exponentials: exponentials.into(), sums })
         })
+    }
+
+    /// −log softmax(logits) at each row's target, natural log, with the rows' weights.
+    pub fn losses(&self, weights: &[f32]) -> Losses {
+        Losses { by_row: self.losses.clone(), weights: weights.to_vec() }
     }
 
     /// Gradient of the loss towards the logits, (rows, V): weight · (softmax − 1 at the target).
@@ -54,8 +115,20 @@ impl CrossEntropy {
         let op = Op::CrossEntropyGrad { rows, width };
         let exponentials = self.exponentials.data;
         let device = exponentials.device().clone();
+        let sums = match (&self.sums, Kernels::of(&[&exponentials])) {
+            (ByRow::Host(sums), _) => sums,
+            (ByRow::Device(sums), Some(kernels)) => {
+                let targets = candle_core::Tensor::new(targets, &device)?;
+                let weights = candle_core::Tensor::new(weights, &device)?;
+                at.run(op, Dtype::F32, &device, || {
+                    kernels.cross_entropy_grad(&exponentials, &targets, &weights, sums)
+                })?;
+                return Ok(exponentials.into());
+            }
+            (ByRow::Device(_), None) => anyhow::bail!("sums on a device without kernels"),
+        };
         let gradient = at.run(op, Dtype::F32, &device, || {
-            let kernel = Gradient { targets, weights, sums: &self.sums };
+            let kernel = Gradient { targets, weights, sums };
             match device.is_cpu() {
                 true => exponentials.inplace_op1(&kernel).map(|()| exponentials),
                 false => kernel.composed(&exponentials),

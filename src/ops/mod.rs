@@ -3,7 +3,10 @@
 //!
 //! Reshapes, transposes, slices and copies do no arithmetic and are not reported.
 
+mod attention;
 mod by_row;
+mod cuda;
+mod decode;
 mod elementwise;
 mod embed;
 mod exp;
@@ -18,15 +21,17 @@ mod sample;
 mod softmax;
 mod tape;
 
-pub use elementwise::{add, mul, scale, silu};
+pub use attention::attention;
+pub use decode::{Decoding, Norm, Product, Sizes};
+pub use elementwise::{add, gated, mul, scale, silu};
 pub use embed::embed;
 pub use linear::{bias, linear, matmul};
-pub use loss::CrossEntropy;
+pub use loss::{CrossEntropy, Losses};
 pub use norm::rms_norm;
-pub use optimize::{AdamW, Moments, clip_factor, sum_squares};
-pub use rope::{RopeTable, rope};
+pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
+pub use rope::{RopeTable, merge_heads, rope, rotated_heads, split_heads};
 pub use sample::{Sampler, argmax};
-pub use softmax::{causal_mask, mask, softmax};
+pub use softmax::{CausalMask, masked_softmax, softmax};
 pub use tape::{Gradients, backward};
 
 use std::sync::Arc;

@@ -2,7 +2,12 @@
 
 use candle_core::{D, DType};
 
-use super::{Tensor, by_row::by_row, gemv::dot};
+use super::{
+    Tensor,
+    by_row::by_row,
+    cuda::{Arg, Kernels},
+    gemv::dot,
+};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// x / sqrt(mean(x²) + eps) · gain over the last dimension, by candle's fused kernel.
@@ -13,12 +18,25 @@ pub fn rms_norm(at: At, x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     let (rows, width) = x.rows_width()?;
     let op = Op::RmsNorm { rows, width };
     let y = at.run(op, x.dtype()?, x.device(), || {
+        if let Some(kernels) = kernels(&[x, gain]) {
+            let out = kernels.output(&x.data)?;
+            let tensors = [Arg::Of(&out), Arg::Of(&x.data), Arg::Of(&gain.data)];
+            kernels.rows("rms_norm", &x.data, &tensors, &[Arg::F32(eps as f32)])?;
+            return Ok(out);
+        }
         candle_nn::ops::rms_norm(&x.data.contiguous()?, &gain.data, eps as f32)
     })?;
     let (to_x, to_gain) = ((x.detach(), gain.detach()), x.detach());
     Ok(Tensor::from(y)
         .made_from(at, x, move |at, dy| rms_norm_grad(at, &to_x.0, &to_x.1, eps, dy))
         .made_from(at, gain, move |at, dy| gain_grad(at, &to_gain, eps, dy)))
+}
+
+/// The kernels that take these, the first of them row by row.
+fn kernels(tensors: &[&Tensor]) -> Option<Kernels> {
+    let width = *tensors.first()?.dims().last()?;
+    let data: Vec<_> = tensors.iter().map(|t| &t.data).collect();
+    Kernels::of(&data).filter(|_| Kernels::takes_rows_of(width))
 }
 
 /// With i = 1 / sqrt(mean(x²) + eps), h = gain · dy and w columns: i · (h − x · i² · Σ(h·x) / w),
@@ -29,6 +47,12 @@ fn rms_norm_grad(at: At, x: &Tensor, gain: &Tensor, eps: f64, dy: &Tensor) -> Re
     let op = Op::RmsNormGrad { rows, width };
     let gains = if x.device().is_cpu() { gain.to_vec()? } else { vec![] };
     let dx = at.run(op, x.dtype()?, x.device(), || {
+        if let Some(kernels) = kernels(&[x, gain, dy]) {
+            let out = kernels.output(&x.data)?;
+            let tensors = [Arg::Of(&out), Arg::Of(&x.data), Arg::Of(&gain.data), Arg::Of(&dy.data)];
+            kernels.rows("rms_norm_grad", &x.data, &tensors, &[Arg::F32(eps as f32)])?;
+            return Ok(out);
+        }
         let on_cpu = |x: &[f32], dy: &[f32], out: &mut [f32]| {
             for ((out, dy), gain) in out.iter_mut().zip(dy).zip(&gains) {
                 *out = dy * gain;

@@ -6,7 +6,11 @@
 use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, bail};
 use rayon::prelude::*;
 
-use super::{Tensor, gemv::dot};
+use super::{
+    Tensor,
+    cuda::{Arg, File, Kernels},
+    gemv::dot,
+};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -16,11 +20,26 @@ use crate::{
 /// Elements that one task takes.
 const CHUNK: usize = 1 << 14;
 
-/// Σ x².
+/// Σ x² of each tensor, on account of the module beside it. What a device sums is copied at once.
 ///
 /// # Errors
 /// The device's.
-pub fn sum_squares(at: At, x: &Tensor) -> Result<f64> {
+pub fn sums_of_squares(tensors: &[(At, &Tensor)]) -> Result<Vec<f64>> {
+    let all: Vec<_> = tensors.iter().map(|(_, x)| &x.data).collect();
+    let Some(kernels) = Kernels::of(&all) else {
+        return tensors.iter().map(|(at, x)| sum_squares(*at, x)).collect();
+    };
+    let device = all[0].device();
+    let sums = candle_core::Tensor::zeros(all.len(), DType::F64, device)?;
+    for (i, (at, x)) in tensors.iter().enumerate() {
+        let op = Op::SumSquares { n: x.elements() as u64 };
+        at.run(op, Dtype::F32, device, || kernels.sum_squares(&x.data, &sums, i))?;
+    }
+    Ok(sums.to_vec1()?)
+}
+
+/// Σ x².
+fn sum_squares(at: At, x: &Tensor) -> Result<f64> {
     let op = Op::SumSquares { n: x.elements() as u64 };
     let wide = x.data.to_dtype(DType::F32)?.contiguous()?;
     at.run(op, Dtype::F32, x.device(), || {
@@ -120,10 +139,32 @@ impl AdamW {
         let n = gradient.elements();
         let op = Op::AdamW { n: n as u64 };
         let gradient = gradient.data.reshape((1, n))?.to_dtype(DType::F32)?.contiguous()?;
-        at.run(op, Dtype::F32, gradient.device(), || match gradient.device().is_cpu() {
-            true => moments.0.inplace_op2(&gradient, self),
-            false => self.composed(&moments.0, &gradient),
+        let device = gradient.device();
+        at.run(op, Dtype::F32, device, || match Kernels::of(&[&moments.0, &gradient]) {
+            _ if device.is_cpu() => moments.0.inplace_op2(&gradient, self),
+            Some(kernels) => self.on_cuda(&kernels, &moments.0, &gradient),
+            None => self.composed(&moments.0, &gradient),
         })
+    }
+
+    fn on_cuda(
+        &self,
+        kernels: &Kernels,
+        state: &candle_core::Tensor,
+        gradient: &candle_core::Tensor,
+    ) -> candle_core::Result<()> {
+        let n = gradient.elem_count();
+        if state.elem_count() != 3 * n {
+            bail!("a gradient of {n} elements for a state of {}", state.elem_count());
+        }
+        let mut args = vec![Arg::Of(state), Arg::Of(gradient), Arg::U64(n as u64)];
+        let factors = [self.decay, self.rate, self.correction, self.eps];
+        let (b1, b2) = self.betas;
+        args.extend(
+            factors.into_iter().chain([b1, b2, 1.0 - b1, 1.0 - b2]).map(|x| Arg::F32(x as f32)),
+        );
+        let blocks = n.div_ceil(256).max(1) as u64;
+        kernels.launch(File::Rows, "adamw", [blocks, 1, 1], 256, &args)
     }
 
     fn composed(

@@ -4,7 +4,7 @@
 use candle_core::{D, DType};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{Tensor, scale, softmax};
+use super::{Tensor, cuda::Kernels, scale, softmax};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -12,22 +12,31 @@ use crate::{
     workload::Sampling,
 };
 
-/// Index of the largest element of each row.
+/// Index of the largest element of each row, compared in f32.
 ///
 /// # Errors
 /// The device's, or a largest element that is not finite.
 pub fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
     let (rows, width) = logits.rows_width()?;
     let flat = logits.data.reshape((rows as usize, width as usize))?;
-    let ids: Vec<u32> =
-        at.run(Op::Argmax { rows, width }, logits.dtype()?, logits.device(), || {
-            flat.argmax(D::Minus1)?.to_vec1()
-        })?;
-    for (row, &id) in ids.iter().enumerate() {
-        let top = flat.get(row)?.get(id as usize)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+    let largest = at.run(Op::Argmax { rows, width }, Dtype::F32, logits.device(), || {
+        if let Some(kernels) = Kernels::of(&[&flat]) {
+            return kernels.argmax(&flat);
+        }
+        let ids = flat.argmax_keepdim(D::Minus1)?;
+        let tops = flat.gather(&ids, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
+        Ok(tops.into_iter().zip(ids.flatten_all()?.to_vec1()?).collect())
+    })?;
+    finite(largest)
+}
+
+/// The indices of rows' largest elements.
+pub(super) fn finite(largest: Vec<(f32, u32)>) -> Result<Vec<u32>> {
+    let index = |(top, index): (f32, u32)| {
         anyhow::ensure!(top.is_finite(), "the logits are not finite ({top}); try --dtype f32");
-    }
-    Ok(ids)
+        Ok(index)
+    };
+    largest.into_iter().map(index).collect()
 }
 
 /// Chooses one token a row, greedily or by chance.
@@ -53,12 +62,20 @@ impl Sampler {
         }
     }
 
+    /// Whether it chooses each row's largest logit, as it is.
+    pub fn takes_the_largest(&self) -> bool {
+        self.sampling.temperature == 0.0 && self.sampling.repeat_penalty == 1.0
+    }
+
     /// One token for each row of `logits` (…, V); `seen[row]` holds the row's tokens so far.
     ///
     /// # Errors
     /// Logits that are not finite.
     pub fn next(&mut self, at: At, logits: &Tensor, seen: &[Vec<u32>]) -> Result<Vec<u32>> {
         let Sampling { temperature, top_k, top_p, repeat_penalty } = self.sampling;
+        if self.takes_the_largest() && Kernels::of(&[&logits.data]).is_some() {
+            return argmax(at, logits); // which widens by itself
+        }
         let mut logits = Tensor::from(logits.data.to_dtype(DType::F32)?);
         if repeat_penalty != 1.0 {
             logits = penalize(at, &logits, seen, self.penalties)?;

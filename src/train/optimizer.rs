@@ -5,7 +5,7 @@ use crate::{
     ledger::{Dtype, Module, Phase, Scope},
     meter::Meter,
     model::{Qwen2, Trained},
-    ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sum_squares},
+    ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sums_of_squares},
     weights::Named,
 };
 
@@ -96,9 +96,9 @@ impl Optimizer {
         for (name, scope, tensor) in model.trained() {
             let gradient = gradients.take(tensor);
             let gradient = gradient.ok_or_else(|| anyhow::anyhow!("{name} has no gradient"))?;
-            found.push((sum_squares(clipping.scope(scope), &gradient)?, gradient));
+            found.push((clipping.scope(scope), gradient));
         }
-        let sums: Vec<f64> = found.iter().map(|(sum, _)| *sum).collect();
+        let sums = sums_of_squares(&found.iter().map(|(at, g)| (*at, g)).collect::<Vec<_>>())?;
         let most = self.hyper.clip.unwrap_or(f64::INFINITY);
         let (norm, factor) = clip_factor(clipping.at(Module::Optimizer), &sums, most)?;
         let norms = sums.iter().map(|sum| sum.sqrt()).collect();
@@ -107,13 +107,12 @@ impl Optimizer {
         }
         self.steps += 1;
         let update = self.update(rate);
-        for ((parameter, (_, mut gradient)), (_, _, tensor)) in
+        let factor = Tensor::from_vec(vec![factor as f32], 1, Dtype::F32, model.device())?;
+        for ((parameter, (clipped, mut gradient)), (_, _, tensor)) in
             self.parameters.iter().zip(found).zip(model.trained())
         {
             if self.hyper.clip.is_some() {
-                let factor =
-                    Tensor::from_vec(vec![factor as f32], 1, Dtype::F32, gradient.device())?;
-                gradient = scale(clipping.scope(parameter.scope), &gradient, &factor)?;
+                gradient = scale(clipped, &gradient, &factor)?;
             }
             let at = meter.phase(Phase::Optimizer).scope(parameter.scope);
             update.step(at, &parameter.moments, &gradient)?;

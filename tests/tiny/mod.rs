@@ -119,7 +119,7 @@ pub fn observed(
     model: &mut Qwen2,
     text: &Text,
     recompute: bool,
-    observer: &RefCell<dyn Observer>,
+    observer: &RefCell<impl Observer>,
 ) -> (f64, Vec<Gradient>) {
     let meter = Meter::new(observer, Phase::Setup);
     let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();

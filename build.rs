@@ -1,0 +1,48 @@
+//! Compiles the CUDA kernels of `src/ops/cuda` where the feature `cuda` is on, by the `nvcc` that
+//! candle's own build finds too: to machine code for `CUDA_COMPUTE_CAP`, with PTX for newer GPUs.
+
+use std::{env, path::PathBuf, process::Command};
+
+const FOLDER: &str = "src/ops/cuda";
+const KERNELS: [&str; 3] = ["attention", "decode", "rows"];
+
+fn main() {
+    for name in ["", "/common.cuh"] {
+        println!("cargo::rerun-if-changed={FOLDER}{name}");
+    }
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return;
+    }
+    let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
+    let capability = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".into());
+    for name in KERNELS {
+        let source = format!("{FOLDER}/{name}.cu");
+        println!("cargo::rerun-if-changed={source}");
+        let status = Command::new(nvcc())
+            .args(["--fatbin", "-std=c++17", "-O3"])
+            .arg(format!("-gencode=arch=compute_{0},code=[sm_{0},compute_{0}]", capability))
+            .args(["-o", &format!("{out}/{name}.fatbin"), &source])
+            .status();
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => panic!("{source}: nvcc ended with {status}"),
+            Err(e) => panic!("nvcc does not run ({e}); scripts/build-cuda.sh builds without one"),
+        }
+    }
+}
+
+/// `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else whichever is in the path.
+fn nvcc() -> PathBuf {
+    let in_toolkit = |variable| {
+        let nvcc = PathBuf::from(env::var_os(variable)?).join("bin/nvcc");
+        nvcc.is_file().then_some(nvcc)
+    };
+    let named = env::var_os("NVCC").map(PathBuf::from);
+    named
+        .or_else(|| in_toolkit("CUDA_HOME"))
+        .or_else(|| in_toolkit("CUDA_PATH"))
+        .unwrap_or_else(|| "nvcc".into())
+}

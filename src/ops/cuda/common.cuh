@@ -1,0 +1,118 @@
+// What all kernels share: element types with f32 arithmetic, eight elements at a time, and sums
+// over the threads of a warp or a block.
+#pragma once
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+typedef __nv_bfloat16 bf16;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ float widen(bf16 v) { return __bfloat162float(v); }
+template <typename T> __device__ __forceinline__ T narrow(float v);
+template <> __device__ __forceinline__ float narrow<float>(float v) { return v; }
+template <> __device__ __forceinline__ bf16 narrow<bf16>(float v) { return __float2bfloat16(v); }
+
+// The value after a round trip through T: what a tensor of T would hold between two ops.
+template <typename T> __device__ __forceinline__ float rounded(float v) {
+    return widen(narrow<T>(v));
+}
+
+// N consecutive elements, N being 1 or 8; of 8, the first lies at a multiple of 16 bytes.
+template <int N> __device__ __forceinline__ void load(const bf16 *p, float (&out)[N]) {
+    if constexpr (N == 8) {
+        uint4 raw = *reinterpret_cast<const uint4 *>(p);
+        const __nv_bfloat162 *pairs = reinterpret_cast<const __nv_bfloat162 *>(&raw);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 pair = __bfloat1622float2(pairs[i]);
+            out[2 * i] = pair.x;
+            out[2 * i + 1] = pair.y;
+        }
+    } else {
+        out[0] = widen(p[0]);
+    }
+}
+
+template <int N> __device__ __forceinline__ void load(const float *p, float (&out)[N]) {
+    if constexpr (N == 8) {
+        float4 a = reinterpret_cast<const float4 *>(p)[0];
+        float4 b = reinterpret_cast<const float4 *>(p)[1];
+        out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+        out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    } else {
+        out[0] = p[0];
+    }
+}
+
+template <int N> __device__ __forceinline__ void store(bf16 *p, const float (&in)[N]) {
+    if constexpr (N == 8) {
+        uint4 raw;
+        __nv_bfloat162 *pairs = reinterpret_cast<__nv_bfloat162 *>(&raw);
+#pragma unroll
+        for (int i = 0; i < 4; i++) pairs[i] = __floats2bfloat162_rn(in[2 * i], in[2 * i + 1]);
+        *reinterpret_cast<uint4 *>(p) = raw;
+    } else {
+        p[0] = narrow<bf16>(in[0]);
+    }
+}
+
+template <int N> __device__ __forceinline__ void store(float *p, const float (&in)[N]) {
+    if constexpr (N == 8) {
+        reinterpret_cast<float4 *>(p)[0] = make_float4(in[0], in[1], in[2], in[3]);
+        reinterpret_cast<float4 *>(p)[1] = make_float4(in[4], in[5], in[6], in[7]);
+    } else {
+        p[0] = in[0];
+    }
+}
+
+struct Sum {
+    static __device__ __forceinline__ float identity() { return 0.0f; }
+    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+// A NaN is passed over; whoever subtracts the maximum from it will see it.
+struct Max {
+    static __device__ __forceinline__ float identity() { return -INFINITY; }
+    static __device__ __forceinline__ float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Over THREADS threads, 32 or the whole block; every one of them gets the result.
+template <typename Op, int THREADS> __device__ __forceinline__ float reduce(float v) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask >>= 1) v = Op::of(v, __shfl_xor_sync(~0u, v, mask));
+    if constexpr (THREADS > 32) {
+        __shared__ float parts[THREADS / 32];
+        __syncthreads(); // an earlier call's parts have been read
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+        __syncthreads();
+        v = parts[0];
+#pragma unroll
+        for (int i = 1; i < THREADS / 32; i++) v = Op::of(v, parts[i]);
+    }
+    return v;
+}
+
+// A value and where it stands as one number that compares as the values do: NaN above all, so that
+// it is seen, and of equal values the first above the rest.
+__device__ __forceinline__ u64 ranked(float v, u32 index) {
+    u32 bits = __float_as_uint(v);
+    bits = isnan(v) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (u64)bits << 32 | (u32)~index;
+}
+__device__ __forceinline__ u64 larger(u64 a, u64 b) { return a > b ? a : b; }
+
+// Before what a kernel before this one wrote is read: no more than a fence unless the launch asked
+// to overlap with that kernel's end.
+__device__ __forceinline__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may start to fetch what does not depend on this one.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -1,0 +1,273 @@
+//! Our CUDA kernels against their CPU twins: each op and its gradients on the same values, on every
+//! layout that a kernel treats differently. Needs a GPU and the feature `cuda`.
+#![cfg(feature = "cuda")]
+
+use std::cell::RefCell;
+
+use candle_core::Device;
+use flopaudit::{
+    error::Result,
+    ledger::{Dtype, Ledger, Module, Phase, Scope},
+    meter::{At, Meter},
+    ops::{
+        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Tensor, backward,
+        sums_of_squares,
+    },
+};
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+const SCOPE: Scope = Scope { layer: None, module: Module::Mlp };
+
+type Run<'a> = &'a dyn Fn(At, &[Tensor]) -> Result<Tensor>;
+
+fn gpu() -> Device {
+    let device = Device::new_cuda_with_stream(0).expect("a GPU");
+    // SAFETY: one stream alone is used.
+    unsafe { device.as_cuda_device().unwrap().disable_event_tracking() };
+    device
+}
+
+fn random(n: usize, seed: u64) -> Vec<f32> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    (0..n).map(|_| rng.random_range(-2.0..2.0)).collect()
+}
+
+/// Output and gradients of `run` on inputs of `shapes`, rounded to `rounded` and computed in
+/// `dtype`, and what it reported.
+fn outcome(
+    run: Run,
+    shapes: &[&[usize]],
+    rounded: Dtype,
+    dtype: Dtype,
+    device: &Device,
+) -> (Vec<Vec<f32>>, Ledger) {
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Forward).taped(true);
+    let at = meter.at(Module::Mlp);
+    let tensor = |n: usize, seed: u64, shape: Vec<usize>| {
+        let rounded = Tensor::from_vec(random(n, seed), shape, rounded, &Device::Cpu).unwrap();
+        let (shape, values) = (rounded.dims().to_vec(), rounded.to_vec().unwrap());
+        Tensor::from_vec(values, shape, dtype, device).unwrap()
+    };
+    let input = |(i, shape): (usize, &&[usize])| {
+        tensor(shape.iter().product(), i as u64, shape.to_vec()).leaf(SCOPE)
+    };
+    let inputs: Vec<_> = shapes.iter().enumerate().map(input).collect();
+    let y = run(at, &inputs).unwrap();
+    let mut all = vec![y.to_vec().unwrap()];
+    let dy = tensor(y.elements(), 99, y.dims().to_vec());
+    let mut gradients = backward(meter, &y, dy).unwrap();
+    all.extend(inputs.iter().filter_map(|x| Some(gradients.take(x)?.to_vec().unwrap())));
+    (all, ledger.into_inner())
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let apart: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
+    let norm: f64 = b.iter().map(|b| square(*b)).sum();
+    (apart / norm.max(1e-30)).sqrt()
+}
+
+/// The values and gradients that the CPU computes in f32 from the same inputs, and the same ledger,
+/// in both types.
+fn check(name: &str, shapes: &[&[usize]], run: Run) {
+    let gpu = gpu();
+    for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::BF16, 2e-2)] {
+        let (ours, our_ledger) = outcome(run, shapes, dtype, dtype, &gpu);
+        let (_, their_ledger) = outcome(run, shapes, dtype, dtype, &Device::Cpu);
+        let (theirs, _) = outcome(run, shapes, dtype, Dtype::F32, &Device::Cpu);
+        assert_eq!(our_ledger, their_ledger, "{name} {dtype:?}");
+        for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+            let apart = distance(ours, theirs);
+            println!("{name} {shapes:?} {dtype:?} {i}: {apart:.1e}");
+            assert!(apart < tolerance, "{name} {shapes:?} {dtype:?} {i}: {apart}");
+        }
+    }
+}
+
+#[test]
+fn elementwise() {
+    for n in [5, 64, 4864] {
+        let shape: &[usize] = &[3, 7, n];
+        check("add", &[shape, shape], &|at, x| ops::add(at, &x[0], &x[1]));
+        check("mul", &[shape, shape], &|at, x| ops::mul(at, &x[0], &x[1]));
+        check("silu", &[shape], &|at, x| ops::silu(at, &x[0]));
+        check("gated", &[shape, shape], &|at, x| ops::gated(at, &x[0], &x[1]));
+        check("bias", &[shape, &[n]], &|at, x| ops::bias(at, &x[0], &x[1]));
+        check("scale", &[shape], &|at, x| ops::scale(at, &x[0], &factor(&x[0])?));
+    }
+}
+
+#[test]
+fn rows() {
+    for width in [3, 8, 72, 500, 512, 896, 2048, 4096, 8192, 16_384] {
+        let shape: &[usize] = &[2, 5, width];
+        check("rms_norm", &[shape, &[width]], &|at, x| ops::rms_norm(at, &x[0], &x[1], 1e-6));
+        check("softmax", &[shape], &|at, x| ops::softmax(at, x[0].clone()));
+        let seq = 5.min(width);
+        check("masked softmax", &[&[2, seq, width]], &|at, x| {
+            let mask = CausalMask::new(seq, width - seq, x[0].dtype()?, x[0].device())?;
+            ops::masked_softmax(at, x[0].clone(), &mask)
+        });
+    }
+}
+
+#[test]
+fn heads() {
+    for (heads, d) in [(2, 8), (14, 64), (3, 128)] {
+        let shape: &[usize] = &[2, 5, heads * d];
+        check("rotated heads", &[shape], &|at, x| {
+            let table = RopeTable::new(at, 9, d, 1e6, x[0].dtype()?, x[0].device())?;
+            ops::rotated_heads(at, &x[0], heads, &table, 3, Some(&factor(&x[0])?))
+        });
+        check("split and merged heads", &[shape], &|at, x| {
+            let split = ops::split_heads(&x[0], heads)?;
+            ops::merge_heads(&ops::silu(at, &split)?)
+        });
+    }
+}
+
+#[test]
+fn attention_of_whole_sequences() {
+    // (heads, key heads, d, tokens, past): tiles that are full, and that are not.
+    for (heads, kv_heads, d, seq, past) in
+        [(14, 2, 64, 256, 0), (4, 2, 64, 37, 100), (2, 1, 128, 70, 3), (3, 3, 64, 129, 0)]
+    {
+        let shapes: [&[usize]; 3] =
+            [&[2, heads, seq, d], &[2, kv_heads, past + seq, d], &[2, kv_heads, past + seq, d]];
+        let run = |at: At, x: &[Tensor]| {
+            let mask = CausalMask::new(seq, past, x[0].dtype()?, x[0].device())?;
+            let q = ops::scale(at, &x[0].detach(), &factor(&x[0])?)?;
+            ops::attention(at, &q, &x[1].detach(), &x[2].detach(), Some(&mask))
+        };
+        check("attention", &shapes, &run);
+        // With gradients, op by op.
+        check("attention and gradients", &shapes, &|at, x| {
+            let mask = CausalMask::new(seq, past, x[0].dtype()?, x[0].device())?;
+            let q = ops::scale(at, &x[0], &factor(&x[0])?)?;
+            ops::attention(at, &q, &x[1], &x[2], Some(&mask))
+        });
+    }
+}
+
+/// A factor of 1/8, where `x` is.
+fn factor(x: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(vec![0.125], 1, x.dtype()?, x.device())
+}
+
+#[test]
+fn cross_entropy() {
+    let observer = RefCell::new(());
+    let at = Meter::new(&observer, Phase::Loss).at(Module::Loss);
+    for (rows, width) in [(3, 7), (5, 320), (4, 151_936)] {
+        let logits = random(rows * width, 1);
+        let targets: Vec<u32> = (0..rows).map(|i| (i * 31 % width) as u32).collect();
+        let weights: Vec<f32> = (0..rows).map(|i| 0.1 * i as f32).collect();
+        let run = |device: &Device| {
+            let logits = Tensor::from_vec(logits.clone(), (rows, width), Dtype::F32, device)?;
+            let entropy = CrossEntropy::new(at, logits, &targets, &weights)?;
+            let loss = Losses::sum(&[entropy.losses(&weights)])?;
+            Ok::<_, anyhow::Error>((loss, entropy.gradient(at, &targets, &weights)?.to_vec()?))
+        };
+        let (ours, theirs) = (run(&gpu()).unwrap(), run(&Device::Cpu).unwrap());
+        assert!((ours.0 - theirs.0).abs() < 1e-5 * theirs.0.abs(), "{} {}", ours.0, theirs.0);
+        assert!(distance(&ours.1, &theirs.1) < 1e-5);
+    }
+}
+
+#[test]
+fn the_largest_logit() {
+    let observer = RefCell::new(());
+    let at = Meter::new(&observer, Phase::Sampling).at(Module::Sampler);
+    for (rows, width) in [(1, 5), (3, 320), (9, 151_936)] {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            // bf16 has many equal values: the first counts.
+            let logits =
+                |device| Tensor::from_vec(random(rows * width, 3), (rows, width), dtype, device);
+            let gpu = gpu();
+            let ours = ops::argmax(at, &logits(&gpu).unwrap()).unwrap();
+            let theirs = logits(&Device::Cpu).unwrap().to_vec().unwrap();
+            for (id, row) in ours.into_iter().zip(theirs.chunks_exact(width)) {
+                let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert_eq!(row.iter().position(|&x| x == top), Some(id as usize));
+            }
+        }
+    }
+    for bad in [f32::NAN, f32::INFINITY] {
+        let logits = Tensor::from_vec(vec![0.0, bad, 1.0], (1, 3), Dtype::F32, &gpu()).unwrap();
+        let error = ops::argmax(at, &logits).unwrap_err().to_string();
+        assert!(error.contains("not finite"), "{error}");
+    }
+}
+
+#[test]
+fn an_update() {
+    let observer = RefCell::new(());
+    let at = Meter::new(&observer, Phase::Optimizer).at(Module::Optimizer);
+    let adamw = AdamW { decay: 0.99, rate: 1e-2, correction: 0.3, betas: (0.9, 0.999), eps: 1e-8 };
+    for n in [3, 100_003] {
+        let run = |device: &Device| {
+            let parameter = Tensor::from_vec(random(n, 1), n, Dtype::F32, device)?;
+            let gradient = Tensor::from_vec(random(n, 2), n, Dtype::F32, device)?;
+            let moments = Moments::new(&parameter)?;
+            for _ in 0..3 {
+                adamw.step(at, &moments, &gradient)?;
+            }
+            let sums = sums_of_squares(&[(at, &parameter), (at, &gradient)])?;
+            Ok::<_, anyhow::Error>((moments.to_vec()?, sums))
+        };
+        let (ours, theirs) = (run(&gpu()).unwrap(), run(&Device::Cpu).unwrap());
+        assert!(distance(&ours.0, &theirs.0) < 1e-6);
+        for (ours, theirs) in ours.1.iter().zip(&theirs.1) {
+            assert!((ours - theirs).abs() < 1e-5 * theirs, "{ours} {theirs}");
+        }
+    }
+}
+
+/// Decoding by few launches, recorded and not, against the model's own forward pass on the CPU.
+#[test]
+fn decoding_in_few_launches() {
+    use flopaudit::{
+        config::{LoraConfig, ModelConfig},
+        generate::{Request, generate},
+        model::{AdapterSource, Qwen2},
+        weights,
+        workload::Sampling,
+    };
+    let checkpoint = weights::synthetic(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+    let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
+    let run = |device: &Device, dtype, batch: usize, recorded, eos: Vec<u32>| {
+        let (config, weights) = (&checkpoint.config, &checkpoint.weights);
+        let model = Qwen2::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+        let prompt = |row: usize| (0..9).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
+        let request = Request {
+            prompts: (0..batch).map(prompt).collect(),
+            max_new_tokens: 40,
+            sampling: Sampling::GREEDY,
+            seeds: vec![0; batch],
+            kv_cache: true,
+            eos,
+            timed: false,
+            recorded,
+        };
+        let ledger = RefCell::new(Ledger::default());
+        let generation = generate(&model, &request, &ledger, |_, _| Ok(())).unwrap();
+        (generation.sequences, ledger.into_inner())
+    };
+    let gpu = gpu();
+    for batch in [1, 2, 3, 8, 9] {
+        let theirs = run(&Device::Cpu, Dtype::F32, batch, true, vec![]);
+        for recorded in [true, false] {
+            let ours = run(&gpu, Dtype::F32, batch, recorded, vec![]);
+            assert!(ours == theirs, "batch {batch}, recorded {recorded}");
+        }
+    }
+    // In bf16 other kernels run; recorded or not, they give the same.
+    for batch in [1, 3, 9, 33, 64, 65] {
+        let recorded = run(&gpu, Dtype::BF16, batch, true, vec![]);
+        // A token that nobody chooses: each is looked at before the next is computed.
+        let stepwise = run(&gpu, Dtype::BF16, batch, false, vec![320]);
+        assert!(recorded == stepwise, "batch {batch}");
+    }
+}
