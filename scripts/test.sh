@@ -15,3 +15,5 @@ export FLOPAUDIT_WEIGHTS
 
 python3 scripts/witness/test.py
 cargo test "$@"
+
+scripts/report-browser.sh

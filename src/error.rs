@@ -78,6 +78,9 @@ pub enum Error {
     /// An audit whose sides differ. Exits with 1.
     #[error("the audit does not balance: {0}")]
     Unbalanced(String),
+    /// A machine that lacks what a run without flags needs. Exits with 1.
+    #[error("missing: {0}")]
+    Missing(String),
     /// A plan that costs more than there is to spend. Exits with 1.
     #[error("over budget: `{item}` needs {needed} FLOPs, {left} are left for it")]
     OverBudget {
@@ -105,11 +108,11 @@ impl Error {
         Self::Tensor { origin: origin.into(), tensor: tensor.into(), why: why.into() }
     }
 
-    /// The process's exit status: 1 for an audit that does not balance or a budget that does not
-    /// suffice, 130 for an interrupt, 2 for usage and input.
+    /// The process's exit status: 1 for an audit that does not balance, a budget that does not
+    /// suffice or a machine that lacks something, 130 for an interrupt, 2 for usage and input.
     pub fn exit_code(error: &anyhow::Error) -> u8 {
         match error.downcast_ref() {
-            Some(Self::Unbalanced(_) | Self::OverBudget { .. }) => 1,
+            Some(Self::Unbalanced(_) | Self::OverBudget { .. } | Self::Missing(_)) => 1,
             Some(Self::Interrupted) => 130,
             _ => 2,
         }

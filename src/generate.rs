@@ -70,7 +70,7 @@ const AHEAD: usize = 16;
 pub fn generate(
     model: &Qwen2,
     request: &Request,
-    observer: &RefCell<dyn Observer>,
+    observer: &RefCell<dyn Observer + '_>,
     mut on_token: impl FnMut(usize, u32) -> Result<()>,
 ) -> Result<Generation> {
     let Request { prompts, max_new_tokens, sampling, .. } = request;

@@ -51,7 +51,7 @@
 //! | price list | a TOML file, or a preset in [`prices`] |
 //! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms.rs` |
 //! | source of weights | a file in [`weights`] |
-//! | figure or format in reports | [`report`]: one value, one file a format |
+//! | figure or format in reports | [`report`]: one value, one file a format; pages and charts in [`report::html`] |
 //! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |
 //! | subcommand | a file in [`cli`] |
 

@@ -32,6 +32,22 @@ impl<A: Observer, B: Observer> Observer for (A, B) {
     }
 }
 
+/// An observer that may be there.
+impl<O: Observer> Observer for Option<O> {
+    fn op(&mut self, key: &Key, time: Option<Duration>) {
+        if let Some(observer) = self {
+            observer.op(key, time);
+        }
+    }
+}
+
+/// An observer that somebody else holds.
+impl<O: Observer + ?Sized> Observer for &RefCell<O> {
+    fn op(&mut self, key: &Key, time: Option<Duration>) {
+        self.borrow_mut().op(key, time);
+    }
+}
+
 /// Discards everything: for work that belongs to no audit.
 impl Observer for () {
     fn op(&mut self, _: &Key, _: Option<Duration>) {}
@@ -50,7 +66,7 @@ impl Observer for () {
 /// ```
 #[derive(Clone, Copy)]
 pub struct Meter<'a> {
-    observer: &'a RefCell<dyn Observer>,
+    observer: &'a RefCell<dyn Observer + 'a>,
     phase: Phase,
     layer: Option<u32>,
     timed: bool,
@@ -66,7 +82,7 @@ pub struct At<'a> {
 
 impl<'a> Meter<'a> {
     /// Reports to `observer`, outside all layers, without timing.
-    pub fn new(observer: &'a RefCell<dyn Observer>, phase: Phase) -> Self {
+    pub fn new(observer: &'a RefCell<dyn Observer + 'a>, phase: Phase) -> Self {
         Self { observer, phase, layer: None, timed: false, taped: false }
     }
 

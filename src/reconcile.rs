@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     analytic::{self, Cause, Structure},
@@ -101,7 +101,7 @@ pub struct Total {
 }
 
 /// A finished run's own total beside the closed form's.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
     /// Its file.
     pub file: String,

@@ -262,6 +262,12 @@ impl Workload {
         u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
     }
 
+    /// Bytes of the token ids, targets and weights that a training step holds on the host.
+    pub fn tokens_bytes(&self) -> u128 {
+        let Task::Train { batch, seq, accumulate, .. } = self.task else { return 0 };
+        12 * [batch, seq, accumulate].map(u128::from).iter().product::<u128>()
+    }
+
     /// Bytes that a training holds beside weights and activations: gradients, and both moments,
     /// in f32; and where the weights are narrower, their f32 masters.
     pub fn training_bytes(&self) -> u128 {

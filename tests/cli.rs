@@ -33,6 +33,50 @@ fn audit_prints_its_verdict() {
 }
 
 #[test]
+fn tables_are_for_people_and_exact_on_request() {
+    for (line, figure, digits, total) in [
+        (
+            "count forward --preset qwen2.5-0.5b --seq 512 --prices coursework",
+            "107.0 G",
+            "107,045,978,112",
+            "530,217,687,264 FLOPs",
+        ),
+        ("audit forward --preset tiny --seq 5 --lora-rank 2", "30.24 k", "30,240", "balances"),
+        ("count forward --preset tiny --sweep seq=64,128", "6.113 M", "6,113,172", ""),
+        (
+            "reconcile --from 6nd --to torch --prices matmul train --preset tiny --batch 2 --seq 8 --lora-rank 2",
+            "-1.065 M",
+            "-1,064,960",
+            "2,264,064 - 3,234,816 = -970,752 FLOPs",
+        ),
+    ] {
+        let (human, exact) = (stdout(line), stdout(&format!("{line} --exact")));
+        assert!(human.contains(figure) && !human.contains(digits), "{human}");
+        assert!(exact.contains(digits) && !exact.contains(figure), "{exact}");
+        assert!(human.contains(total) && exact.contains(total), "{human}{exact}");
+    }
+}
+
+#[test]
+fn tables_fit_a_terminal() {
+    for line in [
+        "count forward --preset qwen2.5-0.5b --seq 512 --lora-rank 8",
+        "count train --preset qwen2.5-0.5b --seq 512 --lora-rank 8",
+        "count generate --preset qwen2.5-72b --prompt-tokens 100000 --new-tokens 1000 --temperature 0.7",
+        "audit forward --preset tiny --seq 5 --lora-rank 2 --op-times",
+        "audit train --preset tiny --seq 5 --lora-rank 2",
+        "reconcile --from 6nd --to torch --prices matmul train --preset tiny --batch 2 --seq 8 --lora-rank 2",
+        "count forward --sweep preset=qwen2.5-0.5b,qwen2.5-72b --sweep seq=64,4096 --lora-rank 8",
+    ] {
+        let text = stdout(line);
+        // The verdict has every digit.
+        let widest =
+            text.lines().filter(|l| !l.starts_with("the audit")).max_by_key(|l| l.len()).unwrap();
+        assert!(widest.len() <= 80, "{line}: {widest}");
+    }
+}
+
+#[test]
 fn counts_are_exact_integers() {
     let count = json("count forward --preset qwen2.5-0.5b --seq 512 --prices matmul --json");
     assert_eq!(count["schema_version"], 1);

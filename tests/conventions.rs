@@ -96,8 +96,16 @@ fn a_finished_run_is_an_end() {
     flopaudit(dir.path(), to_torch).assert().success();
     flopaudit(dir.path(), "reconcile --from count.json").assert().success();
     refused(dir.path(), "reconcile --from count.json --to 6nd forward", &["run", "workload"]);
-    let own = "reconcile --from count.json --to 6nd --from-prices unit";
-    refused(dir.path(), own, &["--from-prices", "own prices"]);
+    // A run can be priced anew.
+    let anew = "reconcile --from run.json --to exact --prices coursework --json";
+    let way = flopaudit(dir.path(), anew).assert().success();
+    let way: Value = serde_json::from_slice(&way.get_output().stdout).unwrap();
+    assert_eq!(way["from"]["prices"]["name"], "coursework");
+    assert_eq!(
+        (&way["from"]["run"]["agrees"], &way["difference_flops"]),
+        (&true.into(), &0.into())
+    );
+    assert!(way["from"]["total_flops"].as_u64() > run["total_flops"].as_u64());
 
     // A run that did not spend what its structure counts is told apart.
     let mut wrong = run;

@@ -13,7 +13,7 @@ use flopaudit::{
     model::{AdapterSource, Qwen2},
     ops::{self, Tensor},
     prices::Prices,
-    report::{Report, render},
+    report::{Figures, Report, render},
     weights,
     workload::{Logits, Task, Workload},
 };
@@ -193,7 +193,7 @@ fn the_report_shows_where() {
         Report::new("audit", "tiny", vec![workload()], Structure::Exact, &prices, tally).unwrap();
     let report = report.with_audit(&audit).unwrap();
     let mut out = vec![];
-    render(&mut anstream::StripStream::new(&mut out), &report, false).unwrap();
+    render(&mut anstream::StripStream::new(&mut out), &report, Figures::Human, false).unwrap();
     let text = String::from_utf8(out).unwrap();
     insta::assert_snapshot!(&text[text.find("the audit").unwrap()..]);
 }

@@ -1,5 +1,6 @@
 //! `train` and `eval` as a user meets them, on tiny models.
 
+mod checkpoints;
 mod program;
 
 use std::{
@@ -137,7 +138,7 @@ fn a_run_cut_short_goes_on_bit_for_bit() {
     let whole = tmp();
     let run = train(whole.path(), more);
     let adapter = |dir: &Path| fs::read(dir.join("out/adapter_model.safetensors")).unwrap();
-    for signal in ["-INT", "-KILL"] {
+    for signal in ["-INT", "-TERM", "-KILL"] {
         let dir = tmp();
         let code = cut_short(dir.path(), &line(more), signal);
         assert!(signal == "-KILL" || code == Some(130), "{code:?}");
@@ -157,12 +158,13 @@ fn a_run_cut_short_goes_on_bit_for_bit() {
     }
 }
 
-/// Files of this process and its children cannot grow past `blocks` of 512 bytes: a full disk, to
-/// those who write.
+/// Runs `line` where files cannot grow past 32 blocks. With `told`, to write more is an error, as on
+/// a full disk; else the process is killed in the middle of it.
 #[cfg(unix)]
-fn with_little_space(dir: &Path, line: &str, blocks: u32) -> std::process::Output {
+fn with_little_space(dir: &Path, line: &str, told: bool) -> std::process::Output {
+    let trap = if told { "trap '' XFSZ;" } else { "" };
     Command::new("sh")
-        .args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"")])
+        .args(["-c", &format!("{trap} ulimit -c 0; ulimit -f 32; exec \"$0\" \"$@\"")])
         .arg(assert_cmd::cargo::cargo_bin("flopaudit"))
         .args(line.split_whitespace())
         .current_dir(dir)
@@ -172,7 +174,7 @@ fn with_little_space(dir: &Path, line: &str, blocks: u32) -> std::process::Outpu
 
 #[cfg(unix)]
 #[test]
-fn a_full_disk_loses_nothing_already_saved() {
+fn neither_a_full_disk_nor_death_while_saving_loses_what_is_saved() {
     let more = "--steps 60 --lr 0.02 --save-every 1 --check-gradients 0";
     let whole = tmp();
     train(whole.path(), more);
@@ -180,10 +182,14 @@ fn a_full_disk_loses_nothing_already_saved() {
     cut_short(dir.path(), &line(more), "-KILL");
     let out = dir.path().join("out");
     let checkpoint = || fs::read(out.join("checkpoint.safetensors")).unwrap();
-    let files = || fs::read_dir(&out).unwrap().count();
-    let before = (checkpoint(), files());
+    let temporary = || {
+        let names = fs::read_dir(&out).unwrap().map(|file| file.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with(".tmp")).count()
+    };
+    let before = checkpoint();
 
-    let full = with_little_space(dir.path(), &line(&format!("{more} --resume")), 32);
+    let resumed = line(&format!("{more} --resume"));
+    let full = with_little_space(dir.path(), &resumed, true);
     let stderr = String::from_utf8(full.stderr).unwrap();
     assert_eq!(full.status.code(), Some(2), "{stderr}");
     let errors: Vec<&str> = stderr.lines().filter(|l| l.starts_with("error: ")).collect();
@@ -191,10 +197,16 @@ fn a_full_disk_loses_nothing_already_saved() {
         matches!(errors[..], [one] if one.contains("out/checkpoint.safetensors: ")),
         "{stderr}"
     );
-    assert!((checkpoint(), files()) == before, "the checkpoint changed, or a file stays behind");
+    assert!(checkpoint() == before, "the checkpoint changed");
+    assert_eq!(temporary(), 0, "a file in the making stays behind");
+
+    let killed = with_little_space(dir.path(), &resumed, false);
+    assert_eq!(killed.status.code(), None, "a signal ends it");
+    assert!(checkpoint() == before && temporary() > 0, "it did not end while saving");
 
     train(dir.path(), &format!("{more} --resume"));
     assert_eq!(losses(dir.path()), losses(whole.path()));
+    assert_eq!(temporary(), 0, "swept");
 }
 
 #[test]
@@ -215,8 +227,9 @@ fn a_budget_is_spent_and_never_passed() {
             let budget = &run["training"]["budget"];
             let number = |key: &str| budget[key].as_u64().unwrap();
             assert!(number("spent") <= 5_000_000_000, "{structure} {prices}: {budget}");
-            // One more step needs its own evaluation where the last one was due.
-            let more = number("next_step") + number("evaluation");
+            // The evaluation after the last step would come after one more, unless it was due.
+            let due = run["training"]["steps"].as_u64().unwrap().is_multiple_of(7);
+            let more = number("next_step") + if due { number("evaluation") } else { 0 };
             assert!(number("spent") + more > 5_000_000_000, "{structure} {prices}: {budget}");
             assert_eq!(budget["structure"], structure);
             if structure == "exact" {
@@ -260,6 +273,12 @@ fn what_cannot_be_trained_is_one_line() {
         (with(&text, "--resume"), vec!["holds no checkpoint"]),
         (with(&text, "--seq 100000"), vec!["--seq"]),
         (with(&text, "--batch 0"), vec!["--batch"]),
+        (with(&text, "--lora-rank 0"), vec!["--lora-rank", "nothing to train"]),
+        (with(&text, "--full --lora-rank 2"), vec!["--full", "adapters"]),
+        (with(&text, "--accumulate 4294967295"), vec!["out of memory", "a step's tokens"]),
+        (with(&text, "--dtype bf16 --check-gradients 2"), vec!["--check-gradients", "f32"]),
+        (with(&text, "--token-cache empty.txt"), vec!["--token-cache: empty.txt"]),
+        (with(&text, "--lr 1e10"), vec!["--weight-decay, --lr", "0.01"]),
     ] {
         let line = match line.contains("--epochs") {
             true => line.replace("--steps 2", ""),
@@ -272,20 +291,87 @@ fn what_cannot_be_trained_is_one_line() {
         refused(dir.path(), &line, &parts);
     }
     refused(dir.path(), &format!("train --preset tiny --data {text} --out out"), &["--steps"]);
-    refused(dir.path(), &with(&text, "").replace("--out out", "--out empty.txt"), &["empty.txt"]);
+    let to_file = with(&text, "").replace("--out out", "--out empty.txt");
+    refused(dir.path(), &to_file, &["empty.txt: is a file"]);
     refused(dir.path(), "eval --preset tiny --data empty.txt", &["empty.txt"]);
-    assert!(!dir.path().join("out/checkpoint.safetensors").exists());
+    assert!(!dir.path().join("out").exists(), "a folder for nothing");
+}
+
+#[test]
+fn what_is_not_the_runs_own_is_not_overwritten() {
+    for name in ["model.safetensors", "config.json", "adapter_model.safetensors", "run.json"] {
+        let dir = tmp();
+        let file = dir.path().join("out").join(name);
+        fs::create_dir(dir.path().join("out")).unwrap();
+        fs::write(&file, "theirs").unwrap();
+        for more in ["--steps 2", "--steps 2 --full"] {
+            refused(dir.path(), &line(more), &[name, "is there already"]);
+        }
+        assert_eq!(fs::read_to_string(file).unwrap(), "theirs");
+    }
+}
+
+#[test]
+fn gradients_of_nothing_are_not_checked() {
+    // At the only step B is zero, and A has no gradient; scaled by zero, neither has.
+    for (more, slopes) in [("--steps 1", 2), ("--steps 3 --lora-alpha 0", 0)] {
+        let dir = tmp();
+        let run = train(dir.path(), &format!("{more} --lora-rank 4"));
+        let check = &run["training"]["check"]["slopes"];
+        assert_eq!(check.as_array().map_or(0, Vec::len), slopes, "{more}: {check}");
+        assert_eq!(run["training"]["check_passed"].as_bool(), (slopes > 0).then_some(true));
+        assert_eq!(run["balanced"], true);
+        let again = train(dir.path(), &format!("{more} --lora-rank 4 --resume"));
+        assert_eq!(again["training"]["losses"], run["training"]["losses"]);
+    }
+}
+
+#[test]
+fn a_fully_trained_model_scores_as_it_was_trained() {
+    let dir = tmp();
+    let held_out = example("alice-eval.txt");
+    let base =
+        checkpoints::directory(&checkpoints::tiny(), &checkpoints::tensors(&checkpoints::tiny()));
+    let full = line(&format!("--steps 4 --full --lr 0.01 --eval-data {held_out}"))
+        .replace("--preset tiny", &format!("--model {}", base.path().display()));
+    flopaudit(dir.path(), &full).assert().success();
+    let run = read(&dir.path().join("out/run.json"));
+    let trained = run["training"]["evaluations"].as_array().unwrap().last().unwrap().clone();
+    let eval = format!("eval --model out --data {held_out} --seq 32 --batch 2 --json");
+    let eval = flopaudit(dir.path(), &eval).assert().success();
+    let eval: Value = serde_json::from_slice(&eval.get_output().stdout).unwrap();
+    let (loss, trained) = (&eval["evaluation"]["loss"], &trained["loss"]);
+    assert!((loss.as_f64().unwrap() - trained.as_f64().unwrap()).abs() < 1e-9, "{loss} {trained}");
+}
+
+#[test]
+fn an_adapter_is_trained_further_and_epochs_end() {
+    let dir = tmp();
+    train(dir.path(), "--steps 3 --lora-rank 2 --lr 0.01");
+    let more = line("--epochs 0.5 --adapter out --token-cache tokens --seed 5")
+        .replace("--out out", "--out further");
+    for _ in 0..2 {
+        flopaudit(dir.path(), &more).assert().success();
+        let run = read(&dir.path().join("further/run.json"));
+        let (first, last) =
+            (&run["training"]["losses"][0]["loss"], run["training"]["steps"].as_u64());
+        let rows = fs::read_to_string(text()).unwrap().len().div_ceil(32) as u64;
+        assert_eq!(last, Some(rows.div_ceil(2).div_ceil(2)), "half the rows, two a step");
+        assert!(first.as_f64().unwrap() < 6.0);
+        fs::remove_dir_all(dir.path().join("further")).unwrap();
+    }
+    assert_eq!(fs::read_dir(dir.path().join("tokens")).unwrap().count(), 1, "tokenized once");
 }
 
 #[test]
 fn a_diverging_run_loses_nothing_already_saved() {
     let dir = tmp();
-    let more =
-        "--steps 40 --full --lr 1e30 --weight-decay 0 --clip 0 --save-every 1 --check-gradients 0";
-    refused(dir.path(), &line(more), &["training diverged", "lower --lr"]);
-    let saved = fs::metadata(dir.path().join("out/checkpoint.safetensors")).unwrap();
-    assert!(saved.len() > 0);
-    assert!(!losses(dir.path()).is_empty());
+    let more = "--steps 40 --full --lr 1e30 --weight-decay 0 --clip 0 --save-every 1";
+    refused(dir.path(), &line(more), &["training diverged", "lower --lr", "out holds step 1"]);
+    assert_eq!(losses(dir.path()).len(), 1);
+    // It can be gone on with, to the same end.
+    let again = line(&format!("{more} --resume"));
+    refused(dir.path(), &again, &["training diverged", "out holds step 1"]);
 }
 
 #[test]
@@ -295,7 +381,16 @@ fn a_run_is_neither_overwritten_nor_mixed_with_another() {
     let before = fs::read(dir.path().join("out/checkpoint.safetensors")).unwrap();
     refused(dir.path(), &line("--steps 2"), &["holds a run", "--resume"]);
     let other = line("--steps 2 --lr 0.5 --resume");
-    refused(dir.path(), &other, &["schedule.peak", "0.0002", "0.5"]);
+    refused(dir.path(), &other, &["--lr 0.0002", "0.5"]);
+    // What depends on another flag is not blamed.
+    refused(dir.path(), &line("--steps 2 --dtype bf16 --resume"), &["--dtype \"f32\"", "\"bf16\""]);
+    let other = line("--steps 2 --resume").replace(&text(), &example("alice-eval.txt"));
+    refused(dir.path(), &other, &["other rows of --data"]);
+    let other = line("--steps 2 --resume").replace("--preset tiny", "--model synthetic:tiny:1");
+    refused(dir.path(), &other, &["another --model or --adapter"]);
+    // The same model by another name is the same.
+    let same = line("--steps 2 --resume").replace("--preset tiny", "--model synthetic:tiny:0");
+    flopaudit(dir.path(), &same).assert().success();
     let cut: PathBuf = dir.path().join("out/checkpoint.safetensors");
     fs::write(&cut, &before[..before.len() / 2]).unwrap();
     refused(dir.path(), &line("--steps 2 --resume"), &["checkpoint.safetensors", "cannot be read"]);

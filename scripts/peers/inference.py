@@ -49,7 +49,7 @@ def measure(model: torch.nn.Module, args: argparse.Namespace, counted: bool) -> 
         prefill.append(timed(ids, cache))
     for _ in range(args.steps + 1):
         decode.append(timed(token, cache))
-        cache.crop(args.prompt)
+        cache.crop(-1)  # the step before is forgotten
     return {
         "prefill_s": [s for s, _ in prefill[1:]], "decode_s": [s for s, _ in decode[1:]],
         "prefill_flops": prefill[-1][1], "decode_flops": decode[-1][1],

@@ -79,6 +79,12 @@ impl Ceiling {
         self.matmul.iter().find(|rate| rate.dtype == dtype).map(|rate| rate.flops_per_s)
     }
 
+    /// Bytes a second of a stream of `dtype`; of the fastest type where that one was not measured.
+    pub fn bytes_per_s(&self, dtype: Dtype) -> f64 {
+        let found = self.stream.rates.iter().find(|rate| rate.dtype == dtype);
+        found.map_or(self.stream.bytes_per_s, |rate| rate.bytes_per_s)
+    }
+
     /// Whether every one of `dtypes` was measured.
     pub fn covers(&self, dtypes: &[Dtype]) -> bool {
         dtypes.iter().all(|&dtype| self.flops_per_s(dtype).is_some())
@@ -111,12 +117,18 @@ impl Ceiling {
             ("stream.bytes_per_s", ceiling.stream.bytes_per_s),
             ("dispatch_s", ceiling.dispatch_s),
         ];
-        for (key, rate) in rates.chain(others) {
+        let streams = ceiling.stream.rates.iter().map(|rate| ("stream.rates", rate.bytes_per_s));
+        for (key, rate) in rates.chain(others).chain(streams) {
             if !(rate > 0.0 && rate.is_finite()) {
                 return Err(bad(format!("`{key}` is {rate}, which no device does")).into());
             }
         }
         Ok(ceiling)
+    }
+
+    /// Where they are kept, in the user's cache directory; none on a system without one.
+    pub fn cache() -> Option<PathBuf> {
+        Some(dirs::cache_dir()?.join("flopaudit"))
     }
 
     /// The one kept of `device`; none where nothing usable is kept.
@@ -146,5 +158,5 @@ fn place(device: &DeviceInfo) -> Option<PathBuf> {
     let threads = threads.map_or(String::new(), |n| format!(" {n} threads"));
     let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
     let slug: String = format!("{kind} {name}{threads} {build}").chars().map(plain).collect();
-    Some(dirs::cache_dir()?.join("flopaudit").join(format!("ceiling-{slug}.json")))
+    Some(Ceiling::cache()?.join(format!("ceiling-{slug}.json")))
 }

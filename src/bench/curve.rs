@@ -109,10 +109,11 @@ fn solve(rows: &[[f64; 3]], chosen: &[usize]) -> Option<[f64; 3]> {
         if system[i][i].abs() <= 1e-10 * size {
             return None;
         }
-        for below in i + 1..n {
-            let factor = system[below][i] / system[i][i];
-            for column in i..=n {
-                system[below][column] -= factor * system[i][column];
+        let (above, below) = system.split_at_mut(i + 1);
+        for row in below {
+            let factor = row[i] / above[i][i];
+            for (x, pivot) in row.iter_mut().zip(&above[i]).skip(i) {
+                *x -= factor * pivot;
             }
         }
     }

@@ -45,7 +45,8 @@ impl Point {
         })?;
         let at_rest = bytes.at_rest() as f64;
         let cached = OUT_OF_CACHE * ceiling.device.cache_bytes.unwrap_or(0);
-        let memory_s = (at_rest > cached as f64).then_some(at_rest / ceiling.stream.bytes_per_s);
+        let read_at = |rate: f64| (at_rest > cached as f64).then_some(at_rest / rate);
+        let memory_s = read_at(ceiling.stream.bytes_per_s);
         let limits = Limits {
             compute_s: unit.flops as f64 / peak,
             memory_s,
@@ -79,6 +80,7 @@ impl Point {
             bytes_per_s: at_rest / time,
             bandwidth_use: memory_s.map(|least| least / time),
             intensity: unit.flops as f64 / at_rest,
+            predicted_s: read_at(ceiling.bytes_per_s(dtype)),
             limits,
             bound,
             roofline_share: longest / time,
@@ -249,6 +251,7 @@ mod tests {
         assert_eq!((point.mfu_measured, point.bandwidth_use), (0.5, Some(0.8)));
         assert_eq!(point.mfu_datasheet, None);
         assert_eq!(point.intensity, 0.5);
+        assert_eq!(point.predicted_s, Some(0.8));
         let Limits { compute_s, memory_s, dispatch_s } = point.limits;
         assert_eq!((compute_s, memory_s, dispatch_s), (0.5, Some(0.8), 0.2));
         assert_eq!((point.bound, point.roofline_share), (Bound::Memory, 0.8));

@@ -153,6 +153,10 @@ pub struct Point {
     pub bandwidth_use: Option<f64>,
     /// FLOPs a byte of weights and cache.
     pub intensity: f64,
+    /// Seconds predicted from bandwidth alone: bytes of weights and cache over the stream of the
+    /// element type, which may be slower than memory. None where the chip's caches hold them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub predicted_s: Option<f64>,
     /// What a unit takes at least, by each ceiling alone.
     pub limits: Limits,
     /// Which of them is the largest.
@@ -213,8 +217,7 @@ pub(super) fn quantile(sorted: &[f64], share: f64) -> f64 {
 pub struct Limits {
     /// FLOPs over the measured matmul rate of the element type.
     pub compute_s: f64,
-    /// Bytes of weights and cache over the measured stream: in decoding, the time predicted from
-    /// bandwidth alone. None where the chip's caches hold them.
+    /// Bytes of weights and cache over the measured stream. None where the chip's caches hold them.
     pub memory_s: Option<f64>,
     /// Ops times the measured dispatch.
     pub dispatch_s: f64,

@@ -64,9 +64,11 @@ impl Probe<'_> {
     /// A device that has no memory for it, or its own.
     pub fn measure(&self, info: DeviceInfo, dtypes: &[Dtype]) -> Result<Ceiling> {
         anyhow::ensure!(!dtypes.is_empty(), "no element type to measure");
+        // Memory is shared with whatever else runs on the host: read it before the products and
+        // after them, so that one slow moment does not make the ceiling.
+        let mut rates = self.streams(dtypes)?;
         let matmul = dtypes.iter().map(|&dtype| self.matmul(dtype)).collect::<Result<_>>()?;
-        let rates: Vec<_> =
-            dtypes.iter().map(|&dtype| self.stream(dtype)).collect::<Result<_>>()?;
+        rates = rates.into_iter().zip(self.streams(dtypes)?).map(faster).collect();
         let bytes_per_s = rates.iter().map(|(_, rate)| rate.bytes_per_s).fold(0.0, f64::max);
         let buffer_bytes = rates.iter().map(|(bytes, _)| *bytes).max().unwrap_or(0);
         let rates = rates.into_iter().map(|(_, rate)| rate).collect();
@@ -105,6 +107,10 @@ impl Probe<'_> {
             }
         }
         best.ok_or_else(|| Error::Memory("nothing is left to multiply in".into()).into())
+    }
+
+    fn streams(&self, dtypes: &[Dtype]) -> Result<Vec<(u64, StreamRate)>> {
+        dtypes.iter().map(|&dtype| self.stream(dtype)).collect()
     }
 
     /// One row times matrices of [`WIDTHS`] columns and of more bytes than caches hold: their
@@ -179,6 +185,11 @@ impl Probe<'_> {
         let parts = vec![drawn.clone(); wanted.div_ceil(DRAWN)];
         Tensor::stacked(&parts, &drawn)?.narrow(0, 0, wanted)?.reshape((rows, columns))
     }
+}
+
+/// The faster of two streams of one element type.
+fn faster((a, b): ((u64, StreamRate), (u64, StreamRate))) -> (u64, StreamRate) {
+    if a.1.bytes_per_s > b.1.bytes_per_s { a } else { b }
 }
 
 fn fastest(samples: &[f64]) -> f64 {

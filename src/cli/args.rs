@@ -14,7 +14,7 @@ use crate::{
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    report::{self, Report, Target},
+    report::{self, Figures, Report, Target},
     train::data::{Dataset, Options},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
@@ -74,9 +74,9 @@ const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
 #[derive(Debug, Args)]
 #[command(next_help_heading = "LoRA")]
 pub struct LoraArgs {
-    /// Rank of the adapters; 0 is none
-    #[arg(long, value_name = "R", default_value_t = 0)]
-    pub lora_rank: usize,
+    /// Rank of the adapters; 0 is none [default: 0; of `train` 8]
+    #[arg(long, value_name = "R")]
+    pub lora_rank: Option<usize>,
     /// The adapters' output is scaled by alpha / rank
     #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
     pub lora_alpha: f64,
@@ -88,7 +88,7 @@ pub struct LoraArgs {
 impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        LoraConfig::new(model, self.lora_rank, self.lora_alpha, &self.lora_targets)
+        LoraConfig::new(model, self.lora_rank.unwrap_or(0), self.lora_alpha, &self.lora_targets)
     }
 }
 
@@ -261,28 +261,43 @@ pub struct OutputArgs {
     /// Write JSON to FILE; without FILE, to stdout and nothing else there
     #[arg(long, global = true, value_name = "FILE", num_args = 0..=1, default_missing_value = "-")]
     json: Option<PathBuf>,
+    /// Every digit of FLOPs in tables, in place of four and a prefix
+    #[arg(long, global = true)]
+    exact: bool,
 }
 
 /// An opened output.
 #[derive(Debug)]
-pub struct Output(Option<Target>);
+pub struct Output {
+    json: Option<Target>,
+    style: Figures,
+}
 
 impl OutputArgs {
     /// Opens the output before the work starts.
     pub fn open(&self) -> Result<Output> {
-        Ok(Output(self.json.as_deref().map(Target::open).transpose()?))
+        Ok(Output {
+            json: self.json.as_deref().map(Target::open).transpose()?,
+            style: self.style(),
+        })
+    }
+
+    /// How tables show FLOPs.
+    pub fn style(&self) -> Figures {
+        if self.exact { Figures::Exact } else { Figures::Human }
     }
 }
 
 impl Output {
     /// Whether stdout is for people.
     pub fn is_human(&self) -> bool {
-        !matches!(self.0, Some(Target::Stdout))
+        !matches!(self.json, Some(Target::Stdout))
     }
 
     /// Prints the report, for people (unless `quiet`) and as JSON where asked for.
     pub fn write(self, report: &Report, quiet: bool) -> Result<()> {
-        self.write_with(report, || if quiet { Ok(()) } else { report::print(report) })
+        let style = self.style;
+        self.write_with(report, || if quiet { Ok(()) } else { report::print(report, style) })
     }
 
     /// The same for any value that has a JSON form: `print` is for people.
@@ -293,7 +308,7 @@ impl Output {
     ) -> Result<()> {
         let human = self.is_human();
         // First the file: a reader of stdout that goes away must not cost it.
-        if let Some(json) = self.0 {
+        if let Some(json) = self.json {
             json.write(value)?;
         }
         if human { print() } else { Ok(()) }
@@ -416,6 +431,12 @@ impl DataArgs {
         }
         if self.batch == 0 {
             return Err(Error::flag("--batch", "must be at least 1").into());
+        }
+        if let Some(dir) = &self.token_cache {
+            let bad =
+                |e: std::io::Error| Error::flag("--token-cache", format!("{}: {e}", dir.display()));
+            std::fs::create_dir_all(dir).map_err(bad)?;
+            report::temporary_beside(&dir.join("tokens")).map_err(bad)?;
         }
         let &Self { seq, mask_prompt, .. } = self;
         let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };

@@ -12,6 +12,7 @@ use super::{
     },
     interrupt::Interrupt,
     memory,
+    trace::{self, TraceArgs},
 };
 use crate::{
     analytic::Structure,
@@ -19,7 +20,7 @@ use crate::{
     error::Result,
     generate::{Request, generate},
     ledger::{Ledger, Phase},
-    meter::Meter,
+    meter::{Meter, Observer},
     model::{Labelled, Qwen2, Trained},
     report::Report,
     train::{Hyper, Trainer, data::Batch},
@@ -53,6 +54,8 @@ pub struct Run<T: Args> {
     #[command(flatten)]
     counting: CountingArgs,
     #[command(flatten)]
+    trace: TraceArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -72,6 +75,8 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let output = args.output.open()?;
     let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
+    let trace = args.trace.open(&prices)?;
+    let timed = execution.op_times || trace.is_some();
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
     let checkpoint = args.model.open()?;
@@ -85,35 +90,41 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     workload.validate()?;
     memory::check(&workload, &device)?;
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let ledger = execute(model, task, execution, &interrupt)?;
+    let observers = RefCell::new((Ledger::default(), trace));
+    let recorded = !execution.no_cuda_graph;
+    execute(model, task, execution.seed, (timed, recorded), &observers, &interrupt)?;
+    let (ledger, trace) = observers.into_inner();
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?;
     report.device = Some(execution.device.clone());
-    if execution.op_times {
+    if timed {
         report = report.with_times(&ledger);
     }
     ledger_file.write("audit", &execution.device, &ledger)?;
+    let traced = trace::finish(trace, &report);
     output.write(&report.with_audit(&audit)?, false)?;
+    traced?;
     audit.verdict()
 }
 
-/// Runs `task` on random tokens; cached tokens before a forward pass are zeros, which cost the
+/// Runs `task` on random tokens, all ops told to `observer`; cached tokens before a forward pass are zeros, which cost the
 /// same.
 fn execute(
     model: Qwen2,
     task: Task,
-    execution: &ExecutionArgs,
+    seed: u64,
+    (timed, recorded): (bool, bool),
+    observer: &RefCell<dyn Observer + '_>,
     interrupt: &Interrupt,
-) -> Result<Ledger> {
-    let ledger = RefCell::new(Ledger::default());
-    let mut rng = StdRng::seed_from_u64(execution.seed);
+) -> Result<()> {
+    let mut rng = StdRng::seed_from_u64(seed);
     let vocab = model.config().vocab_size as u32;
     let mut tokens = |n: u64| -> Vec<u32> { (0..n).map(|_| rng.random_range(0..vocab)).collect() };
     match task {
         Task::Forward { batch, seq, past, logits } => {
-            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let meter = Meter::new(observer, Phase::Setup).timed(timed);
             let mut cache = model.cache(meter, batch as usize, (past + seq) as usize)?;
             cache.set_past(past as usize)?;
             let ids = tokens(batch * seq);
@@ -124,16 +135,16 @@ fn execute(
                 prompts: (0..batch).map(|_| tokens(prompt_tokens)).collect(),
                 max_new_tokens: new_tokens as usize,
                 sampling,
-                seeds: (0..batch).map(|row| execution.seed.wrapping_add(row)).collect(),
+                seeds: (0..batch).map(|row| seed.wrapping_add(row)).collect(),
                 kv_cache,
                 eos: vec![],
-                timed: execution.op_times,
-                recorded: !execution.no_cuda_graph,
+                timed,
+                recorded,
             };
-            generate(&model, &request, &ledger, |_, _| interrupt.check())?;
+            generate(&model, &request, observer, |_, _| interrupt.check())?;
         }
         Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => {
-            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let meter = Meter::new(observer, Phase::Setup).timed(timed);
             let trained = if full { Trained::All } else { Trained::Adapters };
             let hyper = Hyper { clip: clip.then_some(1.0), ..Hyper::DEFAULT };
             let shape = (batch as usize, seq as usize);
@@ -149,7 +160,7 @@ fn execute(
             }
         }
         Task::Evaluate { batch, seq, passes } => {
-            let meter = Meter::new(&ledger, Phase::Setup).timed(execution.op_times);
+            let meter = Meter::new(observer, Phase::Setup).timed(timed);
             let shape = (batch as usize, seq as usize);
             let positions = model.positions(meter, shape.0, shape.1)?;
             for _ in 0..passes {
@@ -161,8 +172,7 @@ fn execute(
             }
         }
     }
-    interrupt.check()?;
-    Ok(ledger.into_inner())
+    interrupt.check()
 }
 
 /// `batches` micro-batches of batch × seq tokens and the ones after, with weights that sum to 1.

@@ -1,6 +1,9 @@
 //! `flopaudit ceiling`: what this device can do at most, measured and kept.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use candle_core::Device;
 use indicatif::ProgressBar;
@@ -46,7 +49,7 @@ pub fn run(args: Args) -> Result<()> {
     let info = DeviceInfo::of(&opened, &args.device);
     let dtypes = if args.dtype.is_empty() { defaults(&args.device) } else { args.dtype };
     let ceiling = measure(&opened, info, &dtypes, args.repetitions.into(), &interrupt)?;
-    let kept = ceiling.keep()?;
+    let kept = keep(&ceiling);
     output.write_with(&ceiling, || {
         report::print_ceiling(&ceiling)?;
         match kept {
@@ -80,6 +83,7 @@ pub fn obtain(
     }
     let kept = Ceiling::kept(&info);
     if let Some(kept) = kept.as_ref().filter(|kept| kept.covers(dtypes)) {
+        warn_of_noise(kept);
         return Ok(kept.clone());
     }
     let known = kept.map_or_else(Vec::new, |kept| kept.matmul.iter().map(|r| r.dtype).collect());
@@ -87,8 +91,21 @@ pub fn obtain(
     all.sort();
     all.dedup();
     let ceiling = measure(opened, info, &all, 10, interrupt)?;
-    ceiling.keep()?;
+    keep(&ceiling);
     Ok(ceiling)
+}
+
+/// Keeps it where that is possible; what was measured counts all the same.
+fn keep(ceiling: &Ceiling) -> Option<PathBuf> {
+    ceiling.keep().unwrap_or_else(|error| {
+        warn(&format!("the ceiling cannot be kept: {error:#}"));
+        None
+    })
+}
+
+fn warn(what: &str) {
+    let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+    anstream::eprintln!("{yellow}warning:{yellow:#} {what}");
 }
 
 fn defaults(device: &str) -> Vec<Dtype> {
@@ -127,11 +144,10 @@ const BUSY: f64 = 0.15;
 fn warn_of_noise(ceiling: &Ceiling) {
     let spread = ceiling.spread();
     if spread > BUSY {
-        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
-        anstream::eprintln!(
-            "{yellow}warning:{yellow:#} repetitions of the ceiling differ by {:.0} %: the machine \
-             was busy and can do more; run `flopaudit ceiling` again with nothing beside it",
+        warn(&format!(
+            "repetitions of the ceiling differ by {:.0} %: the machine was busy and can do more; \
+             run `flopaudit ceiling` again with nothing beside it",
             100.0 * spread
-        );
+        ));
     }
 }

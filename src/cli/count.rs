@@ -98,13 +98,15 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let lora = &args.workload.lora;
     let base = Base {
         model,
-        lora_rank: lora.lora_rank,
+        lora_rank: lora.lora_rank.unwrap_or(0),
         lora_alpha: lora.lora_alpha,
         lora_targets: lora.lora_targets.clone(),
         task,
     };
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
+    let style = args.output.style();
     let human = !matches!(csv, Some(Target::Stdout));
-    output.write_with(&sweep, || if human { report::print_sweep(&sweep) } else { Ok(()) })?;
+    output
+        .write_with(&sweep, || if human { report::print_sweep(&sweep, style) } else { Ok(()) })?;
     csv.map_or(Ok(()), |csv| csv.write_with(|out| report::csv(out, &sweep)))
 }

@@ -50,6 +50,27 @@ pub fn free_memory(device: &Device) -> Option<u128> {
     cuda::free_memory(device)
 }
 
+/// A GPU that this build can use.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Gpu {
+    /// As `--device` spells it.
+    pub device: String,
+    /// The product's name.
+    pub name: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Of which free.
+    pub free_bytes: u64,
+}
+
+/// All of them; none in a build without CUDA.
+///
+/// # Errors
+/// Why the driver does not tell.
+pub fn gpus() -> Result<Vec<Gpu>, String> {
+    cuda::gpus()
+}
+
 /// A failure of the device while it ran, as what is missing; any other error as it is.
 pub fn explained(error: anyhow::Error) -> anyhow::Error {
     let ours = error.downcast_ref::<Error>().is_some();
@@ -148,6 +169,24 @@ mod cuda {
         Some(free as u128)
     }
 
+    pub fn gpus() -> std::result::Result<Vec<super::Gpu>, String> {
+        let explained = |e: DriverError| {
+            super::missing(&format!("{e:?}")).map_or_else(|| format!("{e:?}"), String::from)
+        };
+        let gpu = |ordinal: usize| {
+            let context = CudaContext::new(ordinal)?;
+            let (free, all) = context.mem_get_info()?;
+            Ok(super::Gpu {
+                device: format!("cuda:{ordinal}"),
+                name: context.name()?,
+                memory_bytes: all as u64,
+                free_bytes: free as u64,
+            })
+        };
+        let count = CudaContext::device_count().map_err(explained)?;
+        (0..count as usize).map(gpu).collect::<std::result::Result<_, _>>().map_err(explained)
+    }
+
     /// How many GPUs there are, as the end of a sentence.
     pub fn visible() -> String {
         match CudaContext::device_count() {
@@ -168,6 +207,10 @@ mod cuda {
 
     pub fn free_memory(_: &Device) -> Option<u128> {
         None
+    }
+
+    pub fn gpus() -> std::result::Result<Vec<super::Gpu>, String> {
+        Ok(vec![])
     }
 
     pub fn visible() -> String {

@@ -8,6 +8,7 @@ use super::{
     },
     interrupt::Interrupt,
     memory,
+    trace::{self, TraceArgs},
 };
 use crate::{
     analytic::Structure,
@@ -37,6 +38,8 @@ pub struct Args {
     #[command(flatten)]
     counting: CountingArgs,
     #[command(flatten)]
+    trace: TraceArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -47,6 +50,7 @@ pub fn run(args: Args) -> Result<()> {
     let output = args.output.open()?;
     let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
+    let trace = args.trace.open(&prices)?;
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
     let checkpoint = args.model.open()?;
@@ -66,20 +70,21 @@ pub fn run(args: Args) -> Result<()> {
         bar.set_position(rows as u64);
         interrupt.check()
     };
-    let ledger = RefCell::new(Ledger::default());
-    let meter = Meter::new(&ledger, Phase::Forward).timed(execution.op_times);
+    let timed = execution.op_times || trace.is_some();
+    let observers = RefCell::new((Ledger::default(), trace));
+    let meter = Meter::new(&observers, Phase::Forward).timed(timed);
     let start = Instant::now();
     let found = evaluate(meter, &model, &data, args.rows.batch, progress)?;
     let seconds = start.elapsed().as_secs_f64();
     bar.finish_and_clear();
 
-    let ledger = ledger.into_inner();
+    let (ledger, trace) = observers.into_inner();
     let audit = Audit::new(&found.workloads, &ledger)?;
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let workloads = found.workloads.clone();
     let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?;
     report.device = Some(execution.device.clone());
-    if execution.op_times {
+    if timed {
         report = report.with_times(&ledger);
     }
     report.evaluation = Some(EvaluationReport {
@@ -91,6 +96,8 @@ pub fn run(args: Args) -> Result<()> {
         adapter: execution.adapter.as_ref().map(|dir| dir.display().to_string()),
     });
     ledger_file.write("eval", &execution.device, &ledger)?;
+    let traced = trace::finish(trace, &report);
     output.write(&report.with_audit(&audit)?, false)?;
+    traced?;
     audit.verdict()
 }

@@ -15,6 +15,7 @@ use super::{
     },
     interrupt::Interrupt,
     memory,
+    trace::{self, TraceArgs},
 };
 use crate::{
     analytic::Structure,
@@ -24,7 +25,7 @@ use crate::{
     ledger::{Dtype, Ledger, Phase},
     model::Qwen2,
     prices::Prices,
-    report::{GenerationReport, Report, SequenceReport, Timings},
+    report::{GenerationReport, Report, SequenceReport, Timings, Trace},
     tally::Tally,
     text::Text,
     traffic::Traffic,
@@ -76,6 +77,8 @@ pub struct Args {
     #[command(flatten)]
     counting: CountingArgs,
     #[command(flatten)]
+    trace: TraceArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
@@ -85,6 +88,7 @@ pub fn run(args: Args) -> Result<()> {
     let output = args.output.open()?;
     let ledger_file = args.execution.open_ledger()?;
     let prices = args.counting.prices()?;
+    let trace = args.trace.open(&prices)?;
     let sampling = args.sampling.sampling()?;
     let device = args.execution.open_device()?;
     let prompts = args.read_prompts()?;
@@ -105,7 +109,9 @@ pub fn run(args: Args) -> Result<()> {
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let load = start.elapsed();
 
-    let run = args.generate_all(&model, &checkpoint.text, batches, &output, &interrupt)?;
+    let observers = (Ledger::default(), trace);
+    let (run, trace) =
+        args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
     let audit = match args.no_audit {
         true => None,
@@ -113,7 +119,9 @@ pub fn run(args: Args) -> Result<()> {
     };
     let report = audit.iter().try_fold(report, |report, audit| report.with_audit(audit))?;
     ledger_file.write("generate", &args.execution.device, &run.ledger)?;
+    let traced = trace::finish(trace, &report);
     output.write(&report, args.quiet)?;
+    traced?;
     audit.map_or(Ok(()), |audit| audit.verdict())
 }
 
@@ -177,6 +185,10 @@ impl Args {
         self.execution.dtype()
     }
 
+    fn timed(&self) -> bool {
+        self.execution.op_times || self.trace.is_asked_for()
+    }
+
     /// Prompts of equal length together, each with its index.
     fn batches(
         &self,
@@ -197,27 +209,28 @@ impl Args {
             seeds: indices.iter().map(|&i| self.execution.seed.wrapping_add(i as u64)).collect(),
             kv_cache: !self.no_kv_cache,
             eos: eos.clone(),
-            timed: self.execution.op_times,
+            timed: self.timed(),
             recorded: !self.execution.no_cuda_graph,
         };
         by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
     }
 
-    /// Runs batch after batch.
+    /// Runs batch after batch, all ops told to `observers`.
     fn generate_all(
         &self,
         model: &Qwen2,
         text: &Text,
         requests: Vec<(Vec<usize>, Request)>,
+        observers: (Ledger, Option<Trace>),
         output: &Output,
         interrupt: &Interrupt,
-    ) -> Result<Run> {
+    ) -> Result<(Run, Option<Trace>)> {
         let streamed = output.is_human() && matches!(&requests[..], [(one, _)] if one.len() == 1);
-        let ledger = RefCell::new(Ledger::default());
+        let observers = RefCell::new(observers);
         let mut batches = vec![];
         for (indices, request) in requests {
             let mut stream = text.stream(true);
-            let generation = generate(model, &request, &ledger, |_, id| {
+            let generation = generate(model, &request, &observers, |_, id| {
                 interrupt.check()?;
                 match streamed {
                     true => show(&stream.push(id)?.unwrap_or_default()),
@@ -229,7 +242,8 @@ impl Args {
             }
             batches.push((indices, generation));
         }
-        let run = Run { ledger: ledger.into_inner(), batches };
+        let (ledger, trace) = observers.into_inner();
+        let run = Run { ledger, batches };
         if output.is_human() && !streamed {
             for (i, sequence) in run.sequences().into_iter().enumerate() {
                 show(&format!("[{}] {}\n", i + 1, text.decode(&sequence.tokens, true)?))?;
@@ -238,7 +252,7 @@ impl Args {
         if output.is_human() && !self.quiet && std::io::stdout().is_terminal() {
             show("\n")?;
         }
-        Ok(run)
+        Ok((run, trace))
     }
 
     fn report(
@@ -254,7 +268,7 @@ impl Args {
         let (workloads, exact) = (run.workloads(), Structure::Exact);
         let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?;
         report.device = Some(self.execution.device.clone());
-        if self.execution.op_times {
+        if self.timed() {
             report = report.with_times(&run.ledger);
         }
         let sequences = run.sequences().into_iter().zip(prompts).map(|(sequence, prompt)| {

@@ -31,6 +31,7 @@ pub fn check(workload: &Workload, device: &Device) -> Result<()> {
         ("KV cache", workload.kv_cache_bytes()),
         ("activations", workload.activations_bytes()),
         ("gradients and moments", workload.training_bytes()),
+        ("a step's tokens", workload.tokens_bytes()),
     ];
     let needed: u128 = parts.iter().map(|(_, n)| n).sum();
     let (free, whose) = match device::free_memory(device) {
@@ -58,7 +59,7 @@ pub fn free(device: &Device) -> Option<u128> {
 }
 
 /// Bytes that programs can still take, as Linux estimates them.
-fn available() -> Option<u128> {
+pub fn available() -> Option<u128> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u128 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;

@@ -4,18 +4,23 @@ mod args;
 mod audit;
 mod bench;
 mod ceiling;
+mod completions;
 mod count;
 mod device;
+mod doctor;
 mod eval;
+mod folder;
 mod generate;
 mod interrupt;
 mod memory;
 mod plan;
 mod reconcile;
+mod report;
+mod trace;
 mod train;
 mod workload;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::{Error, Result};
 
@@ -44,13 +49,21 @@ enum Command {
     Count(count::Command),
     /// Price a list of experiments against a budget; no weights needed.
     Plan(plan::Args),
+    /// Name every FLOP between one counting's total and another's.
+    Reconcile(Box<reconcile::Args>),
     /// Measure what this device can do at most: FLOP/s, bytes/s, ops/s.
     Ceiling(ceiling::Args),
     /// Measure tokens/s and hold them against the device's ceilings, every point audited.
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Name every FLOP between one counting's total and another's.
-    Reconcile(Box<reconcile::Args>),
+    /// Show the JSON of any of these as one HTML page.
+    Report(report::Args),
+    /// Say what device, features, threads, caches and weights a run would find.
+    Doctor(doctor::Args),
+    /// Print a shell's completions.
+    Completions(completions::Args),
+    /// Print the manual page, or write one a command.
+    Man(completions::ManArgs),
 }
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
@@ -74,9 +87,13 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Reconcile(args) => reconcile::run(*args),
         Command::Ceiling(args) => ceiling::run(args),
         Command::Bench(command) => bench::run(command),
-        Command::Reconcile(args) => reconcile::run(*args),
+        Command::Report(args) => report::run(args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::completions(&args, Cli::command()),
+        Command::Man(args) => completions::man(&args, Cli::command()),
     };
     done.map_err(device::explained)
 }

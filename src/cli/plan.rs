@@ -28,6 +28,6 @@ pub fn run(args: Args) -> Result<()> {
     let plan = Plan::read(&args.plan)?;
     let spent = Spent::read_all(&args.check, &plan.prices)?;
     let account = Account::new(&plan, spent)?;
-    output.write_with(&account, || report::print_plan(&account))?;
+    output.write_with(&account, || report::print_plan(&account, args.output.style()))?;
     account.verdict()
 }

@@ -91,24 +91,25 @@ impl Named {
         }
     }
 
-    /// The end that it names, under `prices` unless it is a run, which has its own.
+    /// The end that it names.
     fn end(&self, prices: Prices) -> End {
-        match self {
-            Self::Structure(structure) => End { structure: *structure, prices },
-            Self::Run(_, run) => End { structure: run.structure, prices: run.prices.clone() },
-        }
+        let structure = match self {
+            Self::Structure(structure) => *structure,
+            Self::Run(_, run) => run.structure,
+        };
+        End { structure, prices }
     }
 
-    /// The run's own total beside the one that its structure counts.
-    fn check(&self, counted: u128) -> Option<Run> {
-        match self {
-            Self::Structure(_) => None,
-            Self::Run(file, run) => Some(Run {
-                file: file.display().to_string(),
-                total_flops: run.total_flops,
-                agrees: run.total_flops == counted,
-            }),
-        }
+    /// The run's own total under `prices` beside the one that its structure counts.
+    fn check(&self, prices: &Prices, counted: u128) -> Result<Option<Run>> {
+        let Self::Run(file, run) = self else { return Ok(None) };
+        let bad = |why| Error::File { file: file.clone(), why };
+        let total_flops = match run.prices == *prices {
+            true => run.total_flops,
+            false => run.flops(prices).map_err(bad)?,
+        };
+        let file = file.display().to_string();
+        Ok(Some(Run { file, total_flops, agrees: total_flops == counted }))
     }
 }
 
@@ -119,9 +120,9 @@ pub fn run(args: Args) -> Result<()> {
     let (workloads, model) = args.workloads(&from, &to)?;
     let [from_end, to_end] = args.ends(&from, &to)?;
     let mut way = reconcile(&model, &workloads, &from_end, &to_end)?;
-    way.from.run = from.check(way.from.total_flops);
-    way.to.run = to.check(way.to.total_flops);
-    output.write_with(&way, || report::print_way(&way))?;
+    way.from.run = from.check(&from_end.prices, way.from.total_flops)?;
+    way.to.run = to.check(&to_end.prices, way.to.total_flops)?;
+    output.write_with(&way, || report::print_way(&way, args.output.style()))?;
     verdict(&way)
 }
 
@@ -151,19 +152,11 @@ impl Args {
             (None, Some(prices)) => prices,
             (None, None) => Prices::unit(),
         };
-        let end = |named: &Named, flag: &str, own: &Option<String>| -> Result<End> {
-            match own {
-                Some(_) if named.run().is_some() => {
-                    Err(Error::flag(flag, "a run has its own prices").into())
-                }
-                Some(prices) => Ok(named.end(Prices::named(prices)?)),
-                None => Ok(named.end(shared.clone())),
-            }
+        let end = |named: &Named, own: &Option<String>| -> Result<End> {
+            let own = own.as_deref().map(Prices::named).transpose()?;
+            Ok(named.end(own.unwrap_or_else(|| shared.clone())))
         };
-        Ok([
-            end(from, "--from-prices", &self.from_prices)?,
-            end(to, "--to-prices", &self.to_prices)?,
-        ])
+        Ok([end(from, &self.from_prices)?, end(to, &self.to_prices)?])
     }
 }
 

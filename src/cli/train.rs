@@ -1,28 +1,24 @@
 //! `flopaudit train`: gradient steps on text, within a budget, audited.
 
-use std::{
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-    time::Instant,
-};
-
-use anyhow::Context;
+use std::{cell::RefCell, fs, path::PathBuf};
 
 use super::{
     args::{
         CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg, bar,
         warn_of_noise,
     },
+    folder::{self, Metrics},
     interrupt::Interrupt,
     memory,
+    trace::{self, TraceArgs},
 };
 use crate::{
     analytic::Structure,
     audit::Audit,
     error::{Error, Result},
+    ledger::Dtype,
     report::{Report, Target, TrainingReport, human},
-    train::{Budget, Hyper, Progress, Saved, Schedule, Session, Settings, Shape, data::Dataset},
+    train::{Budget, Hyper, Schedule, Session, Settings, Shape, data::Dataset},
     weights::{Checkpoint, save, save_adapter},
 };
 
@@ -55,6 +51,8 @@ pub struct Args {
     structure: StructureArg,
     #[command(flatten)]
     counting: CountingArgs,
+    #[command(flatten)]
+    trace: TraceArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -103,32 +101,42 @@ struct StepArgs {
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     save_every: u64,
     /// Tensors whose gradient is held against a finite difference, at the second step
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    check_gradients: usize,
+    /// [default: 2; 0 in half precision, which rounds the difference away]
+    #[arg(long, value_name = "N")]
+    check_gradients: Option<usize>,
 }
 
-const CHECKPOINT: &str = "checkpoint.safetensors";
-const METRICS: &str = "metrics.jsonl";
+/// Trains; a folder made for nothing is taken away again.
+pub fn run(args: Args) -> Result<()> {
+    let (out, was_there) = (args.out.clone(), args.out.exists());
+    let done = train(args);
+    if done.is_err() && !was_there {
+        // Fails where anything was saved.
+        let _ = fs::remove_dir(out);
+    }
+    done
+}
 
 /// Trains, saves, reports, audits.
-pub fn run(mut args: Args) -> Result<()> {
+fn train(mut args: Args) -> Result<()> {
     args.execution.set_threads();
-    args.steps.validate()?;
-    if !args.steps.full && args.execution.adapter.is_none() && args.lora.lora_rank == 0 {
-        args.lora.lora_rank = 8;
+    args.validate()?;
+    if !args.steps.full && args.execution.adapter.is_none() {
+        args.lora.lora_rank.get_or_insert(8);
     }
     let output = args.output.open()?;
     let ledger_file = args.execution.open_ledger()?;
     let budget = args.budget()?;
+    let trace = RefCell::new(args.trace.open(&budget.prices)?);
     let device = args.execution.open_device()?;
-    let saved = args.open_out()?;
+    let saved = folder::open(&args.out, args.resume)?;
     let interrupt = Interrupt::listen()?;
 
     let checkpoint = args.model.open()?;
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
     let data = args.rows.load(&args.data, &checkpoint)?;
     let held_out = args.eval_data.as_ref().map(|f| args.rows.load(f, &checkpoint)).transpose()?;
-    let settings = args.settings(&checkpoint, adapters.lora(), &data, held_out.as_ref());
+    let settings = args.settings(adapters.lora(), &data, held_out.as_ref());
     let one = settings.training(&checkpoint.config, 1);
     one.validate()?;
     memory::check(&one, &device)?;
@@ -137,20 +145,27 @@ pub fn run(mut args: Args) -> Result<()> {
 
     warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let mut session = Session::new(settings, model, &data, held_out.as_ref())?;
+    let mut session =
+        Session::new(settings, model, &data, held_out.as_ref(), &trace, args.timed())?;
     if let Some(saved) = saved {
         saved.restore(&mut session)?;
     }
     let ended = args.train(&mut session, &checkpoint, &budget, &interrupt);
     let interrupted = ended.as_ref().is_err_and(is_interrupt);
     if !interrupted {
-        ended?;
+        ended.map_err(|e| args.with_what_is_kept(e, &session))?;
+    }
+    if session.progress.steps == 0 {
+        anstream::eprintln!("stopped before the first step; nothing is saved");
+        return Err(Error::Interrupted.into());
     }
     args.save(&mut session, &checkpoint)?;
     let report = args.report(&mut session, &checkpoint, &budget)?;
     Target::open(&args.out.join("run.json"))?.write(&report.0)?;
     ledger_file.write("train", &args.execution.device, &session.ledger())?;
+    let traced = trace::finish(trace.borrow_mut().take(), &report.0);
     output.write(&report.0, false)?;
+    traced?;
     report.1.verdict()?;
     if interrupted {
         let (done, all) = (session.progress.steps, session.settings.schedule.steps);
@@ -166,6 +181,42 @@ fn is_interrupt(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(Error::Interrupted))
 }
 
+impl Args {
+    fn validate(&self) -> Result<()> {
+        let fail = |flag: &str, why: &str| Err(Error::flag(flag, why).into());
+        let adapted =
+            self.execution.adapter.is_some() || self.lora.lora_rank.is_some_and(|rank| rank > 0);
+        if self.steps.full && adapted {
+            return fail(
+                "--full",
+                "trains and saves the model's own weights; adapters beside it have no place",
+            );
+        }
+        if self.checks() > 0 && self.execution.dtype() != Dtype::F32 {
+            return fail("--check-gradients", "needs --dtype f32: less rounds the difference away");
+        }
+        self.steps.validate()
+    }
+
+    /// Tensors whose gradients are to be checked.
+    fn checks(&self) -> usize {
+        let default = if self.execution.dtype() == Dtype::F32 { 2 } else { 0 };
+        self.steps.check_gradients.unwrap_or(default)
+    }
+
+    /// A divergence, with what is left of the run.
+    fn with_what_is_kept(&self, error: anyhow::Error, session: &Session) -> anyhow::Error {
+        let Some(Error::Diverged(why)) = error.downcast_ref() else { return error };
+        let every = self.steps.save_every;
+        let kept = (session.progress.steps / every * every).max(session.began());
+        let left = match kept {
+            0 => "nothing was saved yet".into(),
+            step => format!("{} holds step {step}", self.out.display()),
+        };
+        Error::Diverged(format!("{why}; {left}")).into()
+    }
+}
+
 impl StepArgs {
     fn validate(&self) -> Result<()> {
         let fail = |flag: &str, why: String| Err(Error::flag(flag, why).into());
@@ -177,7 +228,9 @@ impl StepArgs {
         }
         let decays = self.weight_decay >= 0.0 && self.weight_decay * self.lr < 1.0;
         if !decays {
-            return fail("--weight-decay", format!("{} is not in [0, 1 / lr)", self.weight_decay));
+            let (decay, rate) = (self.weight_decay, self.lr);
+            let why = format!("{decay} is not from 0 to below 1 / lr, which is {}", 1.0 / rate);
+            return fail("--weight-decay, --lr", why);
         }
         if !(self.clip >= 0.0 && self.clip.is_finite()) {
             return fail("--clip", format!("{} is neither 0 nor a positive number", self.clip));
@@ -203,27 +256,12 @@ impl Args {
         })
     }
 
-    /// The output folder, made where it is missing, and the checkpoint to go on from.
-    fn open_out(&self) -> Result<Option<Saved>> {
-        let bad = |why: String| Error::File { file: self.out.clone(), why };
-        fs::create_dir_all(&self.out).map_err(|e| bad(format!("cannot be made: {e}")))?;
-        // Fails now rather than after hours.
-        drop(Target::open(&self.out.join("run.json"))?);
-        let file = self.out.join(CHECKPOINT);
-        match (self.resume, file.exists()) {
-            (true, true) => Saved::read(&file).map(Some),
-            (true, false) => Err(bad(format!("holds no {CHECKPOINT} to resume")).into()),
-            (false, true) => {
-                Err(bad("holds a run: --resume goes on with it, another --out keeps it".into())
-                    .into())
-            }
-            (false, false) => Ok(None),
-        }
+    fn timed(&self) -> bool {
+        self.execution.op_times || self.trace.is_asked_for()
     }
 
     fn settings(
         &self,
-        checkpoint: &Checkpoint,
         lora: &crate::config::LoraConfig,
         data: &Dataset,
         held_out: Option<&Dataset>,
@@ -231,7 +269,6 @@ impl Args {
         let args = &self.steps;
         let clip = (args.clip > 0.0).then_some(args.clip);
         Settings {
-            model: checkpoint.origin.clone(),
             data: data.fingerprint(),
             held_out: held_out.map(Dataset::fingerprint),
             lora: lora.clone(),
@@ -250,10 +287,7 @@ impl Args {
             hyper: Hyper { weight_decay: args.weight_decay, clip, ..Hyper::DEFAULT },
             seed: self.execution.seed,
             eval_every: args.eval_every,
-            checks: match self.execution.dtype() {
-                crate::ledger::Dtype::F32 => args.check_gradients,
-                _ => 0,
-            },
+            checks: self.checks(),
         }
     }
 
@@ -291,10 +325,9 @@ impl Args {
         budget: &Budget,
         interrupt: &Interrupt,
     ) -> Result<()> {
-        let mut metrics = Metrics::open(&self.out.join(METRICS), &session.progress)?;
-        let template = "{bar:24} {pos}/{len} steps  {msg}  {eta} left";
+        let mut metrics = Metrics::open(&self.out, &session.progress)?;
+        let template = "{bar:12} {pos}/{len}  {wide_msg}  {eta} left";
         let bar = bar(session.settings.schedule.steps, template);
-        let began = (Instant::now(), session.progress.steps);
         loop {
             let done = session.progress.steps;
             bar.set_position(done);
@@ -324,8 +357,8 @@ impl Args {
                 "gradient_norm": step.gradient_norm, "flops": flops,
                 "seconds": session.progress.step_seconds.last(),
             }))?;
-            let tokens = (session.progress.steps - began.1) * session.settings.tokens();
-            let speed = tokens as f64 / began.0.elapsed().as_secs_f64();
+            let tokens = session.progress.steps * session.settings.tokens();
+            let speed = tokens as f64 / session.progress.seconds();
             let share = budget.flops.map_or_else(String::new, |all| {
                 format!(" ({:.1} %)", 100.0 * flops as f64 / all as f64)
             });
@@ -353,7 +386,7 @@ impl Args {
         } else {
             save_adapter(&self.out, &checkpoint.name, &session.settings.lora, &trained)?;
         }
-        session.save(&self.out.join(CHECKPOINT))
+        session.save(&self.out.join(folder::CHECKPOINT))
     }
 
     fn report(
@@ -367,6 +400,9 @@ impl Args {
         let (origin, exact, prices) = (&checkpoint.origin, Structure::Exact, &budget.prices);
         let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?;
         report.device = Some(self.execution.device.clone());
+        if self.timed() {
+            report = report.with_times(&ledger);
+        }
         report.training = Some(TrainingReport::new(session, budget, &self.out)?);
         Ok((report.with_audit(&audit)?, audit))
     }
@@ -374,33 +410,5 @@ impl Args {
 
 /// FLOPs of all that has run, as the budget counts.
 fn spent(session: &Session, budget: &Budget) -> Result<u128> {
-    let workloads: Vec<_> = session.workloads().into_iter().map(|w| (w, 1)).collect();
-    budget.cost(&workloads)
-}
-
-/// metrics.jsonl: a line a step and a line an evaluation.
-struct Metrics(fs::File, PathBuf);
-
-impl Metrics {
-    /// Opens `file`, with the lines kept of what `progress` holds.
-    fn open(file: &Path, progress: &Progress) -> Result<Self> {
-        let name = || file.display().to_string();
-        let text = fs::read_to_string(file).unwrap_or_default();
-        let known = |line: &&str| {
-            let line: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-            let points = match line.get("eval_loss") {
-                Some(_) => &progress.evaluations,
-                None => &progress.losses,
-            };
-            line["step"].as_u64().is_some_and(|step| points.iter().any(|p| p.step == step))
-        };
-        let kept: String = text.lines().filter(known).flat_map(|line| [line, "\n"]).collect();
-        Target::open(file)?.write_with(|out| Ok(out.write_all(kept.as_bytes())?))?;
-        let opened = fs::OpenOptions::new().append(true).open(file).with_context(name)?;
-        Ok(Self(opened, file.into()))
-    }
-
-    fn write(&mut self, line: &serde_json::Value) -> Result<()> {
-        writeln!(self.0, "{line}").with_context(|| self.1.display().to_string())
-    }
+    budget.cost(&session.ran())
 }

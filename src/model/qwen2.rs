@@ -17,7 +17,7 @@ use crate::{
     ledger::{Dtype, Module, Scope},
     meter::Meter,
     ops::{self, CausalMask, Tensor},
-    weights::{Weights, adapter_name},
+    weights::{Weights, adapter_name, fingerprint},
     workload::Logits,
 };
 
@@ -270,6 +270,20 @@ impl Qwen2 {
     /// (V, D)
     pub(super) fn head(&self) -> &Tensor {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Tells models of other weights or adapters apart, by the first row of every parameter.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn fingerprint(&mut self) -> Result<u64> {
+        let mut bytes = vec![];
+        for Parameter { name, tensor, .. } in self.parameters() {
+            bytes.extend(name.bytes());
+            let first = tensor.detach().narrow(0, 0, 1)?.to_vec()?;
+            bytes.extend(first.into_iter().flat_map(f32::to_le_bytes));
+        }
+        Ok(fingerprint(&bytes))
     }
 
     /// Every parameter, adapters included, in the order of the data flow.

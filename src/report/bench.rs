@@ -36,8 +36,8 @@ fn columns(report: &BenchReport) -> Vec<Column> {
         |p| seconds(p.seconds.median),
     ));
     columns.push(("IQR", |p| share((p.seconds.p75 - p.seconds.p25) / p.seconds.median)));
-    if report.kind == Kind::Decode && any(|p| p.limits.memory_s.is_some()) {
-        columns.push(("bytes alone", |p| p.limits.memory_s.map_or("-".into(), seconds)));
+    if report.kind == Kind::Decode && any(|p| p.predicted_s.is_some()) {
+        columns.push(("bytes alone", |p| p.predicted_s.map_or("-".into(), seconds)));
     }
     columns.extend([
         ("tokens/s", (|p| figure(p.tokens_per_s)) as fn(&Point) -> String),

@@ -34,20 +34,65 @@ pub fn signed(n: i128) -> String {
     format!("{sign}{}", digits(n.unsigned_abs()))
 }
 
+/// How tables show counts of FLOPs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Figures {
+    /// Four significant digits and an SI prefix.
+    Human,
+    /// Every digit.
+    Exact,
+}
+
+impl Figures {
+    /// In a column headed FLOPs.
+    pub fn count(self, n: u128) -> String {
+        match self {
+            Self::Human => human(n as f64),
+            Self::Exact => digits(n),
+        }
+    }
+
+    /// Calls: every digit of them up to a million.
+    pub fn calls(self, n: u128) -> String {
+        if n < 1_000_000 { digits(n) } else { self.count(n) }
+    }
+
+    /// A difference, with its sign.
+    pub fn signed(self, n: i128) -> String {
+        match (self, n.signum()) {
+            (Self::Exact, _) | (_, 0) => signed(n),
+            (Self::Human, sign) => {
+                let sign = if sign < 0 { '-' } else { '+' };
+                format!("{sign}{}", human(n.unsigned_abs() as f64))
+            }
+        }
+    }
+
+    /// In a sentence: `530.8 GFLOP`.
+    pub fn flop(self, n: u128) -> String {
+        match self {
+            Self::Human => with_unit(n as f64, "FLOP"),
+            Self::Exact => format!("{} FLOP", digits(n)),
+        }
+    }
+}
+
 /// A figure with an SI prefix, four significant digits.
 pub fn human(n: f64) -> String {
     const PREFIXES: [&str; 9] = ["", " k", " M", " G", " T", " P", " E", " Z", " Y"];
     if n < 1e3 {
         return format!("{n:.0}");
     }
-    let thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
-    let scaled = n / 1e3f64.powi(thousands as i32);
-    let decimals = if scaled < 10.0 {
-        3
-    } else if scaled < 100.0 {
-        2
-    } else {
-        1
+    let mut thousands = ((n.log10() / 3.0) as usize).min(PREFIXES.len() - 1);
+    let mut scaled = n / 1e3f64.powi(thousands as i32);
+    // What rounds to 1000.0 is one of the next.
+    if scaled >= 999.95 && thousands + 1 < PREFIXES.len() {
+        (scaled, thousands) = (scaled / 1e3, thousands + 1);
+    }
+    let decimals = match scaled {
+        s if s < 9.9995 => 3,
+        s if s < 99.995 => 2,
+        _ => 1,
     };
     format!("{scaled:.decimals$}{}", PREFIXES[thousands])
 }
@@ -80,6 +125,11 @@ pub fn rate(flops_per_s: f64) -> String {
     with_unit(flops_per_s, "FLOP/s")
 }
 
+/// Tokens, or what else is counted one by one, a second.
+pub fn per_second(n: f64) -> String {
+    if n < 1e3 { format!("{n:.1}") } else { digits(n.round() as u128) }
+}
+
 /// Bytes.
 pub fn bytes(n: f64) -> String {
     with_unit(n, "B")
@@ -106,15 +156,35 @@ mod tests {
         assert_eq!(human(1e3), "1.000 k");
         assert_eq!(human(996_610_048.0), "996.6 M");
         assert_eq!(human(1e12), "1.000 T");
+        assert_eq!(human(9.99951e12), "10.00 T");
+        assert_eq!(human(99.9976e15), "100.0 P");
+        assert_eq!(human(999_960.0), "1.000 M");
         assert_eq!(percent(0.99988), "99.988 %");
         assert_eq!(percent(7.2455e-5), "0.0072455 %");
         assert_eq!(percent(0.0), "0.0000 %");
         assert_eq!(percent(1.0), "100.00 %");
         assert_eq!(rate(12.0), "12 FLOP/s");
         assert_eq!(bytes(1.976e9), "1.976 GB");
-        assert_eq!(seconds(1.2345e-5), "12.35 µs");
+        assert_eq!(seconds(1.2346e-5), "12.35 µs");
         assert_eq!(seconds(0.25), "250.0 ms");
         assert_eq!(seconds(83.0), "83.00 s");
+    }
+
+    #[test]
+    fn styles() {
+        let (human, exact) = (Figures::Human, Figures::Exact);
+        assert_eq!(human.count(528_364_863_488), "528.4 G");
+        assert_eq!(exact.count(528_364_863_488), "528,364,863,488");
+        assert_eq!(human.calls(999_999), "999,999");
+        assert_eq!(human.calls(1_681_680), "1.682 M");
+        assert_eq!(exact.calls(1_681_680), "1,681,680");
+        assert_eq!(human.signed(-1234), "-1.234 k");
+        assert_eq!(human.signed(5), "+5");
+        assert_eq!(human.signed(0), "0");
+        assert_eq!(exact.signed(-1234), "-1,234");
+        assert_eq!(human.flop(528_364_863_488), "528.4 GFLOP");
+        assert_eq!(human.flop(12), "12 FLOP");
+        assert_eq!(exact.flop(1234), "1,234 FLOP");
     }
 
     #[test]

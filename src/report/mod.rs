@@ -2,11 +2,13 @@
 
 mod bench;
 mod figures;
+pub mod html;
 mod plan;
 mod run;
 mod sweep;
 mod table;
 mod target;
+mod trace;
 mod training;
 mod waterfall;
 
@@ -14,18 +16,19 @@ pub use bench::{
     bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
     render_bench,
 };
-pub use figures::{bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use target::{Target, temporary_beside};
+pub use trace::{TRACE_SCHEMA_VERSION, Trace};
 pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     analytic::{
@@ -113,7 +116,7 @@ pub struct Row {
 }
 
 /// Bytes at rest.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Memory {
     /// Base and adapter parameters.
     pub weights_bytes: u128,
@@ -144,7 +147,7 @@ pub struct AuditReport {
 
 /// One disagreement: an op that ran another number of times than predicted, or a component whose
 /// closed form is not what ran.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Difference {
     /// The phase.
     pub phase: Phase,
@@ -178,7 +181,7 @@ pub struct GenerationReport {
 }
 
 /// One generated sequence.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SequenceReport {
     /// Tokens of the prompt, its template included.
     pub prompt_tokens: usize,
@@ -191,7 +194,7 @@ pub struct SequenceReport {
 }
 
 /// Seconds and rates. Rates are absent where nothing of the kind ran.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Timings {
     /// Opening and loading the weights.
     pub load_s: f64,

@@ -3,8 +3,8 @@
 use std::io::{IsTerminal, Write};
 
 use super::{
-    figures::{digits, human, percent},
-    table::{BAD, FAINT, GOOD, align, describe, new_table},
+    figures::{Figures, digits, percent},
+    table::{BAD, FAINT, GOOD, align, describe, list, new_table},
 };
 use crate::{
     error::Result,
@@ -15,21 +15,21 @@ use crate::{
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print_plan(account: &Account) -> Result<()> {
+pub fn print_plan(account: &Account, style: Figures) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
-    render(&mut anstream::stdout().lock(), account, unicode)
+    render(&mut anstream::stdout().lock(), account, style, unicode)
 }
 
-fn render(out: &mut impl Write, account: &Account, unicode: bool) -> Result<()> {
+fn render(out: &mut impl Write, account: &Account, style: Figures, unicode: bool) -> Result<()> {
     let Account { file, model, parameters, budget_flops, structure, prices, .. } = account;
     writeln!(out, "plan      {}", file.display())?;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
-    writeln!(out, "budget    {} FLOPs", digits(*budget_flops))?;
+    writeln!(out, "budget    {}", style.flop(*budget_flops))?;
     writeln!(out, "counted   structure {structure}, prices {}", prices.name)?;
     for line in experiments(account) {
         writeln!(out, "{line}")?;
     }
-    writeln!(out, "\n{}\n", costs(account, unicode).trim_fmt())?;
+    writeln!(out, "\n{}\n", costs(account, style, unicode).trim_fmt())?;
     for note in notes(account) {
         writeln!(out, "{FAINT}{note}{FAINT:#}")?;
     }
@@ -58,11 +58,10 @@ fn render(out: &mut impl Write, account: &Account, unicode: bool) -> Result<()> 
 fn experiments(account: &Account) -> Vec<String> {
     let name = name_width(account);
     let each = |row: &Row| {
-        let runs = match row.runs {
-            1 => String::new(),
-            runs => format!(", {runs} runs of it"),
-        };
-        format!("  {:<name$}  {}{runs}", row.name, describe(&row.workload))
+        let runs = (row.runs != 1).then(|| format!("{} runs of it", row.runs));
+        let parts = describe(&row.workload);
+        let parts: Vec<String> = parts.split(", ").map(String::from).chain(runs).collect();
+        list(&format!("  {:<name$}  ", row.name), &parts)
     };
     account.experiments.iter().map(each).collect()
 }
@@ -71,32 +70,32 @@ fn name_width(account: &Account) -> usize {
     account.experiments.iter().map(|row| row.name.chars().count()).max().unwrap_or(0)
 }
 
-fn costs(account: &Account, unicode: bool) -> comfy_table::Table {
+fn costs(account: &Account, style: Figures, unicode: bool) -> comfy_table::Table {
     let budget = account.budget_flops as f64;
     let mut table = new_table(unicode);
     let mut head: Vec<String> =
-        ["experiment", "runs", "FLOPs", "share", "running total", "left"].map(String::from).into();
+        ["experiment", "runs", "FLOPs", "share", "so far", "left"].map(String::from).into();
     head.extend(account.beside.iter().map(|b| format!("under {}", b.structure)));
     table.set_header(head);
     let beside = |flops: Option<u128>| {
-        let cell = flops.map_or("-".into(), digits);
+        let cell = flops.map_or("-".into(), |flops| style.count(flops));
         account.beside.iter().map(move |_| cell.clone())
     };
     let mut running = 0;
     for run in &account.spent {
         running += run.flops;
         let mut cells = vec![format!("spent: {}", run.file.display()), "1".into()];
-        cells.extend(figures(run.flops, budget));
-        cells.extend([human(running as f64), left(account.budget_flops, running)]);
+        cells.extend(figures(style, run.flops, budget));
+        cells.extend([style.count(running), left(style, account.budget_flops, running)]);
         cells.extend(beside(None));
         table.add_row(cells);
     }
     for row in &account.experiments {
         let mut cells = vec![row.name.clone(), digits(row.runs)];
-        cells.extend(figures(row.flops, budget));
+        cells.extend(figures(style, row.flops, budget));
         cells.extend([
-            human(row.running_flops as f64),
-            left(account.budget_flops, row.running_flops),
+            style.count(row.running_flops),
+            left(style, account.budget_flops, row.running_flops),
         ]);
         cells.extend(beside(row.beside_flops));
         table.add_row(cells);
@@ -105,23 +104,23 @@ fn costs(account: &Account, unicode: bool) -> comfy_table::Table {
     let runs =
         account.spent.len() as u128 + account.experiments.iter().map(|r| r.runs).sum::<u128>();
     let mut cells = vec!["total".into(), digits(runs)];
-    cells.extend(figures(all, budget));
-    cells.extend([human(all as f64), left(account.budget_flops, all)]);
+    cells.extend(figures(style, all, budget));
+    cells.extend([style.count(all), left(style, account.budget_flops, all)]);
     cells.extend(beside(account.beside.as_ref().and_then(|b| b.total_flops)));
     table.add_row(cells);
     align(&mut table, 1);
     table
 }
 
-fn figures(flops: u128, budget: f64) -> [String; 2] {
-    [digits(flops), percent(flops as f64 / budget)]
+fn figures(style: Figures, flops: u128, budget: f64) -> [String; 2] {
+    [style.count(flops), percent(flops as f64 / budget)]
 }
 
 /// What is left of the budget; with a minus sign where it is passed.
-fn left(budget: u128, running: u128) -> String {
+fn left(style: Figures, budget: u128, running: u128) -> String {
     match budget.checked_sub(running) {
-        Some(left) => human(left as f64),
-        None => format!("-{}", human((running - budget) as f64)),
+        Some(left) => style.count(left),
+        None => format!("-{}", style.count(running - budget)),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 
 use super::{
-    figures::{digits, human, percent},
+    figures::{Figures, digits, percent},
     table::{align, new_table},
 };
 use crate::{error::Result, sweep::Sweep};
@@ -12,7 +12,7 @@ use crate::{error::Result, sweep::Sweep};
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print_sweep(sweep: &Sweep) -> Result<()> {
+pub fn print_sweep(sweep: &Sweep, style: Figures) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
     let mut out = anstream::stdout().lock();
     let Sweep { model, kind, structure, prices, points, .. } = sweep;
@@ -21,17 +21,14 @@ pub fn print_sweep(sweep: &Sweep) -> Result<()> {
     writeln!(out, "counted   structure {structure}, prices {}", prices.name)?;
     let mut table = new_table(unicode);
     let mut head: Vec<String> = sweep.keys.iter().map(|key| key.to_string()).collect();
-    head.extend(["total FLOPs", "about", "LoRA FLOPs", "LoRA share"].map(String::from));
+    head.extend(["FLOPs", "LoRA FLOPs", "LoRA share"].map(String::from));
     table.set_header(head);
     for point in points {
         let mut cells: Vec<String> = point.at.iter().map(|(_, value)| value.to_string()).collect();
         let share = point.lora_flops as f64 / point.total_flops.max(1) as f64;
-        cells.extend([
-            digits(point.total_flops),
-            human(point.total_flops as f64),
-            digits(point.lora_flops),
-            percent(share),
-        ]);
+        let counts = [point.total_flops, point.lora_flops].map(|flops| style.count(flops));
+        cells.extend(counts);
+        cells.push(percent(share));
         table.add_row(cells);
     }
     align(&mut table, 0);

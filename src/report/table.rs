@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
     AuditReport, GenerationReport, Report,
-    figures::{bytes, digits, human, rate, three_digits},
+    figures::{Figures, bytes, digits, per_second, rate, seconds, three_digits},
     training,
 };
 use crate::{
@@ -25,35 +25,40 @@ pub(super) const FAINT: Style = Style::new().dimmed();
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print(report: &Report) -> Result<()> {
+pub fn print(report: &Report, figures: Figures) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
-    render(&mut anstream::stdout().lock(), report, unicode)
+    render(&mut anstream::stdout().lock(), report, figures, unicode)
 }
 
 /// Writes `report`, with ANSI colour, to `out`.
 ///
 /// # Errors
 /// What `out` reports.
-pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()> {
+pub fn render(
+    out: &mut impl Write,
+    report: &Report,
+    figures: Figures,
+    unicode: bool,
+) -> Result<()> {
     header(out, report)?;
     if let Some(generation) = &report.generation {
-        speeds(out, report, generation)?;
+        speeds(out, report, generation, unicode)?;
     }
     if let Some(training) = &report.training {
-        training::training(out, training, unicode)?;
+        training::training(out, training, figures, unicode)?;
     }
     if let Some(evaluation) = &report.evaluation {
         training::evaluation(out, report, evaluation)?;
     }
     let table = match &report.notebook_table {
         Some(rows) => notebook(rows, unicode),
-        None => components(report, unicode),
+        None => components(report, figures, unicode),
     };
     if report.notebook_table.is_none() && phases_of(report).len() > COLUMNS {
-        writeln!(out, "\n{}", phases(report, unicode).trim_fmt())?;
+        writeln!(out, "\n{}", phases(report, figures, unicode).trim_fmt())?;
     }
     writeln!(out, "\n{}\n", table.trim_fmt())?;
-    totals(out, report)?;
+    totals(out, report, figures)?;
     if let Some(audit) = &report.audit {
         verdict(out, audit, unicode)?;
     }
@@ -63,30 +68,66 @@ pub fn render(out: &mut impl Write, report: &Report, unicode: bool) -> Result<()
 fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
+    workloads(out, &report.workload)?;
+    let dtype = report.workload.first().map_or("", |w| w.dtype.name());
+    let parts = [
+        ("weights", memory.weights_bytes),
+        ("KV cache", memory.kv_cache_bytes),
+        ("activations", memory.activations_bytes),
+        ("gradients and moments", memory.training_bytes),
+    ];
+    let parts = parts.into_iter().filter(|(_, n)| *n > 0);
+    let parts = parts.map(|(name, n)| format!("{} {name}", bytes(n as f64)));
+    let parts: Vec<String> = parts.chain([dtype.into()]).collect();
+    writeln!(out, "{}", list("memory    ", &parts))?;
+    Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+}
+
+/// `label` and `parts` with commas between them, in lines of at most 80 columns.
+pub(super) fn list(label: &str, parts: &[String]) -> String {
+    let comma = |(index, part): (usize, &String)| {
+        if index + 1 < parts.len() { format!("{part},") } else { part.clone() }
+    };
+    fill(label, label.chars().count(), parts.iter().enumerate().map(comma))
+}
+
+/// `first` and `words` in lines of at most 80 columns, all but the first line indented.
+pub(super) fn fill(
+    first: &str,
+    indent: usize,
+    words: impl IntoIterator<Item = impl AsRef<str>>,
+) -> String {
+    let mut lines = vec![first.to_string()];
+    let mut fresh = true;
+    for word in words {
+        let word = word.as_ref();
+        let space = if fresh { "" } else { " " };
+        match lines.last_mut() {
+            Some(line) if fresh || line.chars().count() + word.chars().count() < 80 => {
+                *line += &format!("{space}{word}");
+            }
+            _ => lines.push(format!("{:indent$}{word}", "")),
+        }
+        fresh = false;
+    }
+    lines.join("\n")
+}
+
+/// What ran, each once.
+pub(super) fn workloads(out: &mut impl Write, all: &[Workload]) -> Result<()> {
     let mut lines: Vec<(String, usize)> = vec![];
-    for line in report.workload.iter().map(describe) {
+    for line in all.iter().map(describe) {
         match lines.iter_mut().find(|(seen, _)| *seen == line) {
             Some((_, times)) => *times += 1,
             None => lines.push((line, 1)),
         }
     }
     for (line, times) in lines {
-        let times = if times > 1 { format!(", {times} times") } else { String::new() };
-        writeln!(out, "workload  {line}{times}")?;
+        let times = (times > 1).then(|| format!("{times} times"));
+        let parts: Vec<String> = line.split(", ").map(String::from).chain(times).collect();
+        writeln!(out, "{}", list("workload  ", &parts))?;
     }
-    let [weights, cache, activations] =
-        [memory.weights_bytes, memory.kv_cache_bytes, memory.activations_bytes]
-            .map(|n| bytes(n as f64));
-    let dtype = report.workload.first().map_or("", |w| w.dtype.name());
-    let training = match memory.training_bytes {
-        0 => String::new(),
-        n => format!(", {} of gradients and moments", bytes(n as f64)),
-    };
-    writeln!(
-        out,
-        "memory    {weights} of weights, {cache} of KV cache, {activations} of activations{training}, {dtype}"
-    )?;
-    Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+    Ok(())
 }
 
 /// A workload in one line.
@@ -123,29 +164,43 @@ pub fn describe(workload: &Workload) -> String {
     what + &lora
 }
 
-fn speeds(out: &mut impl Write, report: &Report, generation: &GenerationReport) -> Result<()> {
+/// A time; without Unicode, `us` stands for microseconds.
+pub(super) fn time(s: f64, unicode: bool) -> String {
+    let text = seconds(s);
+    if unicode { text } else { text.replace('µ', "u") }
+}
+
+fn speeds(
+    out: &mut impl Write,
+    report: &Report,
+    generation: &GenerationReport,
+    unicode: bool,
+) -> Result<()> {
     let t = &generation.timings;
     let new: usize = generation.sequences.iter().map(|s| s.token_ids.len()).sum();
     let prompt: usize = generation.sequences.iter().map(|s| s.prompt_tokens).sum();
     let name = &report.prices.name;
-    writeln!(out, "\ntokens    {prompt} in, {new} out; weights loaded in {:.2} s", t.load_s)?;
+    let load = time(t.load_s, unicode);
+    writeln!(out, "\ntokens    {prompt} in, {new} out; weights loaded in {load}")?;
     writeln!(
         out,
-        "prefill   {:.1} tokens/s, first token after {:.3} s, {} ({name})",
-        t.prefill_tokens_per_s,
-        t.time_to_first_token_s,
+        "prefill   {} tokens/s, first token after {}, {} ({name})",
+        per_second(t.prefill_tokens_per_s),
+        time(t.time_to_first_token_s, unicode),
         rate(t.prefill_flops_per_s)
     )?;
     if let (Some(tokens), Some(flops)) = (t.decode_tokens_per_s, t.decode_flops_per_s) {
-        writeln!(out, "decode    {tokens:.1} tokens/s, {} ({name})", rate(flops))?;
+        writeln!(out, "decode    {} tokens/s, {} ({name})", per_second(tokens), rate(flops))?;
     }
     if let Some(traffic) = generation.bytes_per_decoded_token {
         let [weights, cache, rest] =
             [traffic.weights, traffic.kv_cache, traffic.activations].map(|n| bytes(n as f64));
-        writeln!(
-            out,
-            "traffic   {weights} of weights, {cache} of KV cache, {rest} of activations a decoded token"
-        )?;
+        let parts = [
+            format!("{weights} weights"),
+            format!("{cache} KV cache"),
+            format!("{rest} activations, a decoded token"),
+        ];
+        writeln!(out, "{}", list("traffic   ", &parts))?;
     }
     Ok(())
 }
@@ -165,15 +220,15 @@ fn notebook(rows: &[TableRow], unicode: bool) -> Table {
 }
 
 /// Phases down: where there are too many to stand beside the components.
-fn phases(report: &Report, unicode: bool) -> Table {
+fn phases(report: &Report, figures: Figures, unicode: bool) -> Table {
     let mut table = new_table(unicode);
     table.set_header(["phase", "calls", "FLOPs", "share"]);
     for phase in phases_of(report) {
         let rows = || report.rows.iter().filter(|r| r.phase == phase);
         let flops: u128 = rows().map(|r| r.flops).sum();
         let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
-        let calls = digits(rows().map(|r| r.calls).sum());
-        table.add_row([phase.to_string(), calls, digits(flops), format!("{share:.2} %")]);
+        let calls = figures.calls(rows().map(|r| r.calls).sum());
+        table.add_row([phase.to_string(), calls, figures.count(flops), format!("{share:.2} %")]);
     }
     align(&mut table, 1);
     table
@@ -189,7 +244,7 @@ fn phases_of(report: &Report) -> Vec<Phase> {
 const COLUMNS: usize = 4;
 
 /// Components down, phases across where they fit.
-fn components(report: &Report, unicode: bool) -> Table {
+fn components(report: &Report, figures: Figures, unicode: bool) -> Table {
     let mut phases = phases_of(report);
     if phases.len() > COLUMNS {
         phases.clear();
@@ -204,24 +259,23 @@ fn components(report: &Report, unicode: bool) -> Table {
     let mut table = new_table(unicode);
     let mut head = vec!["component".to_string()];
     head.extend(listed.then(|| "calls".to_string()));
-    head.extend(phases.iter().map(|p| format!("{p} FLOPs")));
-    head.extend(["total FLOPs".into(), "share".into()]);
+    head.extend(phases.iter().map(|p| p.to_string()));
+    head.extend(["FLOPs".into(), "share".into()]);
     head.extend(timed.then(|| "time".to_string()));
     table.set_header(head);
     let mut line = |name: String, of: &dyn Fn(&&super::Row) -> bool| {
         let rows = || report.rows.iter().filter(of);
         let flops: u128 = rows().map(|r| r.flops).sum();
         let mut cells = vec![name];
-        cells.extend(listed.then(|| digits(rows().map(|r| r.calls).sum())));
+        cells.extend(listed.then(|| figures.calls(rows().map(|r| r.calls).sum())));
         cells.extend(phases.iter().map(|phase| {
             let of_phase = rows().filter(|r| r.phase == *phase).map(|r| r.flops).sum::<u128>();
-            if of_phase == 0 { "-".into() } else { human(of_phase as f64) }
+            if of_phase == 0 { "-".into() } else { figures.count(of_phase) }
         }));
         let share = 100.0 * flops as f64 / report.total_flops.max(1) as f64;
-        cells.extend([digits(flops), format!("{share:.2} %")]);
+        cells.extend([figures.count(flops), format!("{share:.2} %")]);
         if timed {
-            let seconds: f64 = rows().filter_map(|r| r.seconds).sum();
-            cells.push(format!("{:.1} ms", 1e3 * seconds));
+            cells.push(time(rows().filter_map(|r| r.seconds).sum(), unicode));
         }
         table.add_row(cells);
     };
@@ -233,21 +287,26 @@ fn components(report: &Report, unicode: bool) -> Table {
     table
 }
 
-fn totals(out: &mut impl Write, report: &Report) -> Result<()> {
+fn totals(out: &mut impl Write, report: &Report, figures: Figures) -> Result<()> {
     let share = 100.0 * report.lora_flops as f64 / report.total_flops.max(1) as f64;
     let primitives: Vec<String> = report
         .primitives
         .named()
         .into_iter()
         .filter(|(_, n)| *n > 0)
-        .map(|(name, n)| format!("{name} {}", human(n as f64)))
+        .map(|(name, n)| format!("{name} {}", figures.count(n)))
         .collect();
-    writeln!(out, "primitives  {}", primitives.join(", "))?;
+    // An audit's verdict says it.
+    if report.audit.is_none() {
+        let total = report.total_flops;
+        writeln!(out, "total       {} FLOPs, {}", digits(total), Figures::Human.flop(total))?;
+    }
+    writeln!(out, "{}", list("primitives  ", &primitives))?;
     if report.lora_flops > 0 {
         writeln!(
             out,
-            "LoRA        {} FLOPs, {share:.4} % of the total",
-            digits(report.lora_flops)
+            "LoRA        {}, {share:.4} % of the total",
+            figures.flop(report.lora_flops)
         )?;
     }
     Ok(())
@@ -276,14 +335,7 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
         writeln!(out, "  {name:<12}{:>28} FLOPs", digits(flops))?;
     }
     let mut table = new_table(unicode);
-    table.set_header([
-        "phase",
-        "scope",
-        "op",
-        "predicted calls",
-        "executed calls",
-        "FLOPs executed - predicted",
-    ]);
+    table.set_header(["phase", "scope", "op", "calls predicted", "executed", "FLOPs apart"]);
     const SHOWN: usize = 40;
     for d in audit.differences.iter().take(SHOWN) {
         let sign = if d.executed_flops < d.predicted_flops { "-" } else { "+" };
@@ -296,6 +348,7 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
             format!("{sign}{}", digits(d.executed_flops.abs_diff(d.predicted_flops))),
         ]);
     }
+    align(&mut table, 3);
     writeln!(out, "{}", table.trim_fmt())?;
     if audit.differences.len() > SHOWN {
         writeln!(out, "… and {} more; --json lists all", audit.differences.len() - SHOWN)?;
@@ -306,12 +359,15 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
 pub(super) fn new_table(unicode: bool) -> Table {
     let line = if unicode { '─' } else { '-' };
     let mut table = Table::new();
-    table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, line)));
+    table.load_style(TableStyle::new().header_separator(LineStyle::new(line, line, line, ' ')));
     table
 }
 
-/// Names in the first columns to the left, figures to the right.
+/// Names in the first columns to the left, figures to the right; two spaces between them.
 pub(super) fn align(table: &mut Table, names: usize) {
+    table.column_iter_mut().for_each(|column| {
+        column.set_padding((1, 0));
+    });
     for column in table.column_iter_mut().skip(names) {
         column.set_cell_alignment(CellAlignment::Right);
     }

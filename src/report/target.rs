@@ -32,7 +32,11 @@ pub fn temporary_beside(file: &Path) -> std::io::Result<NamedTempFile> {
     // A temporary file is private to its owner; this is as any file, under the umask.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(dir)
+    // The name of a file that never was helps nobody.
+    builder.tempfile_in(dir).map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => std::io::Error::other("its folder does not exist"),
+        kind => kind.into(),
+    })
 }
 
 impl Target {
@@ -76,25 +80,50 @@ impl Target {
     /// # Errors
     /// A full disk, or a closed pipe.
     pub fn write_with(self, content: impl FnOnce(&mut dyn Write) -> Result<()>) -> Result<()> {
-        match self {
-            Self::Stdout => {
-                let mut out = BufWriter::new(std::io::stdout().lock());
-                content(&mut out)?;
-                Ok(out.flush()?)
-            }
-            Self::Special(file) => {
-                let mut out = BufWriter::new(file);
-                content(&mut out)?;
-                Ok(out.flush()?)
-            }
+        let name = match &self {
+            Self::Stdout | Self::Special(_) => None,
+            Self::File(_, target) => Some(target.display().to_string()),
+        };
+        let mut out = BufWriter::new(self);
+        let written = content(&mut out).and_then(|()| Self::finish(out));
+        match name {
+            Some(name) => written.context(name),
+            None => written,
+        }
+    }
+
+    /// Ends what was written piece by piece: a file gets its name now.
+    ///
+    /// # Errors
+    /// A full disk, or a closed pipe.
+    pub fn finish(out: BufWriter<Self>) -> Result<()> {
+        match out.into_inner().map_err(|e| e.into_error())? {
+            Self::Stdout => Ok(std::io::stdout().flush()?),
+            Self::Special(mut file) => Ok(file.flush()?),
             Self::File(file, target) => {
-                let name = || target.display().to_string();
-                let mut out = BufWriter::new(file);
-                content(&mut out).with_context(name)?;
-                let file = out.into_inner().map_err(|e| e.into_error()).with_context(name)?;
-                file.as_file().sync_all().with_context(name)?;
-                file.persist(&target).map(drop).with_context(name)
+                file.as_file().sync_all()?;
+                file.persist(&target)?;
+                Ok(())
             }
+        }
+    }
+}
+
+/// Straight to where it goes: wrap it in a [`BufWriter`].
+impl Write for Target {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Self::Stdout => std::io::stdout().write(bytes),
+            Self::File(file, _) => file.write(bytes),
+            Self::Special(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Stdout => std::io::stdout().flush(),
+            Self::File(file, _) => file.flush(),
+            Self::Special(file) => file.flush(),
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use std::{io::Write, path::Path};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{
     Report,
-    figures::{digits, human, percent, rate},
-    table::{BAD, GOOD, align, new_table},
+    figures::{Figures, per_second, percent, rate},
+    table::{BAD, GOOD, align, list, new_table, time},
 };
 use crate::{
     analytic::Structure,
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A training's account.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TrainingReport {
     /// Optimizer steps done, and asked for or affordable.
     pub steps: u64,
@@ -49,7 +49,7 @@ pub struct TrainingReport {
 }
 
 /// A budget and what was spent of it.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct BudgetReport {
     /// Most FLOPs; absent without a budget.
     pub flops: Option<u128>,
@@ -66,7 +66,7 @@ pub struct BudgetReport {
 }
 
 /// An evaluation's account.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct EvaluationReport {
     /// Mean cross-entropy, in nats.
     pub loss: f64,
@@ -90,7 +90,6 @@ impl TrainingReport {
     /// A count past 128 bits.
     pub fn new(session: &Session, budget: &Budget, out: &Path) -> Result<Self> {
         let (progress, settings) = (&session.progress, &session.settings);
-        let workloads: Vec<_> = session.workloads().into_iter().map(|w| (w, 1)).collect();
         let two_steps = [1, 2].map(|steps| session.training(steps));
         let [one, two] = two_steps.map(|w| budget.cost(&[(w, 1)]));
         let names = session.names();
@@ -113,7 +112,7 @@ impl TrainingReport {
                 flops: budget.flops,
                 structure: budget.structure,
                 prices: budget.prices.name.clone(),
-                spent: budget.cost(&workloads)?,
+                spent: budget.cost(&session.ran())?,
                 next_step: two? - one?,
                 evaluation: budget.cost(&session.evaluation())?,
             },
@@ -122,35 +121,35 @@ impl TrainingReport {
 }
 
 /// The account for people.
-pub(super) fn training(out: &mut impl Write, t: &TrainingReport, unicode: bool) -> Result<()> {
-    writeln!(out, "\ntraining  {} of {} steps, {}", t.steps, t.planned_steps, t.out)?;
+pub(super) fn training(
+    out: &mut impl Write,
+    t: &TrainingReport,
+    figures: Figures,
+    unicode: bool,
+) -> Result<()> {
+    writeln!(out, "\ntraining  {} of {} steps, kept in {}", t.steps, t.planned_steps, t.out)?;
     if t.steps == 0 {
         return Ok(());
     }
     writeln!(
         out,
-        "speed     {:.1} tokens/s, {:.2} s a step",
-        t.tokens_per_s,
-        t.seconds / t.steps as f64
+        "speed     {} tokens/s, {} a step",
+        per_second(t.tokens_per_s),
+        time(t.seconds / t.steps as f64, unicode)
     )?;
     let BudgetReport { flops, structure, prices, spent, next_step, .. } = &t.budget;
-    match flops {
-        Some(all) => writeln!(
-            out,
-            "budget    {} of {} FLOPs spent ({}), {} left; a step takes {} ({structure}, {prices})",
-            digits(*spent),
-            human(*all as f64),
-            percent(*spent as f64 / *all as f64),
-            human(all.saturating_sub(*spent) as f64),
-            human(*next_step as f64),
-        )?,
-        None => writeln!(
-            out,
-            "spent     {} FLOPs, {} a step ({structure}, {prices})",
-            digits(*spent),
-            human(*next_step as f64)
-        )?,
-    }
+    let step = format!("{} a step ({structure}, {prices})", figures.flop(*next_step));
+    let spent_flop = figures.flop(*spent);
+    let (label, parts) = match flops {
+        Some(all) => {
+            let share = percent(*spent as f64 / *all as f64);
+            let left = figures.flop(all.saturating_sub(*spent));
+            let spent = format!("{spent_flop} of {} spent ({share})", figures.flop(*all));
+            ("budget    ", vec![spent, format!("{left} left"), step])
+        }
+        None => ("spent     ", vec![spent_flop, step]),
+    };
+    writeln!(out, "{}", list(label, &parts))?;
     writeln!(out, "\n{}", curves(t, unicode))?;
     proof(out, t, unicode)
 }
@@ -232,7 +231,8 @@ pub(super) fn evaluation(
     let name = &report.prices.name;
     Ok(writeln!(
         out,
-        "speed     {:.1} tokens/s, {speed} ({name}); {} tokens count",
-        e.tokens_per_s, e.tokens
+        "speed     {} tokens/s, {speed} ({name}); {} tokens count",
+        per_second(e.tokens_per_s),
+        e.tokens
     )?)
 }

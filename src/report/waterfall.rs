@@ -3,8 +3,8 @@
 use std::io::{IsTerminal, Write};
 
 use super::{
-    figures::{digits, signed},
-    table::{FAINT, align, describe, new_table},
+    figures::{Figures, digits, signed},
+    table::{FAINT, align, fill, new_table, workloads},
 };
 use crate::{
     analytic::Cause,
@@ -16,34 +16,39 @@ use crate::{
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print_way(way: &Reconciliation) -> Result<()> {
+pub fn print_way(way: &Reconciliation, style: Figures) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
-    render_way(&mut anstream::stdout().lock(), way, unicode)
+    render_way(&mut anstream::stdout().lock(), way, style, unicode)
 }
 
 /// Writes `way`, with ANSI colour, to `out`.
 ///
 /// # Errors
 /// What `out` reports.
-pub fn render_way(out: &mut impl Write, way: &Reconciliation, unicode: bool) -> Result<()> {
+pub fn render_way(
+    out: &mut impl Write,
+    way: &Reconciliation,
+    style: Figures,
+    unicode: bool,
+) -> Result<()> {
     writeln!(out, "model     {}", way.model)?;
-    for workload in &way.workload {
-        writeln!(out, "workload  {}", describe(workload))?;
-    }
+    workloads(out, &way.workload)?;
     let mut table = new_table(unicode);
-    table.set_header(["cause", "by", "FLOPs", "share", "running total"]);
-    table.add_row([name(&way.from), "from".into(), digits(way.from.total_flops)]);
+    table.set_header(["cause", "by", "FLOPs", "share", "total"]);
+    table.add_row([name(&way.from), "from".into(), style.count(way.from.total_flops)]);
     for step in &way.steps {
         let share = step.share.map_or("-".into(), |share| format!("{:.2} %", 100.0 * share));
         let by = step.of.name().into();
-        let total = signed(step.running_total);
+        let total = style.signed(step.running_total);
         let total = total.trim_start_matches('+').to_string();
-        table.add_row([step.cause.name(), by, signed(step.flops), share, total]);
+        table.add_row([step.cause.name(), by, style.signed(step.flops), share, total]);
     }
-    table.add_row([name(&way.to), "to".into(), digits(way.to.total_flops)]);
+    table.add_row([name(&way.to), "to".into(), style.count(way.to.total_flops)]);
     align(&mut table, 2);
     writeln!(out, "\n{}\n", table.trim_fmt())?;
-    writeln!(out, "difference  {} FLOPs{}", signed(way.difference_flops), ratio(way))?;
+    let [from, to] = [&way.from, &way.to].map(|end| digits(end.total_flops));
+    let difference = signed(way.difference_flops);
+    writeln!(out, "difference  {to} - {from} = {difference} FLOPs{}", ratio(way))?;
     for end in [&way.from, &way.to] {
         if let Some(Run { file, total_flops, agrees }) = &end.run {
             let verdict = if *agrees { "agrees with" } else { "DIFFERS from" };
@@ -55,7 +60,9 @@ pub fn render_way(out: &mut impl Write, way: &Reconciliation, unicode: bool) -> 
         writeln!(out)?;
     }
     for step in way.steps.iter().filter(|step| !matches!(step.cause, Cause::Price(_))) {
-        writeln!(out, "{FAINT}{}: {}{FAINT:#}", step.cause.name(), step.why)?;
+        let name = format!("{}: ", step.cause.name());
+        let text = fill(&name, 2, step.why.split(' '));
+        writeln!(out, "{FAINT}{text}{FAINT:#}")?;
     }
     Ok(())
 }
@@ -72,7 +79,7 @@ fn ratio(way: &Reconciliation) -> String {
         0 => String::new(),
         n => {
             let times = way.from.total_flops as f64 / *n as f64;
-            format!("; {} counts {times:.6} times what {to} does", way.from.structure)
+            format!("\nratio       {} counts {times:.6} times what {to} does", way.from.structure)
         }
     }
 }

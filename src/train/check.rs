@@ -3,7 +3,7 @@
 use rand::{SeedableRng, rngs::StdRng, seq::index};
 use serde::{Deserialize, Serialize};
 
-use super::step::Trainer;
+use super::step::{Trainer, diverged};
 use crate::{
     error::Result,
     ledger::Phase,
@@ -65,7 +65,11 @@ pub(super) fn run(
         let norm = gradient.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         found.push((norm, i, name, gradient));
     }
-    // Along a gradient of next to nothing, the loss only shows rounding.
+    // Along a gradient of next to nothing, the loss only shows rounding; along none, nothing.
+    found.retain(|(norm, ..)| *norm > 0.0);
+    if found.is_empty() {
+        return Ok(Check { slopes: vec![] });
+    }
     found.sort_by(|a, b| b.0.total_cmp(&a.0));
     found.truncate((4 * tensors).min(found.len()));
     let mut rng = StdRng::seed_from_u64(seed);
@@ -92,6 +96,10 @@ pub(super) fn run(
             loss
         };
         let (ahead, behind) = (loss_at(factor)?, loss_at(-factor)?);
+        if !(ahead - behind).is_finite() {
+            let what = format!("loss beside {name} at the gradients' check");
+            return Err(diverged(&what, ahead - behind, model.dtype()));
+        }
         let slope = (ahead - behind) / (2.0 * factor * norm);
         slopes.push(Slope { name: name.clone(), norm: *norm, slope });
     }

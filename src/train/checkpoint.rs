@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Where in the file's metadata the rest lies.
 const KEY: &str = "flopaudit";
 
@@ -28,6 +28,7 @@ pub struct Saved {
     /// What it did.
     pub progress: Progress,
     ledger: Ledger,
+    weights: u64,
     tensors: HashMap<String, Vec<f32>>,
 }
 
@@ -37,6 +38,8 @@ struct Rest {
     settings: Settings,
     progress: Progress,
     ledger: Ledger,
+    /// Fingerprint of the weights and adapters that the run began from.
+    weights: u64,
 }
 
 impl Session<'_> {
@@ -47,9 +50,10 @@ impl Session<'_> {
     pub fn save(&self, file: &Path) -> Result<()> {
         let mut progress = self.progress.clone();
         // To a later process, the steps of this one are work that ran.
-        progress.finished = self.workloads();
-        let (settings, ledger) = (self.settings.clone(), self.ledger());
-        let rest = serde_json::to_string(&Rest { version: VERSION, settings, progress, ledger })?;
+        progress.finished = self.ran();
+        let (settings, ledger, weights) = (self.settings.clone(), self.ledger(), self.weights);
+        let rest = Rest { version: VERSION, settings, progress, ledger, weights };
+        let rest = serde_json::to_string(&rest)?;
         let tensors: Vec<Named> = self
             .state()?
             .into_iter()
@@ -72,43 +76,52 @@ impl Saved {
         let bad = |why: String| Error::File { file: file.into(), why };
         let (tensors, metadata) = read(file)?;
         let rest = metadata.get(KEY).ok_or_else(|| bad("is no checkpoint of a run".into()))?;
-        let rest: Rest =
-            serde_json::from_str(rest).map_err(|e| bad(format!("is no checkpoint: {e}")))?;
-        if rest.version != VERSION {
-            let found = rest.version;
+        let broken = |e: serde_json::Error| bad(format!("is no checkpoint: {e}"));
+        let rest: serde_json::Value = serde_json::from_str(rest).map_err(broken)?;
+        if rest["version"] != VERSION {
+            let found = &rest["version"];
             return Err(bad(format!("has version {found}; this reads {VERSION}")).into());
         }
-        let Rest { settings, progress, ledger, .. } = rest;
+        let Rest { settings, progress, ledger, weights, .. } =
+            serde_json::from_value(rest).map_err(broken)?;
         let tensors = tensors.into_iter().map(|t| (t.name, t.values)).collect();
-        Ok(Self { file: file.into(), settings, progress, ledger, tensors })
+        Ok(Self { file: file.into(), settings, progress, ledger, weights, tensors })
     }
 
     /// Refuses settings other than the run's own, which would make it another run.
     ///
     /// # Errors
-    /// The first setting that differs, with both values.
+    /// The flag of the first setting that differs, with both values.
     pub fn check(&self, settings: &Settings) -> Result<()> {
         let (saved, asked) =
             (serde_json::to_value(&self.settings)?, serde_json::to_value(settings)?);
         let mut differences = vec![];
         differing(&saved, &asked, "", &mut differences);
-        match differences.first() {
-            None => Ok(()),
-            Some((key, saved, asked)) => {
-                let why = format!(
-                    "its run has {key} {saved}, this command asks for {asked}: resume with the \
-                     same flags and files"
-                );
-                Err(Error::File { file: self.file.clone(), why }.into())
-            }
-        }
+        let rank = |key: &str| FLAGS.iter().position(|(known, _)| *known == key);
+        differences.sort_by_key(|(key, ..)| rank(key).unwrap_or(FLAGS.len()));
+        let Some((key, saved, asked)) = differences.into_iter().next() else { return Ok(()) };
+        let flag = rank(&key).map_or(key.as_str(), |i| FLAGS[i].1);
+        let difference = match FILES.contains(&key.as_str()) {
+            true => format!("its run has other rows of {flag}"),
+            false => format!("its run has {flag} {saved}, this command asks for {asked}"),
+        };
+        Err(self.another(&difference))
+    }
+
+    fn another(&self, difference: &str) -> anyhow::Error {
+        let why = format!("{difference}: resume with the same flags and files");
+        Error::File { file: self.file.clone(), why }.into()
     }
 
     /// Puts the run back into `session`, which was made with its settings.
     ///
     /// # Errors
-    /// A tensor that the file does not hold, or holds in another size.
+    /// A session that began from other weights or adapters; a tensor that the file does not hold,
+    /// or holds in another size.
     pub fn restore(self, session: &mut Session) -> Result<()> {
+        if self.weights != session.weights {
+            return Err(self.another("its run began from another --model or --adapter"));
+        }
         let Self { file, progress, ledger, tensors, .. } = self;
         session.resume(progress, ledger, |name| {
             let why = || format!("holds no tensor `{name}`");
@@ -117,6 +130,33 @@ impl Saved {
         })
     }
 }
+
+/// Settings as flags spell them, in the order in which a difference is told: some follow others.
+const FLAGS: [(&str, &str); 20] = [
+    ("dtype", "--dtype"),
+    ("full", "--full"),
+    ("seq", "--seq"),
+    ("data", "--data"),
+    ("held_out", "--eval-data"),
+    ("lora.rank", "--lora-rank"),
+    ("lora.alpha", "--lora-alpha"),
+    ("lora.targets", "--lora-targets"),
+    ("batch", "--batch"),
+    ("accumulate", "--accumulate"),
+    ("recompute", "--recompute"),
+    ("schedule.peak", "--lr"),
+    ("schedule.warmup", "--warmup"),
+    ("schedule.shape", "--schedule"),
+    ("schedule.steps", "--steps (as --steps, --epochs or --budget have it)"),
+    ("hyper.weight_decay", "--weight-decay"),
+    ("hyper.clip", "--clip"),
+    ("seed", "--seed"),
+    ("eval_every", "--eval-every"),
+    ("checks", "--check-gradients"),
+];
+
+/// Settings that are fingerprints, which tell people nothing.
+const FILES: [&str; 2] = ["data", "held_out"];
 
 /// Leaves in which two values differ, by their path.
 fn differing(

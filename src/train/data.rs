@@ -127,7 +127,7 @@ impl Dataset {
 
     /// Tells datasets of other tokens, rows or weights apart.
     pub fn fingerprint(&self) -> u64 {
-        cache::hash((self.seq, &self.tokens, &self.counted, &self.rows))
+        cache::fingerprint(self)
     }
 
     fn tokenize(documents: &Documents, text: &Text, options: &Options) -> Result<Self, String> {

@@ -3,7 +3,7 @@
 use super::data::Dataset;
 use crate::{
     error::Result,
-    ledger::Phase,
+    ledger::{Dtype, Phase},
     meter::Meter,
     model::Qwen2,
     workload::{Task, Workload},
@@ -64,7 +64,8 @@ pub fn evaluate(
     }
     let tokens = data.loss_tokens();
     let loss = sum / tokens as f64;
-    anyhow::ensure!(loss.is_finite(), "the loss is not finite ({loss}); try --dtype f32");
+    let advice = if model.dtype() == Dtype::F32 { "" } else { "; try --dtype f32" };
+    anyhow::ensure!(loss.is_finite(), "the loss is not finite ({loss}){advice}");
     let workload = |task| Workload {
         model: model.config().clone(),
         lora: model.lora().clone(),

@@ -17,7 +17,7 @@ use crate::{
     config::{LoraConfig, ModelConfig},
     error::Result,
     ledger::{Dtype, Ledger, Phase},
-    meter::Meter,
+    meter::{Meter, Observer},
     model::{Labelled, Qwen2, Trained},
     weights::Named,
     workload::{Task, Workload},
@@ -26,8 +26,6 @@ use crate::{
 /// Everything that decides what a run does. A run that goes on must have the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Where the base weights came from.
-    pub model: String,
     /// Fingerprint of the training rows.
     pub data: u64,
     /// Fingerprint of the held-out rows; none without.
@@ -72,8 +70,8 @@ pub struct Point {
 pub struct Progress {
     /// Steps done.
     pub steps: u64,
-    /// What ran and will not go on, in turn.
-    pub finished: Vec<Workload>,
+    /// What ran and will not go on, and how often.
+    pub finished: Vec<(Workload, u64)>,
     /// Loss of each step, before its update.
     pub losses: Vec<Point>,
     /// Held-out losses.
@@ -87,7 +85,6 @@ pub struct Progress {
 }
 
 /// A run in this process.
-#[derive(Debug)]
 pub struct Session<'a> {
     /// What it does.
     pub settings: Settings,
@@ -98,6 +95,11 @@ pub struct Session<'a> {
     held_out: Option<&'a Dataset>,
     order: Order,
     ledger: RefCell<Ledger>,
+    /// Sees every op beside the ledger.
+    beside: &'a RefCell<dyn Observer + 'a>,
+    timed: bool,
+    /// Fingerprint of the weights and adapters that the run began from.
+    pub(super) weights: u64,
     /// Rotary tables that no step has used yet.
     tables: Ledger,
     /// Steps that earlier processes did.
@@ -105,28 +107,43 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Prepares `model`, which carries the adapters of `settings`.
+    /// Prepares `model`, which carries the adapters of `settings`. `beside` sees every op that this
+    /// process runs; `timed` has each timed.
     ///
     /// # Errors
     /// A model without anything to train, or a device out of memory.
     pub fn new(
         settings: Settings,
-        model: Qwen2,
+        mut model: Qwen2,
         data: &'a Dataset,
         held_out: Option<&'a Dataset>,
+        beside: &'a RefCell<dyn Observer + 'a>,
+        timed: bool,
     ) -> Result<Self> {
-        let tables = RefCell::new(Ledger::default());
-        let meter = Meter::new(&tables, Phase::Setup);
+        let tables = RefCell::new((Ledger::default(), beside));
+        let meter = Meter::new(&tables, Phase::Setup).timed(timed);
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
         let shape = (settings.batch, settings.seq);
+        let weights = model.fingerprint()?;
         let trainer =
             Trainer::new(meter, model, trained, settings.hyper, shape, settings.recompute)?;
         let order = Order::new(data.rows(), settings.seed);
         let checks = settings.checks.min(trainer.optimizer.names().count());
         let settings = Settings { checks, ..settings };
-        let progress = Progress::default();
-        let (tables, ledger) = (tables.into_inner(), RefCell::default());
-        Ok(Self { settings, progress, trainer, data, held_out, order, ledger, tables, began: 0 })
+        Ok(Self {
+            settings,
+            progress: Progress::default(),
+            trainer,
+            data,
+            held_out,
+            order,
+            ledger: RefCell::default(),
+            beside,
+            timed,
+            weights,
+            tables: tables.into_inner().0,
+            began: 0,
+        })
     }
 
     /// Goes on from `progress`, after which `ledger` had been executed.
@@ -174,12 +191,22 @@ impl<'a> Session<'a> {
         self.ledger.borrow().clone()
     }
 
-    /// What has run so far, in turn.
-    pub fn workloads(&self) -> Vec<Workload> {
-        let mut all = self.progress.finished.clone();
+    /// What has run so far, and how often.
+    pub fn ran(&self) -> Vec<(Workload, u64)> {
         let steps = self.progress.steps - self.began;
-        all.extend((steps > 0).then(|| self.training(steps)));
-        all
+        let going_on = (steps > 0).then(|| (self.training(steps), 1));
+        self.progress.finished.iter().cloned().chain(going_on).collect()
+    }
+
+    /// The same, one after another.
+    pub fn workloads(&self) -> Vec<Workload> {
+        let times = |(workload, times)| std::iter::repeat_n(workload, times as usize);
+        self.ran().into_iter().flat_map(times).collect()
+    }
+
+    /// Steps that earlier processes did.
+    pub fn began(&self) -> u64 {
+        self.began
     }
 
     /// So many steps of it.
@@ -200,7 +227,7 @@ impl<'a> Session<'a> {
     pub fn affords_a_step(&self, budget: &Budget) -> Result<bool> {
         let (settings, model) = (&self.settings, self.trainer.model.config());
         let steps = self.progress.steps - self.began + 1;
-        let mut all: Vec<_> = self.progress.finished.iter().map(|w| (w.clone(), 1)).collect();
+        let mut all = self.progress.finished.clone();
         all.push((settings.training(model, steps), 1));
         all.extend(self.evaluation());
         if self.progress.steps + 1 == settings.check_at() {
@@ -219,14 +246,16 @@ impl<'a> Session<'a> {
         let rate = self.settings.schedule.rate(self.progress.steps);
         let batches = self.batches();
         let texts: Vec<Labelled> = batches.iter().map(Batch::labelled).collect();
-        let meter = Meter::new(&self.ledger, Phase::Forward);
+        let observers = RefCell::new((&self.ledger, self.beside));
+        let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
         let found = self.trainer.gradients(meter, &texts)?;
         let taken = start.elapsed();
         if self.progress.steps + 1 == self.settings.check_at() {
             let (checks, seed) = (self.settings.checks, self.settings.seed);
             let check = check::run(meter, &mut self.trainer, &found, &texts, checks, seed)?;
-            self.progress.check = Some(check);
-            self.progress.finished.extend(self.settings.check(self.trainer.model.config()));
+            let ran = Settings { checks: check.slopes.len(), ..self.settings.clone() };
+            self.progress.finish(ran.check(self.trainer.model.config()));
+            self.progress.check = Some(check).filter(|check| !check.slopes.is_empty());
         }
         let start = std::time::Instant::now();
         let step = self.trainer.update(meter, found, rate)?;
@@ -263,11 +292,11 @@ impl<'a> Session<'a> {
     pub fn evaluate(&mut self, progress: impl FnMut(usize) -> Result<()>) -> Result<Option<f64>> {
         let Some(data) = self.held_out else { return Ok(None) };
         // An interrupted evaluation leaves no trace: its ops belong to no workload.
-        let ledger = RefCell::new(Ledger::default());
-        let meter = Meter::new(&ledger, Phase::Forward);
+        let observers = RefCell::new((Ledger::default(), self.beside));
+        let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
         let found = evaluate(meter, &self.trainer.model, data, self.settings.batch, progress)?;
-        self.ledger.borrow_mut().extend(ledger.into_inner());
-        self.progress.finished.extend(found.workloads);
+        self.ledger.borrow_mut().extend(observers.into_inner().0);
+        self.progress.finish(found.workloads);
         self.progress.evaluations.push(Point { step: self.progress.steps, loss: found.loss });
         Ok(Some(found.loss))
     }
@@ -282,6 +311,16 @@ impl<'a> Session<'a> {
 }
 
 impl Progress {
+    /// Keeps what ran and will not go on; the same workload again is only counted.
+    fn finish(&mut self, workloads: impl IntoIterator<Item = Workload>) {
+        for workload in workloads {
+            match self.finished.iter_mut().find(|(known, _)| *known == workload) {
+                Some((_, times)) => *times += 1,
+                None => self.finished.push((workload, 1)),
+            }
+        }
+    }
+
     /// Seconds of all steps.
     pub fn seconds(&self) -> f64 {
         self.step_seconds.iter().sum()

@@ -3,7 +3,7 @@
 use super::optimizer::{Hyper, Optimizer};
 use crate::{
     error::{Error, Result},
-    ledger::Phase,
+    ledger::{Dtype, Phase},
     meter::Meter,
     model::{KvCache, Labelled, Qwen2, Trained},
     ops::Gradients,
@@ -64,7 +64,7 @@ impl Trainer {
         }
         match loss.is_finite() {
             true => Ok((loss, sum)),
-            false => Err(not_finite(self.optimizer.steps() + 1, "loss", loss)),
+            false => Err(self.diverged("loss", loss)),
         }
     }
 
@@ -79,17 +79,22 @@ impl Trainer {
         (loss, gradients): (f64, Gradients),
         rate: f64,
     ) -> Result<Step> {
-        let step = self.optimizer.steps() + 1;
         let (gradient_norm, norms) =
             self.optimizer.step(meter, &mut self.model, gradients, rate)?;
         match gradient_norm.is_finite() {
             true => Ok(Step { loss, gradient_norm, norms }),
-            false => Err(not_finite(step, "gradients' norm", gradient_norm)),
+            false => Err(self.diverged("gradients' norm", gradient_norm)),
         }
+    }
+
+    fn diverged(&self, what: &str, value: f64) -> anyhow::Error {
+        let step = self.optimizer.steps() + 1;
+        diverged(&format!("{what} of step {step}"), value, self.model.dtype())
     }
 }
 
-fn not_finite(step: u64, what: &str, value: f64) -> anyhow::Error {
-    let why = format!("the {what} of step {step} is {value}; lower --lr, or use --dtype f32");
-    Error::Diverged(why).into()
+/// What went wrong, and what may help.
+pub(super) fn diverged(what: &str, value: f64, dtype: Dtype) -> anyhow::Error {
+    let narrow = if dtype == Dtype::F32 { "" } else { ", or use --dtype f32" };
+    Error::Diverged(format!("the {what} is {value}; lower --lr{narrow}")).into()
 }

@@ -34,6 +34,22 @@ pub(super) fn snapshot(id: &str) -> Result<PathBuf> {
     Err(fail(id, format!("this build has no hub support (feature `hub`); {WAYS_OUT}")))
 }
 
+/// The directory that [`snapshot`] returns, where the cache holds all of it.
+pub(super) fn cached(id: &str) -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return online::Hub::from_env().cached(id);
+    #[cfg(not(feature = "hub"))]
+    return snapshot(id).ok();
+}
+
+/// The cache's directory.
+pub(super) fn cache() -> Option<PathBuf> {
+    #[cfg(feature = "hub")]
+    return hf_hub::HFClientBuilder::new().build().ok().map(|client| client.cache_dir().into());
+    #[cfg(not(feature = "hub"))]
+    return None;
+}
+
 #[cfg(feature = "hub")]
 mod online {
     use std::{
@@ -77,11 +93,8 @@ mod online {
 
         pub(super) fn snapshot(&self, id: &str) -> Result<PathBuf> {
             let repo = self.repo(id).map_err(|e| fail(id, e))?;
-            let cached = repo.download_file().filename("config.json").local_files_only(true);
-            if let Some(dir) = cached.send().ok().as_deref().and_then(Path::parent)
-                && directory::complete(dir)
-            {
-                return Ok(dir.into());
+            if let Some(dir) = Self::whole(&repo) {
+                return Ok(dir);
             }
             if self.offline {
                 return Err(unreachable(id, "HF_HUB_OFFLINE is set"));
@@ -89,6 +102,16 @@ mod online {
             let dir = self.first_contact(&repo, id)?;
             download(&repo, &dir).map_err(|e| explain(id, &e))?;
             Ok(dir)
+        }
+
+        pub(super) fn cached(&self, id: &str) -> Option<PathBuf> {
+            Self::whole(&self.repo(id).ok()?)
+        }
+
+        /// The snapshot in the cache, where nothing of it is missing.
+        fn whole(repo: &Repo) -> Option<PathBuf> {
+            let file = repo.download_file().filename("config.json").local_files_only(true).send();
+            file.ok()?.parent().filter(|dir| directory::complete(dir)).map(Path::to_path_buf)
         }
 
         fn repo(&self, id: &str) -> Result<Repo, HFError> {

@@ -12,13 +12,13 @@ mod place;
 mod save;
 mod synthetic;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
 pub use self::{
     peft::{PeftAdapter, adapter_name, save_adapter},
-    save::{Named, read, save},
+    save::{Named, fingerprint, read, save},
     synthetic::synthetic,
 };
 use crate::{
@@ -96,6 +96,16 @@ pub fn open(spec: Option<&str>) -> Result<Checkpoint> {
         );
         Err(Error::flag("--model", why).into())
     }
+}
+
+/// Whether [`open`] without a spec would find a checkpoint without asking the hub.
+pub fn default_is_local() -> bool {
+    directory::holds_weights(Path::new(LOCAL)) || hub::cached(DEFAULT_MODEL).is_some()
+}
+
+/// Where hub checkpoints are kept; none in a build without the hub.
+pub fn hub_cache() -> Option<PathBuf> {
+    hub::cache()
 }
 
 fn open_path(path: &Path) -> Result<Checkpoint> {

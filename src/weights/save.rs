@@ -1,6 +1,6 @@
 //! Tensors to a safetensors file that appears whole or not at all, and back.
 
-use std::{borrow::Cow, collections::HashMap, fs, path::Path};
+use std::{borrow::Cow, collections::HashMap, fs, hash::Hasher, path::Path};
 
 use anyhow::Context;
 use memmap2::Mmap;
@@ -36,7 +36,8 @@ pub fn save(file: &Path, tensors: &[Named], metadata: HashMap<String, String>) -
     // The library has put another file in its place.
     fs::set_permissions(&temporary, permissions).with_context(name)?;
     fs::File::open(&temporary).and_then(|written| written.sync_all()).with_context(name)?;
-    temporary.persist(file).with_context(name)
+    // The library's own error names the system's twice.
+    temporary.persist(file).map_err(|e| e.error).with_context(name)
 }
 
 /// The system's own error, which the library's would say twice.
@@ -87,4 +88,12 @@ pub fn read(file: &Path) -> Result<(Vec<Named>, HashMap<String, String>)> {
         Ok(Named { name: name.into(), shape: view.shape().to_vec(), values })
     });
     Ok((tensors.collect::<Result<_>>()?, metadata))
+}
+
+/// A hash of `bytes` (FNV-1a, 64 bits) that stays the same from build to build, so that files can
+/// hold it.
+pub fn fingerprint(bytes: &[u8]) -> u64 {
+    let mut hasher = fnv::FnvHasher::default();
+    hasher.write(bytes);
+    hasher.finish()
 }

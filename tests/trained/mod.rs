@@ -1,5 +1,8 @@
 //! The trained weights, and the figures of independent programs.
 
+// Each test file uses its own part of these.
+#![allow(dead_code)]
+
 use std::{collections::HashMap, path::PathBuf};
 
 use candle_core::Device;

@@ -8,15 +8,16 @@
 
 use std::{
     fs,
-    hash::{DefaultHasher, Hash, Hasher},
+    hash::{Hash, Hasher},
     io::{self, Write},
     ops::Range,
     path::{Path, PathBuf},
 };
 
-use tempfile::NamedTempFile;
+use fnv::FnvHasher;
 
 use super::Dataset;
+use crate::{report::temporary_beside, weights};
 
 /// Names the format and its version.
 const MAGIC: &[u8; 8] = b"fadata-1";
@@ -45,17 +46,24 @@ impl Entry {
     pub(super) fn write(&self, dataset: &Dataset) -> io::Result<()> {
         let dir = self.file.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(dir)?;
-        let mut file = NamedTempFile::new_in(dir)?;
+        let mut file = temporary_beside(&self.file)?;
         file.write_all(&encode(dataset, self.key))?;
-        file.persist(&self.file)?;
+        file.persist(&self.file).map_err(|e| e.error)?;
         Ok(())
     }
 }
 
-pub(super) fn hash(value: impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
+fn hash(value: impl Hash) -> u64 {
+    let mut hasher = FnvHasher::default();
     value.hash(&mut hasher);
     hasher.finish()
+}
+
+/// Tells datasets of other tokens, rows or weights apart, whatever build asks.
+pub(super) fn fingerprint(dataset: &Dataset) -> u64 {
+    let mut bytes = encode(dataset, 0);
+    bytes.extend((dataset.seq as u64).to_le_bytes());
+    weights::fingerprint(&bytes)
 }
 
 fn encode(dataset: &Dataset, key: u64) -> Vec<u8> {

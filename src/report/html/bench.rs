@@ -1,0 +1,288 @@
+//! A benchmark: its points against the device's ceilings.
+
+use super::{
+    ceiling::{self, Placed},
+    chart::{Axis, Bar, Bars, Chart, Ink, Marks, Plot, Scale, Series, Words},
+    page::{Block, Cell, Figure, Notes, Section, Table, Verdict, rounded},
+};
+use crate::{
+    bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
+    error::Result,
+    report::{bytes, digits, human, rate, seconds},
+};
+
+/// The page of a benchmark.
+///
+/// # Errors
+/// None that drawing into memory gives.
+pub fn section(file: &str, report: &BenchReport) -> Result<Section> {
+    let BenchReport { kind, model, parameters, device, date, ceiling, points, .. } = report;
+    let placed: Vec<Placed> = points
+        .iter()
+        .enumerate()
+        .map(|(i, p)| Placed {
+            label: (i + 1).to_string(),
+            intensity: p.intensity,
+            flops_per_s: p.flops_per_s,
+            dtype: p.workload.dtype,
+        })
+        .collect();
+    let mut section = Section {
+        title: format!("Benchmark of {kind}"),
+        model: format!("{model}, {} parameters", digits(*parameters)),
+        about: vec![
+            format!("{}: {}", device.name, ceiling::device(device)),
+            format!("{date}; {} points, medians; FLOPs are 2·m·k·n of each matmul", points.len()),
+        ],
+        file: file.into(),
+        verdicts: verdicts(report),
+        figures: figures(report),
+        blocks: vec![],
+    };
+    if !points.is_empty() {
+        section.blocks.push(Block::Chart(speeds(report)?));
+        section.blocks.push(Block::Chart(ceiling::roofline(ceiling, &placed)?));
+    }
+    let curves = report.curves.iter().filter(|curve| !curve.points.is_empty());
+    for curve in curves.clone() {
+        section.blocks.push(Block::Chart(decode_curve(curve)?));
+    }
+    section.blocks.push(Block::Table(speed_table(report)));
+    section.blocks.push(Block::Table(use_table(report)));
+    section.blocks.push(Block::Table(ceiling::table(ceiling)));
+    let fits: Vec<_> = curves
+        .map(|curve| {
+            (curve.name.clone(), format!("{}; residual {}", fit(curve), share(curve.residual)))
+        })
+        .collect();
+    if !fits.is_empty() {
+        section.blocks.push(Block::Notes(Notes { title: "Fits".into(), notes: fits }));
+    }
+    Ok(section)
+}
+
+fn share(part: f64) -> String {
+    format!("{:.1} %", 100.0 * part)
+}
+
+fn verdicts(report: &BenchReport) -> Vec<Verdict> {
+    let BenchReport { kind, points, .. } = report;
+    let Some(best) = fastest(points) else {
+        return vec![Verdict::plain("Nothing was measured", "")];
+    };
+    let what = match best.bound {
+        Bound::Compute => "the measured matmul rate",
+        Bound::Memory => "the measured memory bandwidth",
+        Bound::Dispatch => "the measured dispatch rate",
+    };
+    let text = format!(
+        "{:.1} tokens/s, {} of the roofline",
+        best.tokens_per_s,
+        share(best.roofline_share)
+    );
+    let detail = format!("{kind}, {}; bound by {what}", name(report, best));
+    let unbalanced = points.iter().filter(|p| !p.balanced).count();
+    let audit = match unbalanced {
+        0 => Verdict::of(
+            true,
+            "Every point is audited",
+            "closed form = predicted = executed, for each of them",
+        ),
+        n => Verdict::of(
+            false,
+            "Not every audit balances",
+            format!("{n} of {} points", points.len()),
+        ),
+    };
+    vec![Verdict::plain(text, detail), audit]
+}
+
+fn fastest(points: &[Point]) -> Option<&Point> {
+    points.iter().max_by(|a, b| a.tokens_per_s.total_cmp(&b.tokens_per_s))
+}
+
+/// What tells a point from the others.
+fn name(report: &BenchReport, p: &Point) -> String {
+    let length = match report.kind {
+        Kind::Decode => format!("context {}", p.context),
+        Kind::Prefill | Kind::Train => format!("{} tokens", p.seq),
+    };
+    let lora = match p.workload.lora.rank {
+        0 => String::new(),
+        rank => format!(", LoRA rank {rank}"),
+    };
+    format!("{}, batch {}, {length}{lora}", p.workload.dtype.name(), p.batch)
+}
+
+fn figures(report: &BenchReport) -> Vec<Figure> {
+    let points = &report.points;
+    let most = |of: fn(&Point) -> Option<f64>| {
+        let with = points.iter().filter_map(|p| Some((p, of(p)?)));
+        with.max_by(|a, b| a.1.total_cmp(&b.1))
+    };
+    let mut figures = vec![];
+    if let Some(p) = fastest(points) {
+        let speed = rounded(p.tokens_per_s);
+        figures.push(Figure::new("Fastest", speed, "tokens/s", name(report, p)));
+    }
+    let shortest = points.iter().min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
+    if let Some(p) = shortest {
+        let time = seconds(p.seconds.median);
+        let (value, unit) = time.split_once(' ').unwrap_or((&time, ""));
+        let what = match report.kind {
+            Kind::Prefill => "First token after",
+            Kind::Decode => "Time per token",
+            Kind::Train => "Time per step",
+        };
+        figures.push(Figure::new(what, value, unit, name(report, p)));
+    }
+    if let Some((p, mfu)) = most(|p| Some(p.mfu_measured)) {
+        let note = format!("of the measured matmul rate; {}", name(report, p));
+        figures.push(Figure::new("Highest MFU", format!("{:.1}", 100.0 * mfu), "%", note));
+    }
+    if let Some((p, mfu)) = most(|p| p.mfu_datasheet) {
+        let note = format!("of the maker's figure; {}", name(report, p));
+        figures.push(Figure::new("Highest MFU", format!("{:.1}", 100.0 * mfu), "%", note));
+    }
+    if let Some((p, part)) = most(|p| p.bandwidth_use) {
+        let note = format!("{}/s; {}", bytes(p.bytes_per_s), name(report, p));
+        figures.push(Figure::new("Most bandwidth", format!("{:.1}", 100.0 * part), "%", note));
+    }
+    if let Some((p, tokens)) = most(|p| p.energy.map(|e| e.tokens_per_joule)) {
+        figures.push(Figure::new("Energy", format!("{tokens:.3}"), "tokens/J", name(report, p)));
+    }
+    figures
+}
+
+/// A bar a point.
+fn speeds(report: &BenchReport) -> Result<Chart> {
+    let bars = report.points.iter().enumerate().map(|(i, p)| {
+        let name = format!("{}. {}", i + 1, name(report, p));
+        let value = format!("{} · {}", rounded(p.tokens_per_s), share(p.roofline_share));
+        Bar::stacked(name, value, [(p.tokens_per_s, Ink::Series(0))])
+    });
+    let bars = Bars { bars: bars.collect(), linked: false };
+    let said = bars.bars.iter().map(|bar| format!("{}: {}", bar.name, bar.value));
+    let said = said.collect::<Vec<_>>().join("; ");
+    let units = "tokens/s and share of the roofline, by point";
+    Chart::bars(Words::new("Speed", units, said), vec![], &bars)
+}
+
+fn fit(curve: &Curve) -> String {
+    let mut parts = vec![seconds(curve.launch_s)];
+    parts.extend(curve.bytes_per_s.map(|rate| format!("bytes / {}/s", bytes(rate))));
+    parts.extend(curve.flops_per_s.map(|flops| format!("FLOPs / {}", rate(flops))));
+    format!("step = {}", parts.join(" + "))
+}
+
+/// Time per step by context, measured and fitted, a colour a batch.
+fn decode_curve(curve: &Curve) -> Result<Chart> {
+    let mut batches: Vec<u64> = curve.points.iter().map(|p| p.batch).collect();
+    batches.sort_unstable();
+    batches.dedup();
+    let mut series = vec![];
+    for (i, batch) in batches.iter().enumerate() {
+        let mut points: Vec<&CurvePoint> =
+            curve.points.iter().filter(|p| p.batch == *batch).collect();
+        points.sort_by_key(|point| point.context);
+        let ms = |of: fn(&CurvePoint) -> f64| {
+            points.iter().map(|p| (p.context as f64, 1e3 * of(p))).collect::<Vec<_>>()
+        };
+        let ink = Ink::Series(i as u8);
+        series.push(Series::new("", ink, Marks::Dashed, ms(|p| p.fitted_s)));
+        let name = format!("batch {batch}");
+        series.push(Series::new(&name, ink, Marks::Dots, ms(|p| p.measured_s)));
+    }
+    let said = curve.points.iter().map(|p| {
+        let (measured, fitted) = (seconds(p.measured_s), seconds(p.fitted_s));
+        format!("batch {}, context {}: {measured}, fitted {fitted}", p.batch, p.context)
+    });
+    let said = said.collect::<Vec<_>>().join("; ");
+    let said = format!("{}; residual {}; {said}", fit(curve), share(curve.residual));
+    let plot = Plot {
+        x: Axis { name: "tokens in the cache".into(), scale: Scale::Zero },
+        y: Axis { name: "ms a step".into(), scale: Scale::Zero },
+        series,
+    };
+    let title = format!("Decode curve, {}", curve.name);
+    let units = "milliseconds a step by context; dots are measured, dashes the fit";
+    Chart::plot(Words::new(&title, units, said), &plot)
+}
+
+/// Whether any point has adapters.
+fn adapted(report: &BenchReport) -> bool {
+    report.points.iter().any(|p| p.workload.lora.rank > 0)
+}
+
+/// The point's number and what tells it from the others.
+fn identity(report: &BenchReport, i: usize, p: &Point) -> Vec<Cell> {
+    let length = match report.kind {
+        Kind::Decode => p.context,
+        Kind::Prefill | Kind::Train => p.seq,
+    };
+    let mut cells = vec![Cell::count(i as u128 + 1), Cell::word(p.workload.dtype.name())];
+    cells.extend(adapted(report).then(|| Cell::count(p.workload.lora.rank as u128)));
+    cells.extend([p.batch, length].map(|n| Cell::count(n.into())));
+    cells
+}
+
+/// The columns of [`identity`].
+fn heads(report: &BenchReport) -> Vec<&'static str> {
+    let length = match report.kind {
+        Kind::Decode => "context",
+        Kind::Prefill | Kind::Train => "tokens",
+    };
+    let rank = adapted(report).then_some("rank");
+    ["point", "dtype"].into_iter().chain(rank).chain(["batch", length]).collect()
+}
+
+/// How fast, and how far the repetitions lie apart.
+fn speed_table(report: &BenchReport) -> Table {
+    let head = ["median", "fastest", "slowest", "tokens/s", "FLOPs a token", "FLOP/s", "MFU"];
+    let mut table = Table::new("Speed", 0, heads(report).into_iter().chain(head));
+    let time = |s: f64| Cell::figure(s, seconds(s));
+    table.rows.extend(report.points.iter().enumerate().map(|(i, p)| {
+        let mut cells = identity(report, i, p);
+        cells.extend([
+            time(p.seconds.median),
+            time(p.seconds.min),
+            time(p.seconds.max),
+            Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s)),
+            Cell::figure(p.flops_per_token, human(p.flops_per_token)),
+            Cell::figure(p.flops_per_s, human(p.flops_per_s)),
+            Cell::share(p.mfu_measured),
+        ]);
+        cells
+    }));
+    table
+}
+
+/// What the device was used for.
+fn use_table(report: &BenchReport) -> Table {
+    let energy = report.points.iter().any(|p| p.energy.is_some());
+    let head = ["FLOPs", "weights", "cache", "B/s", "of stream", "FLOP/B", "bound", "reached"];
+    let of_energy = energy.then_some(["tokens/J", "FLOP/J"]).into_iter().flatten();
+    let head = heads(report).into_iter().chain(head).chain(of_energy);
+    let mut table = Table::new("Use of the device", 0, head);
+    table.rows.extend(report.points.iter().enumerate().map(|(i, p)| {
+        let mut cells = identity(report, i, p);
+        cells.extend([
+            Cell::short(p.flops),
+            Cell::bytes(p.bytes.weights),
+            Cell::bytes(p.bytes.kv_cache),
+            Cell::figure(p.bytes_per_s, human(p.bytes_per_s)),
+            p.bandwidth_use.map_or(Cell::none(), Cell::share),
+            Cell::figure(p.intensity, format!("{:.2}", p.intensity)),
+            Cell::word(p.bound.name()),
+            Cell::share(p.roofline_share),
+        ]);
+        if energy {
+            let of =
+                |figure: Option<f64>| figure.map_or(Cell::none(), |x| Cell::figure(x, human(x)));
+            cells.push(of(p.energy.map(|e| e.tokens_per_joule)));
+            cells.push(of(p.energy.map(|e| e.flop_per_joule)));
+        }
+        cells
+    }));
+    table
+}
