@@ -160,7 +160,7 @@ impl Layer {
 }
 
 impl Linear {
-    fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
+    fn product<'a, 'm>(&'a self, meter: Meter<'m>) -> Product<'a, 'm> {
         let at = meter.at(Module::Proj(self.projection));
         Product { at, weight: &self.weight, bias: self.bias.as_ref() }
     }

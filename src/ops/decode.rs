@@ -44,9 +44,9 @@ pub struct Sizes {
 
 /// A weight (n, k) with its bias (n), and where its product is accounted for.
 #[derive(Clone, Copy)]
-pub struct Product<'a> {
+pub struct Product<'a, 'm> {
     /// The projection.
-    pub at: At<'a>,
+    pub at: At<'m>,
     /// (n, k)
     pub weight: &'a Tensor,
     /// (n)
@@ -55,9 +55,9 @@ pub struct Product<'a> {
 
 /// A norm's gain (D), its epsilon, and where it is accounted for.
 #[derive(Clone, Copy)]
-pub struct Norm<'a> {
+pub struct Norm<'a, 'm> {
     /// The norm.
-    pub at: At<'a>,
+    pub at: At<'m>,
     /// (D)
     pub gain: &'a Tensor,
     /// Added to the mean square.
@@ -316,7 +316,13 @@ impl Decoding {
     ///
     /// # Errors
     /// The device's.
-    pub fn gated(&self, norm: Norm, gate: Product, up: Product, at: At) -> Result<()> {
+    pub fn gated<'a, 'm>(
+        &self,
+        norm: Norm,
+        gate: Product<'a, 'm>,
+        up: Product<'a, 'm>,
+        at: At,
+    ) -> Result<()> {
         let weights = [gate.weight, up.weight];
         if self.sizes.batch <= few(self.dtype) {
             let (x, norm) = self.input(norm)?;
@@ -522,7 +528,10 @@ impl Decoding {
     }
 
     /// What products of normed x read: x and the norm, or what is normed already and none.
-    fn input<'a>(&self, norm: Norm<'a>) -> Result<(&candle_core::Tensor, Option<Norm<'a>>)> {
+    fn input<'a, 'm>(
+        &self,
+        norm: Norm<'a, 'm>,
+    ) -> Result<(&candle_core::Tensor, Option<Norm<'a, 'm>>)> {
         if self.sizes.batch <= NORMED_BY_EACH {
             return Ok((&self.x, Some(norm)));
         }
