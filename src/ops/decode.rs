@@ -480,9 +480,9 @@ impl Decoding {
         let gated = name == "project_gated";
         let mut ends = [0; 3];
         let mut end = 0;
-        for i in 0..3 {
+        for (i, last) in ends.iter_mut().enumerate() {
             end += products.get(i).map_or(0, |p| p.weight.dims()[0]);
-            ends[i] = end;
+            *last = end;
         }
         // Gate and up give one column together.
         let n = if gated { ends[0] } else { ends[2] };
