@@ -113,8 +113,8 @@ fn tables_csv_and_markdown_hold_every_point() {
     let lines: Vec<_> = csv.split_terminator("\r\n").collect();
     assert_eq!(lines.len(), 4);
     assert!(lines.iter().all(|line| line.split(',').count() == lines[0].split(',').count()));
-    assert!(lines[0].starts_with("dtype,lora_rank,batch,seq,context,samples,median_s"));
-    assert!(lines[3].starts_with("f32,0,1,1,64,24,"));
+    assert!(lines[0].starts_with("dtype,lora_rank,batch,seq,context,ops,samples,median_s"));
+    assert!(lines[3].starts_with("f32,0,1,1,64,") && lines[3].contains(",24,"));
     let markdown = std::fs::read_to_string(dir.path().join("points.md")).unwrap();
     assert_eq!(markdown.lines().count(), 5);
     assert!(markdown.starts_with("| dtype | batch | context | time per token |"));
@@ -168,6 +168,10 @@ fn compare_says_what_changed_beyond_the_noise() {
     let table = compare("after.json before.json");
     assert!(table.contains("slower") && table.contains("1 of 2 changed"), "{table}");
     assert!(compare("before.json after.json --noise 60").contains("0 of 2 changed"));
+    assert!(table.contains("on ") && table.contains("debug build"), "{table}");
+    let other = format!("bench decode --context 5 --json other.json {TINY}");
+    flopaudit(dir.path(), &other).assert().success();
+    refused(dir.path(), "bench compare before.json other.json", &["no workload is in both"]);
 }
 
 #[test]
@@ -190,6 +194,8 @@ fn what_cannot_be_is_refused() {
         ("prefill --ceiling none.json", vec!["none.json"]),
         ("prefill --device cuda:x", vec!["--device"]),
         ("compare none.json none.json", vec!["none.json"]),
+        ("decode --context 1..30000:+1 --batch 1..60000:+1", vec!["--context", "10000 points"]),
+        ("prefill --ceiling ceiling.json --threads 1024", vec!["ceiling.json", "1024 threads"]),
     ] {
         let preset = if args.starts_with("compare") { "" } else { "--preset tiny" };
         refused(dir, &format!("bench {args} {preset}"), &parts);
@@ -202,6 +208,53 @@ fn what_cannot_be_is_refused() {
     refused(dir, "bench prefill --preset tiny --ceiling other.json", &["is of Abacus"]);
     std::fs::write(dir.join("other.json"), text.replace("1e-9", "-1.0")).unwrap();
     refused(dir, "bench prefill --preset tiny --ceiling other.json", &["`dispatch_s` is -1"]);
+}
+
+#[test]
+fn points_that_are_done_are_kept() {
+    let dir = tmp();
+    ceiling(dir.path(), 1e15);
+    let file = dir.path().join("ceiling.json");
+    let mut low: Ceiling = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    low.matmul[1].flops_per_s = 1e3;
+    std::fs::write(&file, serde_json::to_string(&low).unwrap()).unwrap();
+    let line = format!("bench prefill --seq 4 --dtype f32,bf16 --json done.json {TINY}");
+    let out = flopaudit(dir.path(), &line).assert().code(2);
+    let stderr = String::from_utf8(out.get_output().stderr.clone()).unwrap();
+    assert!(stderr.contains("% of the measured bf16 matmul ceiling"), "{stderr}");
+    let report = BenchReport::read(&dir.path().join("done.json")).unwrap();
+    assert_eq!(report.points.len(), 1);
+    assert_eq!(report.points[0].workload.dtype, Dtype::F32);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn files_do_not_depend_on_who_reads_the_table() {
+    let dir = tmp();
+    ceiling(dir.path(), 1e15);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("flopaudit"));
+    let line = format!("bench prefill --seq 4 --csv a.csv --markdown a.md --json a.json {TINY}");
+    let status = command
+        .args(line.split_whitespace())
+        .current_dir(dir.path())
+        .stdout(full)
+        .stderr(std::process::Stdio::null())
+        .status();
+    assert_eq!(status.unwrap().code(), Some(2));
+    for name in ["a.csv", "a.md", "a.json"] {
+        assert!(dir.path().join(name).is_file(), "{name}");
+    }
+}
+
+#[test]
+fn tables_show_every_digit_on_request() {
+    let dir = tmp();
+    ceiling(dir.path(), 1e15);
+    let line = format!("bench decode --context 9 --exact {TINY}");
+    let out = flopaudit(dir.path(), &line).assert().success().get_output().stdout.clone();
+    // By hand, as above.
+    assert!(String::from_utf8(out).unwrap().contains(" 70,400 "));
 }
 
 /// The real thing: measured, kept, and taken by the next bench.

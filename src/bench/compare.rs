@@ -84,7 +84,7 @@ impl Comparison {
     /// Compares `after` with `before`, whose points are matched by their whole workload.
     ///
     /// # Errors
-    /// Benchmarks of different kinds.
+    /// Benchmarks of different kinds, or without a workload in common.
     pub fn new(before: &BenchReport, after: &BenchReport, noise: f64) -> Result<Self> {
         if before.kind != after.kind {
             let why = format!("one is of {}, the other of {}", before.kind, after.kind);
@@ -93,6 +93,9 @@ impl Comparison {
         let of = |points: &'_ [Point], workload: &Workload| {
             points.iter().position(|point| point.workload == *workload)
         };
+        if !after.points.iter().any(|point| of(&before.points, &point.workload).is_some()) {
+            return Err(Error::Usage("no workload is in both results".into()).into());
+        }
         let changes = after.points.iter().filter_map(|point| {
             let earlier = &before.points[of(&before.points, &point.workload)?];
             Some(Change::new(earlier, point, noise))

@@ -6,7 +6,7 @@
 //! cannot be told apart beside a constant; then fewer terms remain. Several batch sizes, which
 //! share the weights' bytes and not their FLOPs, tell them apart.
 
-use super::{Curve, CurvePoint, Point};
+use super::{Ceiling, Curve, CurvePoint, Point};
 use crate::report;
 
 /// Fewest points of a curve.
@@ -130,6 +130,14 @@ fn dot(a: &[f64; 3], b: &[f64; 3]) -> f64 {
 }
 
 impl Curve {
+    /// Whether a fitted rate is above what `ceiling` states: the terms are a sum, and what runs
+    /// beside something else takes less than its own time.
+    pub fn is_above(&self, ceiling: &Ceiling) -> bool {
+        let most = ceiling.matmul.iter().map(|rate| rate.flops_per_s).fold(0.0, f64::max);
+        self.flops_per_s.is_some_and(|rate| rate > most)
+            || self.bytes_per_s.is_some_and(|rate| rate > ceiling.stream.bytes_per_s)
+    }
+
     /// The fit as a sentence: `12.1 µs + bytes / 20.00 GB/s + FLOPs / 90.00 GFLOP/s`.
     pub fn formula(&self) -> String {
         let launch = (self.launch_s > 0.0).then(|| report::seconds(self.launch_s));

@@ -1,6 +1,6 @@
 //! `flopaudit bench`: a grid of workloads, timed, audited and held against the ceiling.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{io::Write, path::PathBuf, str::FromStr};
 
 use clap::{Args, Subcommand};
 
@@ -149,11 +149,14 @@ pub struct CompareArgs {
     /// And after
     after: PathBuf,
     /// Changes below this many percent are noise, whatever the samples say
-    #[arg(long, value_name = "PERCENT", default_value_t = 2.0)]
+    #[arg(long, value_name = "PERCENT", default_value_t = 2.0, allow_negative_numbers = true)]
     noise: f64,
     #[command(flatten)]
     output: OutputArgs,
 }
+
+/// Most points of a grid.
+const MOST_POINTS: usize = 10_000;
 
 /// Values of one dimension.
 #[derive(Debug, Clone)]
@@ -198,7 +201,7 @@ fn compare(args: CompareArgs) -> Result<()> {
     let output = args.output.open()?;
     let (before, after) = (BenchReport::read(&args.before)?, BenchReport::read(&args.after)?);
     let comparison = Comparison::new(&before, &after, args.noise / 100.0)?;
-    output.write_with(&comparison, || report::print_comparison(&comparison))
+    output.write_with(&comparison, || report::print_comparison(&before, &after, &comparison))
 }
 
 /// The opened outputs.
@@ -206,13 +209,15 @@ struct Outputs {
     json: Output,
     csv: Option<Target>,
     markdown: Option<Target>,
+    style: report::Figures,
 }
 
 impl Outputs {
     fn open<T: Args>(args: &Bench<T>) -> Result<Self> {
         let open = |file: &Option<PathBuf>| file.as_deref().map(Target::open).transpose();
         let (csv, markdown) = (open(&args.files.csv)?, open(&args.files.markdown)?);
-        let outputs = Self { json: args.output.open()?, csv, markdown };
+        let style = args.output.style();
+        let outputs = Self { json: args.output.open()?, csv, markdown, style };
         let [csv, markdown] = [&outputs.csv, &outputs.markdown].map(is_stdout);
         if usize::from(csv) + usize::from(markdown) + usize::from(!outputs.json.is_human()) > 1 {
             let flags = "--json, --csv, --markdown";
@@ -223,15 +228,21 @@ impl Outputs {
 
     fn write(self, report: &BenchReport) -> Result<()> {
         let human = !is_stdout(&self.csv) && !is_stdout(&self.markdown);
-        self.json
-            .write_with(report, || if human { report::print_bench(report) } else { Ok(()) })?;
-        if let Some(csv) = self.csv {
-            csv.write_with(|out| report::bench_csv(out, report))?;
+        // First the files: a reader of stdout that goes away must not cost them.
+        let mut files = [
+            self.csv.map(|to| (to, report::bench_csv as Format)),
+            self.markdown.map(|to| (to, report::bench_markdown as Format)),
+        ];
+        files.sort_by_key(|file| matches!(file, Some((Target::Stdout, _))));
+        for (to, format) in files.into_iter().flatten() {
+            to.write_with(|out| format(out, report))?;
         }
-        let markdown = self.markdown;
-        markdown.map_or(Ok(()), |file| file.write_with(|out| report::bench_markdown(out, report)))
+        let table = || if human { report::print_bench(report, self.style) } else { Ok(()) };
+        self.json.write_with(report, table)
     }
 }
+
+type Format = fn(&mut dyn Write, &BenchReport) -> Result<()>;
 
 fn is_stdout(target: &Option<Target>) -> bool {
     matches!(target, Some(Target::Stdout))
@@ -260,23 +271,33 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     let (warmup, samples) = plan.repetitions;
     let runner = Runner { warmup, samples, seed: grid.seed, energy: energy.as_ref(), tick: &tick };
     let mut points = vec![];
-    for &dtype in &plan.dtypes {
-        for lora in &plan.adapters {
-            let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: grid.seed };
-            let Checkpoint { config, weights, .. } = &checkpoint;
-            bar.set_message("loading weights");
-            let check = |_| interrupt.check();
-            let mut model = Qwen2::load(config, weights, &adapters, dtype, &opened, check)?;
-            for &(batch, length) in &plan.shapes {
-                let rank = lora.rank;
-                bar.set_message(format!("{} rank {rank}: {batch} x {length}", dtype.name()));
-                let (measured, back) = unit.run(&runner, model, batch, length)?;
-                model = back;
-                points.push(Point::new(unit.kind(), measured, &ceiling)?);
+    let load = |dtype, lora: &LoraConfig| {
+        let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: grid.seed };
+        let Checkpoint { config, weights, .. } = &checkpoint;
+        bar.set_message("loading weights");
+        Qwen2::load(config, weights, &adapters, dtype, &opened, |_| interrupt.check())
+    };
+    let mut measure = || -> Result<()> {
+        for &dtype in &plan.dtypes {
+            for lora in &plan.adapters {
+                let mut model = load(dtype, lora)?;
+                for &(batch, length) in &plan.shapes {
+                    let rank = lora.rank;
+                    bar.set_message(format!("{} rank {rank}: {batch} x {length}", dtype.name()));
+                    let (measured, back) = unit.run(&runner, model, batch, length)?;
+                    model = back;
+                    points.push(Point::new(unit.kind(), measured, &ceiling)?);
+                }
             }
         }
-    }
+        Ok(())
+    };
+    let ended = measure();
     bar.finish_and_clear();
+    if points.is_empty() {
+        return ended;
+    }
+    // Points that are done are worth having, however the grid ended.
     outputs.write(&BenchReport {
         schema_version: SCHEMA_VERSION,
         command: "bench".into(),
@@ -288,7 +309,8 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
         ceiling,
         curves: if unit.kind() == Kind::Decode { curves(&points) } else { vec![] },
         points,
-    })
+    })?;
+    ended
 }
 
 impl Unit {
@@ -383,11 +405,11 @@ impl Plan {
         };
         let default = u64::from(matches!(unit, Unit::Train { full: false, .. })) * 8;
         let ranks = args.lora_rank.as_ref().map_or(vec![default], |grid| grid.0.clone());
-        let adapters = ranks.into_iter().map(|rank| {
+        let adapters = ranks.iter().map(|&rank| {
             let rank = usize::try_from(rank).unwrap_or(usize::MAX);
             LoraConfig::new(config, rank, args.lora_alpha, &args.lora_targets)
         });
-        let adapters = adapters.collect::<Result<_>>()?;
+        let adapters = adapters.take(MOST_POINTS + 1).collect::<Result<_>>()?;
         let most = (config.max_position_embeddings as u64).saturating_sub(unit.new_tokens());
         if let Some(length) = lengths.0.iter().find(|&&length| length > most) {
             let positions = config.max_position_embeddings;
@@ -398,6 +420,13 @@ impl Plan {
         }
         if let Some(zero) = lengths.0.iter().find(|&&length| length == 0) {
             return Err(Error::flag(unit.flag(), format!("{zero} is below 1")).into());
+        }
+        let size = [args.batch.0.len(), lengths.0.len(), dtypes.len(), ranks.len()]
+            .into_iter()
+            .try_fold(1usize, |all, n| all.checked_mul(n));
+        if size.is_none_or(|size| size > MOST_POINTS) {
+            let why = format!("the grid has more than {MOST_POINTS} points");
+            return Err(Error::flag(format!("{}, --batch", unit.flag()), why).into());
         }
         let of_batch = |&batch: &u64| lengths.0.iter().map(move |&length| (batch, length));
         let shapes = args.batch.0.iter().flat_map(of_batch).collect();

@@ -48,7 +48,9 @@ pub fn run(args: Args) -> Result<()> {
     let interrupt = Interrupt::listen()?;
     let info = DeviceInfo::of(&opened, &args.device);
     let dtypes = if args.dtype.is_empty() { defaults(&args.device) } else { args.dtype };
+    let before = Ceiling::kept(&info);
     let ceiling = measure(&opened, info, &dtypes, args.repetitions.into(), &interrupt)?;
+    before.iter().for_each(|before| warn_of_a_fall(before, &ceiling));
     let kept = keep(&ceiling);
     output.write_with(&ceiling, || {
         report::print_ceiling(&ceiling)?;
@@ -73,8 +75,11 @@ pub fn obtain(
     if let Some(file) = file {
         let ceiling = Ceiling::read(file)?;
         let bad = |why: String| Err(Error::File { file: file.into(), why }.into());
-        if ceiling.device.name != info.name {
-            return bad(format!("is of {}; this is {}", ceiling.device.name, info.name));
+        // Another driver is worth a try; all else makes another ceiling.
+        let comparable = DeviceInfo { driver: info.driver.clone(), ..ceiling.device.clone() };
+        if comparable != info {
+            let [theirs, ours] = [&ceiling.device, &info].map(report::device_line);
+            return bad(format!("is of {theirs}; this is {ours}"));
         }
         return match dtypes.iter().find(|&&dtype| ceiling.flops_per_s(dtype).is_none()) {
             Some(dtype) => bad(format!("has no rate for {}", dtype.name())),
@@ -148,6 +153,21 @@ fn warn_of_noise(ceiling: &Ceiling) {
             "repetitions of the ceiling differ by {:.0} %: the machine was busy and can do more; \
              run `flopaudit ceiling` again with nothing beside it",
             100.0 * spread
+        ));
+    }
+}
+
+/// What was once reached can be reached again: much less says that something else ran throughout.
+fn warn_of_a_fall(before: &Ceiling, now: &Ceiling) {
+    let rates = now.matmul.iter().filter_map(|rate| {
+        Some((rate.dtype.name(), rate.flops_per_s / before.flops_per_s(rate.dtype)?))
+    });
+    let stream = ("the stream", now.stream.bytes_per_s / before.stream.bytes_per_s);
+    for (what, share) in rates.chain([stream]).filter(|(_, share)| *share < 1.0 - BUSY) {
+        warn(&format!(
+            "{what} reached {:.0} % of what it did on {}: is the machine busy?",
+            100.0 * share,
+            before.date
         ));
     }
 }

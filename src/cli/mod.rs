@@ -20,7 +20,7 @@ mod trace;
 mod train;
 mod workload;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::error::{Error, Result};
 
@@ -68,6 +68,9 @@ enum Command {
 
 /// clap's message in one line: what is wrong, without the usage that `--help` prints.
 pub fn usage_error(error: &clap::Error) -> Error {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return Error::Usage("a command is missing".into());
+    }
     let text = error.to_string();
     let wrong: Vec<&str> = text.lines().map(str::trim).take_while(|l| !l.is_empty()).collect();
     let wrong = wrong.join(" ");

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 
 use super::{
     describe,
-    figures::{bytes, digits, human, rate, seconds},
+    figures::{Figures, bytes, digits, human, rate, seconds},
     table::{FAINT, GOOD, align, new_table},
 };
 use crate::{
@@ -13,54 +13,56 @@ use crate::{
 };
 
 /// A column: its heading, and a point's cell.
-type Column = (&'static str, fn(&Point) -> String);
+type Column = (&'static str, fn(&Point, Figures) -> String);
 
 /// The columns that `report` fills.
 fn columns(report: &BenchReport) -> Vec<Column> {
     let any = |of: fn(&Point) -> bool| report.points.iter().any(of);
     let length: Column = match report.kind {
-        Kind::Decode => ("context", |p| p.context.to_string()),
-        Kind::Prefill | Kind::Train => ("seq", |p| p.seq.to_string()),
+        Kind::Decode => ("context", |p, _| p.context.to_string()),
+        Kind::Prefill | Kind::Train => ("seq", |p, _| p.seq.to_string()),
     };
-    let mut columns: Vec<Column> = vec![("dtype", |p| p.workload.dtype.name().into())];
+    let mut columns: Vec<Column> = vec![("dtype", |p, _| p.workload.dtype.name().into())];
     if any(|p| p.workload.lora.rank > 0) {
-        columns.push(("LoRA", |p| p.workload.lora.rank.to_string()));
+        columns.push(("LoRA", |p, _| p.workload.lora.rank.to_string()));
     }
-    columns.extend([("batch", (|p| p.batch.to_string()) as fn(&Point) -> String), length]);
+    columns
+        .extend([("batch", (|p, _| p.batch.to_string()) as fn(&Point, Figures) -> String), length]);
     columns.push((
         match report.kind {
             Kind::Prefill => "first token after",
             Kind::Decode => "time per token",
             Kind::Train => "time per step",
         },
-        |p| seconds(p.seconds.median),
+        |p, _| seconds(p.seconds.median),
     ));
-    columns.push(("IQR", |p| share((p.seconds.p75 - p.seconds.p25) / p.seconds.median)));
+    columns.push(("IQR", |p, _| share((p.seconds.p75 - p.seconds.p25) / p.seconds.median)));
     if report.kind == Kind::Decode && any(|p| p.predicted_s.is_some()) {
-        columns.push(("bytes alone", |p| p.predicted_s.map_or("-".into(), seconds)));
+        columns.push(("bytes alone", |p, _| p.predicted_s.map_or("-".into(), seconds)));
     }
     columns.extend([
-        ("tokens/s", (|p| figure(p.tokens_per_s)) as fn(&Point) -> String),
-        ("FLOPs/token", |p| human(p.flops_per_token)),
-        ("FLOP/s", |p| human(p.flops_per_s)),
-        ("MFU", |p| share(p.mfu_measured)),
+        ("tokens/s", (|p, _| figure(p.tokens_per_s)) as fn(&Point, Figures) -> String),
+        ("FLOPs/token", |p, style| style.count(p.flops_per_token.round() as u128)),
+        ("FLOP/s", |p, _| human(p.flops_per_s)),
+        ("MFU", |p, _| share(p.mfu_measured)),
     ]);
     if any(|p| p.mfu_datasheet.is_some()) {
-        columns.push(("of datasheet", |p| p.mfu_datasheet.map_or("-".into(), share)));
+        columns.push(("of datasheet", |p, _| p.mfu_datasheet.map_or("-".into(), share)));
     }
-    columns.push(("B/s", |p| human(p.bytes_per_s)));
+    columns.push(("B/s", |p, _| human(p.bytes_per_s)));
     if any(|p| p.bandwidth_use.is_some()) {
-        columns.push(("of stream", |p| p.bandwidth_use.map_or("-".into(), share)));
+        columns.push(("of stream", |p, _| p.bandwidth_use.map_or("-".into(), share)));
     }
     columns.extend([
-        ("FLOP/B", (|p| figure(p.intensity)) as fn(&Point) -> String),
-        ("bound", |p| p.bound.name().into()),
-        ("reached", |p| share(p.roofline_share)),
-        ("tokens/s/TFLOP", |p| figure(p.tokens_per_s_per_tflop)),
+        ("FLOP/B", (|p, _| figure(p.intensity)) as fn(&Point, Figures) -> String),
+        ("bound", |p, _| p.bound.name().into()),
+        ("reached", |p, _| share(p.roofline_share)),
+        ("tokens/s/TFLOP", |p, _| figure(p.tokens_per_s_per_tflop)),
     ]);
     if any(|p| p.energy.is_some()) {
-        columns.push(("tokens/J", |p| p.energy.map_or("-".into(), |e| figure(e.tokens_per_joule))));
-        columns.push(("FLOP/J", |p| p.energy.map_or("-".into(), |e| human(e.flop_per_joule))));
+        columns
+            .push(("tokens/J", |p, _| p.energy.map_or("-".into(), |e| figure(e.tokens_per_joule))));
+        columns.push(("FLOP/J", |p, _| p.energy.map_or("-".into(), |e| human(e.flop_per_joule))));
     }
     columns
 }
@@ -82,25 +84,32 @@ fn figure(x: f64) -> String {
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print_bench(report: &BenchReport) -> Result<()> {
+pub fn print_bench(report: &BenchReport, style: Figures) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
-    render_bench(&mut anstream::stdout().lock(), report, unicode)
+    render_bench(&mut anstream::stdout().lock(), report, style, unicode)
 }
 
 /// Writes `report`, with ANSI colour, to `out`.
 ///
 /// # Errors
 /// What `out` reports.
-pub fn render_bench(out: &mut impl Write, report: &BenchReport, unicode: bool) -> Result<()> {
-    let BenchReport { kind, model, parameters, points, ceiling, .. } = report;
+pub fn render_bench(
+    out: &mut impl Write,
+    report: &BenchReport,
+    style: Figures,
+    unicode: bool,
+) -> Result<()> {
+    let BenchReport { kind, model, parameters, points, ceiling, device, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
-    writeln!(out, "workload  {kind}, {} points, medians", points.len())?;
+    let points_of = if points.len() == 1 { "point" } else { "points" };
+    writeln!(out, "workload  {kind}, {} {points_of}, medians", points.len())?;
+    writeln!(out, "device    {}", device_line(device))?;
     ceiling_lines(out, ceiling)?;
     let columns = columns(report);
     let mut table = new_table(unicode);
     table.set_header(columns.iter().map(|(heading, _)| *heading));
     for point in points {
-        table.add_row(columns.iter().map(|(_, cell)| cell(point)));
+        table.add_row(columns.iter().map(|(_, cell)| cell(point, style)));
     }
     align(&mut table, 1);
     writeln!(out, "\n{}\n", table.trim_fmt())?;
@@ -122,6 +131,13 @@ pub fn render_bench(out: &mut impl Write, report: &BenchReport, unicode: bool) -
             curve.formula(),
             share(curve.residual)
         )?;
+        if curve.is_above(ceiling) {
+            writeln!(
+                out,
+                "{FAINT}          a rate above its ceiling: that part of the time is hidden behind \
+                 the rest{FAINT:#}"
+            )?;
+        }
     }
     Ok(())
 }
@@ -131,7 +147,9 @@ pub fn render_bench(out: &mut impl Write, report: &BenchReport, unicode: bool) -
 /// # Errors
 /// A closed pipe.
 pub fn print_ceiling(ceiling: &Ceiling) -> Result<()> {
-    ceiling_lines(&mut anstream::stdout().lock(), ceiling)
+    let mut out = anstream::stdout().lock();
+    writeln!(out, "device    {}", device_line(&ceiling.device))?;
+    ceiling_lines(&mut out, ceiling)
 }
 
 /// Prints one line to standard output.
@@ -143,8 +161,7 @@ pub fn print_line(line: &str) -> Result<()> {
 }
 
 fn ceiling_lines(out: &mut impl Write, ceiling: &Ceiling) -> Result<()> {
-    let Ceiling { device, date, matmul, stream, dispatch_s, datasheet, .. } = ceiling;
-    writeln!(out, "device    {}", device_line(device))?;
+    let Ceiling { date, matmul, stream, dispatch_s, datasheet, .. } = ceiling;
     writeln!(out, "ceiling   measured {date}")?;
     for found in matmul {
         let (name, flops) = (found.dtype.name(), rate(found.flops_per_s));
@@ -169,20 +186,33 @@ fn ceiling_lines(out: &mut impl Write, ceiling: &Ceiling) -> Result<()> {
     Ok(())
 }
 
-fn device_line(device: &DeviceInfo) -> String {
+/// A device in one line.
+pub fn device_line(device: &DeviceInfo) -> String {
     let DeviceInfo { name, kind, driver, threads, build, .. } = device;
     let driver = driver.as_ref().map_or(String::new(), |driver| format!(", driver {driver}"));
-    let threads = threads.map_or(String::new(), |n| format!(", {n} threads"));
+    let threads = threads.map_or(String::new(), |n| match n {
+        1 => ", 1 thread".into(),
+        n => format!(", {n} threads"),
+    });
     format!("{name} ({kind}{threads}{driver}), {build} build")
 }
 
-/// Prints `comparison` to standard output.
+/// Prints the `comparison` of `before` and `after` to standard output.
 ///
 /// # Errors
 /// A closed pipe.
-pub fn print_comparison(comparison: &Comparison) -> Result<()> {
+pub fn print_comparison(
+    before: &BenchReport,
+    after: &BenchReport,
+    comparison: &Comparison,
+) -> Result<()> {
     let unicode = std::io::stdout().is_terminal();
     let mut out = anstream::stdout().lock();
+    for (name, side) in [("before", before), ("after", after)] {
+        writeln!(out, "{name:<9} {}, {}", side.date, side.model)?;
+        writeln!(out, "          on {}", device_line(&side.device))?;
+    }
+    writeln!(out)?;
     let mut table = new_table(unicode);
     table.set_header(["workload", "before", "after", "ratio", "95 % interval", "verdict"]);
     for change in &comparison.changes {
@@ -227,7 +257,11 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
     let rule = columns.iter().enumerate().map(|(i, _)| if i == 0 { "---" } else { "---:" });
     writeln!(out, "{}", row(rule.map(String::from).collect()))?;
     for point in &report.points {
-        writeln!(out, "{}", row(columns.iter().map(|(_, cell)| cell(point)).collect()))?;
+        writeln!(
+            out,
+            "{}",
+            row(columns.iter().map(|(_, cell)| cell(point, Figures::Human)).collect())
+        )?;
     }
     Ok(())
 }
@@ -235,12 +269,13 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
 /// A field of the CSV: its name, and a point's value; empty where there is none.
 type Field = (&'static str, fn(&Point) -> String);
 
-const FIELDS: [Field; 32] = [
+const FIELDS: [Field; 34] = [
     ("dtype", |p| p.workload.dtype.name().into()),
     ("lora_rank", |p| p.workload.lora.rank.to_string()),
     ("batch", |p| p.batch.to_string()),
     ("seq", |p| p.seq.to_string()),
     ("context", |p| p.context.to_string()),
+    ("ops", |p| p.ops.to_string()),
     ("samples", |p| p.seconds.samples.len().to_string()),
     ("median_s", |p| p.seconds.median.to_string()),
     ("min_s", |p| p.seconds.min.to_string()),
@@ -266,6 +301,7 @@ const FIELDS: [Field; 32] = [
     ("bound", |p| p.bound.name().into()),
     ("roofline_share", |p| p.roofline_share.to_string()),
     ("tokens_per_s_per_tflop", |p| p.tokens_per_s_per_tflop.to_string()),
+    ("joules", |p| optional(p.energy.map(|e| e.joules))),
     ("tokens_per_joule", |p| optional(p.energy.map(|e| e.tokens_per_joule))),
     ("flop_per_joule", |p| optional(p.energy.map(|e| e.flop_per_joule))),
 ];

@@ -13,8 +13,8 @@ mod training;
 mod waterfall;
 
 pub use bench::{
-    bench_csv, bench_markdown, print_bench, print_ceiling, print_comparison, print_line,
-    render_bench,
+    bench_csv, bench_markdown, device_line, print_bench, print_ceiling, print_comparison,
+    print_line, render_bench,
 };
 pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
 pub use plan::print_plan;
