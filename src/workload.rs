@@ -282,22 +282,7 @@ impl Workload {
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
     /// logits with their f32 copy. In training, layer upon layer, what gradients will read.
     pub fn activations_bytes(&self) -> u128 {
-        let (batch, seq, held, head_rows) = match self.task {
-            Task::Forward { batch, seq, past, logits: Logits::All } => {
-                (batch, seq, past + seq, batch * seq)
-            }
-            Task::Forward { batch, seq, past, .. } => (batch, seq, past + seq, batch),
-            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache: false, .. } => {
-                (batch, prompt_tokens + new_tokens - 1, prompt_tokens + new_tokens - 1, batch)
-            }
-            Task::Generate { batch, prompt_tokens, .. } => {
-                (batch, prompt_tokens, prompt_tokens, batch)
-            }
-            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq, .. } => {
-                (batch, seq, seq, (batch * seq).min(LOSS_ROWS as u64))
-            }
-        };
-        let [batch, seq, held, head_rows] = [batch, seq, held, head_rows].map(u128::from);
+        let [batch, seq, held, head_rows] = self.largest_pass();
         let model = &self.model;
         let (rows, layers) = (batch * seq, model.num_hidden_layers as u128);
         let of_heads = batch * model.num_attention_heads as u128 * seq * held;
@@ -315,5 +300,32 @@ impl Workload {
         let bytes = u128::from(self.dtype.bytes());
         let logits = head_rows * model.vocab_size as u128 * (bytes + 4);
         (once + layered) * bytes + logits
+    }
+
+    /// Of which scores and their mask, which a kernel for all of attention never holds.
+    pub fn scores_bytes(&self) -> u128 {
+        let [batch, seq, held, _] = self.largest_pass();
+        let of_heads = batch * self.model.num_attention_heads as u128 * seq * held;
+        (2 * of_heads + seq * held) * u128::from(self.dtype.bytes())
+    }
+
+    /// (sequences, tokens fed, tokens held after it, rows of logits at once) of the largest pass.
+    fn largest_pass(&self) -> [u128; 4] {
+        let (batch, seq, held, head_rows) = match self.task {
+            Task::Forward { batch, seq, past, logits: Logits::All } => {
+                (batch, seq, past + seq, batch * seq)
+            }
+            Task::Forward { batch, seq, past, .. } => (batch, seq, past + seq, batch),
+            Task::Generate { batch, prompt_tokens, new_tokens, kv_cache: false, .. } => {
+                (batch, prompt_tokens + new_tokens - 1, prompt_tokens + new_tokens - 1, batch)
+            }
+            Task::Generate { batch, prompt_tokens, .. } => {
+                (batch, prompt_tokens, prompt_tokens, batch)
+            }
+            Task::Train { batch, seq, .. } | Task::Evaluate { batch, seq, .. } => {
+                (batch, seq, seq, (batch * seq).min(LOSS_ROWS as u64))
+            }
+        };
+        [batch, seq, held, head_rows].map(u128::from)
     }
 }

@@ -4,9 +4,9 @@
 #[cfg(feature = "cuda")]
 mod gpu {
     use candle_core::{Device, cuda_backend::cudarc::driver::sys};
-    use nvml_wrapper::Nvml;
+    use nvml_wrapper::{Nvml, enum_wrappers::device::Clock};
 
-    use crate::bench::DeviceInfo;
+    use crate::bench::{Clocks, DeviceInfo};
 
     /// The driver's library, by the name that it is installed under.
     const LIBRARY: &str = if cfg!(windows) { "nvml.dll" } else { "libnvidia-ml.so.1" };
@@ -54,6 +54,13 @@ mod gpu {
             let device = self.nvml.device_by_uuid(self.uuid.as_str()).ok()?;
             Some(device.total_energy_consumption().ok()? as f64 / 1e3)
         }
+
+        /// The clocks as they are now.
+        pub fn clocks(&self) -> Option<Clocks> {
+            let device = self.nvml.device_by_uuid(self.uuid.as_str()).ok()?;
+            let [sm_mhz, memory_mhz] = [Clock::SM, Clock::Memory].map(|c| device.clock_info(c));
+            Some(Clocks { sm_mhz: sm_mhz.ok()?, memory_mhz: memory_mhz.ok()? })
+        }
     }
 }
 
@@ -61,7 +68,7 @@ mod gpu {
 mod gpu {
     use candle_core::Device;
 
-    use crate::bench::DeviceInfo;
+    use crate::bench::{Clocks, DeviceInfo};
 
     pub fn info(_: &Device, kind: &str, build: String) -> DeviceInfo {
         let name = "CUDA".into();
@@ -84,6 +91,10 @@ mod gpu {
         }
 
         pub fn joules(&self) -> Option<f64> {
+            None
+        }
+
+        pub fn clocks(&self) -> Option<Clocks> {
             None
         }
     }

@@ -34,8 +34,8 @@ impl Point {
         let unit = Unit::of(kind, &measured)?;
         let dtype = measured.workload.dtype;
         let bytes = measured.ledger.traffic(|phase| kind.counts(phase)).per(measured.units);
-        let Measured { workload, samples, joules, .. } = measured;
-        let units = samples.len() as f64;
+        let Measured { workload, samples, joules, clocks, .. } = measured;
+        let (units, busy) = (samples.len() as f64, samples.iter().sum::<f64>());
         let seconds = Seconds::of(samples)?;
         let time = seconds.median;
 
@@ -89,7 +89,9 @@ impl Point {
                 joules: joules / units,
                 tokens_per_joule: unit.tokens as f64 * units / joules,
                 flop_per_joule: unit.flops as f64 * units / joules,
+                watts: joules / busy,
             }),
+            clocks,
             seconds,
             balanced: true,
         };
@@ -231,7 +233,7 @@ mod tests {
         let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
         let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
         let samples = vec![1.0, 1.0];
-        Measured { workload, samples, joules: Some(4.0), ledger, units: 2, audit }
+        Measured { workload, samples, joules: Some(4.0), clocks: None, ledger, units: 2, audit }
     }
 
     fn point(ceiling: &Ceiling) -> Result<Point> {
@@ -259,7 +261,7 @@ mod tests {
         assert_eq!(point.tokens_per_s_per_tflop, 5e7);
         let energy = point.energy.unwrap();
         assert_eq!((energy.joules, energy.tokens_per_joule), (2.0, 0.5));
-        assert_eq!(energy.flop_per_joule, 5000.0);
+        assert_eq!((energy.flop_per_joule, energy.watts), (5000.0, 2.0));
     }
 
     #[test]

@@ -23,7 +23,8 @@ pub use curve::curves;
 pub use datasheet::{Datasheet, Peak};
 pub use device::DeviceInfo;
 pub use point::{
-    BenchReport, Bound, Curve, CurvePoint, Energy, Kind, Limits, Point, SCHEMA_VERSION, Seconds,
+    BenchReport, Bound, Clocks, Curve, CurvePoint, Energy, Kind, Limits, Point, SCHEMA_VERSION,
+    Seconds,
 };
 pub use probe::Probe;
 pub use run::{Measured, Runner};

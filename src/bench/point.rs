@@ -167,6 +167,9 @@ pub struct Point {
     pub tokens_per_s_per_tflop: f64,
     /// What the device drew, where it tells.
     pub energy: Option<Energy>,
+    /// Clocks, where the device tells.
+    #[serde(default)]
+    pub clocks: Option<Clocks>,
     /// Whether closed form, prediction and execution agreed on what ran.
     pub balanced: bool,
 }
@@ -255,6 +258,18 @@ pub struct Energy {
     pub tokens_per_joule: f64,
     /// FLOPs for each of them.
     pub flop_per_joule: f64,
+    /// Power over the timed units, in watts.
+    pub watts: f64,
+}
+
+/// Clocks of a GPU at the end of the timed units, in MHz: below what they were for a ceiling, the
+/// same work takes longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clocks {
+    /// Of the multiprocessors.
+    pub sm_mhz: u32,
+    /// Of the memory.
+    pub memory_mhz: u32,
 }
 
 /// Time per decoding step fitted over batches and contexts:

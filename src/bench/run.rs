@@ -4,7 +4,7 @@ use std::{cell::RefCell, time::Instant};
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::EnergyCounter;
+use super::{Clocks, EnergyCounter};
 use crate::{
     analytic,
     audit::Audit,
@@ -42,6 +42,8 @@ pub struct Measured {
     pub samples: Vec<f64>,
     /// Joules of the timed units together.
     pub joules: Option<f64>,
+    /// Clocks right after them.
+    pub clocks: Option<Clocks>,
     /// Everything that ran, warm-up and setup among it.
     pub ledger: Ledger,
     /// Units that ran, warm-up among them.
@@ -54,6 +56,7 @@ pub struct Measured {
 struct Timed {
     samples: Vec<f64>,
     joules: Option<f64>,
+    clocks: Option<Clocks>,
 }
 
 impl Runner<'_> {
@@ -184,8 +187,9 @@ impl Runner<'_> {
             samples.push(unit()?);
             (self.tick)()?;
         }
+        let clocks = self.energy.and_then(EnergyCounter::clocks);
         let joules = joules().zip(before).map(|(after, before)| after - before);
-        Ok(Timed { samples, joules })
+        Ok(Timed { samples, joules, clocks })
     }
 
     /// Draws so many random tokens.
@@ -201,8 +205,8 @@ impl Runner<'_> {
     }
 
     fn measured(&self, workload: Workload, timed: Timed, ledger: Ledger, audit: Audit) -> Measured {
-        let Timed { samples, joules } = timed;
-        Measured { workload, samples, joules, ledger, units: self.units() as u64, audit }
+        let Timed { samples, joules, clocks } = timed;
+        Measured { workload, samples, joules, clocks, ledger, units: self.units() as u64, audit }
     }
 }
 

@@ -5,8 +5,9 @@ use candle_core::Device;
 use super::device;
 use crate::{
     error::{Error, Result},
+    ops::is_one_kernel,
     report::bytes,
-    workload::Workload,
+    workload::{Task, Workload},
 };
 
 /// Has memory that ops free serve the next ones, in place of going back to the system: clearing
@@ -26,10 +27,13 @@ pub fn keep_freed() {
 /// # Errors
 /// A workload that needs more. Where the system does not tell, nothing is refused.
 pub fn check(workload: &Workload, device: &Device) -> Result<()> {
+    let has_gradients = matches!(workload.task, Task::Train { .. });
+    let fused = device.is_cuda() && is_one_kernel(workload.dtype, workload.model.head_dim());
+    let spared = if fused && !has_gradients { workload.scores_bytes() } else { 0 };
     let parts = [
         ("weights", workload.weights_bytes()),
         ("KV cache", workload.kv_cache_bytes()),
-        ("activations", workload.activations_bytes()),
+        ("activations", workload.activations_bytes() - spared),
         ("gradients and moments", workload.training_bytes()),
         ("a step's tokens", workload.tokens_bytes()),
     ];

@@ -40,6 +40,12 @@ pub fn attention(
     merge_heads(&mixed.reshape((batch, heads, seq, d))?)
 }
 
+/// Whether a GPU runs all of it in one kernel in such a type, where no gradient is wanted: scores
+/// are then never held.
+pub fn is_one_kernel(dtype: Dtype, head_dim: usize) -> bool {
+    dtype == Dtype::BF16 && matches!(head_dim, 64 | 128)
+}
+
 /// Those that take all of it at once.
 fn kernels(at: At, q: &Tensor, k: &Tensor, v: &Tensor) -> Option<Kernels> {
     let taped = at.is_taped() && [q, k, v].iter().any(|t| t.needs_gradient());
@@ -49,8 +55,7 @@ fn kernels(at: At, q: &Tensor, k: &Tensor, v: &Tensor) -> Option<Kernels> {
         let dense = stride[3] == 1 && stride[2] == dims[3] && stride[0] == dims[1] * stride[1];
         dense && t.data.layout().start_offset().is_multiple_of(8)
     };
-    let serves = q.dtype().ok()? == Dtype::BF16
-        && matches!(q.dims().last(), Some(64 | 128))
+    let serves = is_one_kernel(q.dtype().ok()?, *q.dims().last()?)
         && q.dims()[0] <= 65_535
         && by_head(k)
         && by_head(v)

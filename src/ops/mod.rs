@@ -21,7 +21,7 @@ mod sample;
 mod softmax;
 mod tape;
 
-pub use attention::attention;
+pub use attention::{attention, is_one_kernel};
 pub use decode::{Decoding, Norm, Product, Sizes};
 pub use elementwise::{add, gated, mul, scale, silu};
 pub use embed::embed;

@@ -63,6 +63,10 @@ fn columns(report: &BenchReport) -> Vec<Column> {
         columns
             .push(("tokens/J", |p, _| p.energy.map_or("-".into(), |e| figure(e.tokens_per_joule))));
         columns.push(("FLOP/J", |p, _| p.energy.map_or("-".into(), |e| human(e.flop_per_joule))));
+        columns.push(("W", |p, _| p.energy.map_or("-".into(), |e| figure(e.watts))));
+    }
+    if any(|p| p.clocks.is_some()) {
+        columns.push(("SM MHz", |p, _| p.clocks.map_or("-".into(), |c| c.sm_mhz.to_string())));
     }
     columns
 }
@@ -269,7 +273,7 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
 /// A field of the CSV: its name, and a point's value; empty where there is none.
 type Field = (&'static str, fn(&Point) -> String);
 
-const FIELDS: [Field; 34] = [
+const FIELDS: [Field; 37] = [
     ("dtype", |p| p.workload.dtype.name().into()),
     ("lora_rank", |p| p.workload.lora.rank.to_string()),
     ("batch", |p| p.batch.to_string()),
@@ -304,6 +308,9 @@ const FIELDS: [Field; 34] = [
     ("joules", |p| optional(p.energy.map(|e| e.joules))),
     ("tokens_per_joule", |p| optional(p.energy.map(|e| e.tokens_per_joule))),
     ("flop_per_joule", |p| optional(p.energy.map(|e| e.flop_per_joule))),
+    ("watts", |p| optional(p.energy.map(|e| e.watts))),
+    ("sm_mhz", |p| optional(p.clocks.map(|c| c.sm_mhz.into()))),
+    ("memory_mhz", |p| optional(p.clocks.map(|c| c.memory_mhz.into()))),
 ];
 
 fn optional(figure: Option<f64>) -> String {
