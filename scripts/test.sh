@@ -16,4 +16,9 @@ export FLOPAUDIT_WEIGHTS
 python3 scripts/witness/test.py
 cargo test "$@"
 
+# A GPU's session, rehearsed where there is none: each step must run, and each audit balance.
+rehearsal=target/gpu-rehearsal
+DEVICE=cpu PRESET=tiny FLOPAUDIT=$PWD/target/debug/flopaudit scripts/gpu-session.sh "$rehearsal"
+awk -F '\t' '$2 != 0 { print "rehearsal: " $1 " failed"; bad = 1 } END { exit bad }' "$rehearsal/steps.tsv"
+
 scripts/report-browser.sh
