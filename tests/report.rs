@@ -290,6 +290,26 @@ fn a_bad_place_for_the_page_fails_before_anything_is_read() {
 }
 
 #[test]
+fn no_spelling_of_a_file_to_read_is_written_over() {
+    let dir = tmp();
+    let dir = dir.path();
+    made(dir, "run", "audit forward --preset tiny --seq 4");
+    fs::create_dir(dir.join("sub")).unwrap();
+    let before = fs::read_to_string(dir.join("run.json")).unwrap();
+    let whole = format!("report run.json -o {}", dir.join("run.json").display());
+    for args in ["report ./run.json -o run.json", "report run.json -o sub/../run.json", &whole] {
+        refused(dir, args, &["--out"]);
+    }
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("run.json", dir.join("link.json")).unwrap();
+        refused(dir, "report run.json -o link.json", &["--out"]);
+        refused(dir, "report link.json -o run.json", &["--out"]);
+    }
+    assert_eq!(fs::read_to_string(dir.join("run.json")).unwrap(), before);
+}
+
+#[test]
 fn the_page_goes_to_stdout_where_asked() {
     let dir = tmp();
     made(dir.path(), "run", "audit forward --preset tiny --seq 4");
