@@ -1,8 +1,14 @@
 //! A finished run, read back from its JSON.
 
-use std::path::Path;
+use std::{fmt, path::Path};
 
-use serde::Deserialize;
+use serde::{
+    Deserialize,
+    de::{
+        MapAccess, SeqAccess, Visitor,
+        value::{MapAccessDeserializer, SeqAccessDeserializer},
+    },
+};
 
 use super::SCHEMA_VERSION;
 use crate::{
@@ -94,18 +100,26 @@ impl FinishedRun {
     }
 }
 
-/// One workload, or a list of them.
+/// One workload, or a list of them. A visitor, for an untagged enum would not tell which key is at
+/// fault.
 pub(super) fn one_or_many<'de, D: serde::Deserializer<'de>>(
     d: D,
 ) -> Result<Vec<Workload>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany {
-        One(Box<Workload>),
-        Many(Vec<Workload>),
+    struct OneOrMany;
+    impl<'de> Visitor<'de> for OneOrMany {
+        type Value = Vec<Workload>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a workload, or a list of them")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Vec<Workload>, A::Error> {
+            Ok(vec![Workload::deserialize(MapAccessDeserializer::new(map))?])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Vec<Workload>, A::Error> {
+            Vec::deserialize(SeqAccessDeserializer::new(list))
+        }
     }
-    Ok(match OneOrMany::deserialize(d)? {
-        OneOrMany::One(workload) => vec![*workload],
-        OneOrMany::Many(workloads) => workloads,
-    })
+    d.deserialize_any(OneOrMany)
 }
