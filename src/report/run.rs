@@ -51,8 +51,12 @@ impl FinishedRun {
     pub fn read(file: &Path) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
         let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let none = |why: String| bad(format!("is no finished run: {why}"));
+        let mut json = serde_json::Deserializer::from_str(&text);
+        // With the key at fault.
         let run: Self =
-            serde_json::from_str(&text).map_err(|e| bad(format!("is no finished run: {e}")))?;
+            serde_path_to_error::deserialize(&mut json).map_err(|e| none(e.to_string()))?;
+        json.end().map_err(|e| none(e.to_string()))?;
         if run.schema_version != SCHEMA_VERSION {
             let found = run.schema_version;
             return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
