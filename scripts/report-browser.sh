@@ -58,6 +58,17 @@ make plan plan examples/budget.toml
 make reconcile reconcile --from 6nd --to torch --prices matmul train --batch 4 --lora-rank 8
 # Real ones of one machine: measuring here would take minutes.
 cp tests/report/*.json "$json/"
+# The same as a larger grid: three times the points, the second time faster and in cache; and its first ten.
+node -e '
+const bench = JSON.parse(require("fs").readFileSync(0));
+const { points } = bench;
+const again = (p, n) => ({ ...p, flops_per_s: n * p.flops_per_s, intensity: n * p.intensity });
+const cached = p => ({ ...p, bandwidth_use: null, limits: { ...p.limits, memory_s: null } });
+bench.points = [points, points.map(p => cached(again(p, 2))), points.map(p => again(p, 1.02))].flat();
+console.log(JSON.stringify(bench));
+bench.points.length = 10;
+require("fs").writeFileSync(process.argv[1], JSON.stringify(bench));
+' "$json/bench-10.json" <tests/report/bench.json >"$json/bench-24.json"
 
 for file in "$json"/*.json; do
     "$flopaudit" report "$file" -o "$out/$(basename "$file" .json).html"

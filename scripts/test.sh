@@ -14,6 +14,7 @@ fi
 export FLOPAUDIT_WEIGHTS
 
 python3 scripts/witness/test.py
+python3 scripts/peers/test.py
 cargo test "$@"
 
 # A GPU's session, rehearsed where there is none: each step must run, and each audit balance.

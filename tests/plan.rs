@@ -303,6 +303,10 @@ fn runs_that_cannot_be_trusted_are_refused() {
     refused(&run.replace("schema_version\": 1", "schema_version\": 9"), check, "schema 9");
     refused("{}", check, "no finished run");
     refused("", check, "line 1");
+    let hidden = "\"hidden_size\": ";
+    let bad = run.replace(hidden, "\"hidden_size\": -");
+    assert_ne!(bad, run);
+    refused(&bad, check, "workload.model.hidden_size");
     refused(&run, "--check bad.json ./bad.json", "twice");
     let old = run.replace("\"matmul_macs\"", "\"x\"");
     std::fs::write(

@@ -231,6 +231,104 @@ fn benchmarks_and_ceilings_have_pages() {
     }
 }
 
+/// The benchmark of `tests/report` with `change` made to it, as `NAME.json`.
+fn bench(dir: &Path, name: &str, change: impl FnOnce(&mut Value)) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/report/bench.json");
+    let mut bench: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
+    change(&mut bench);
+    fs::write(dir.join(name).with_extension("json"), bench.to_string()).unwrap();
+}
+
+#[test]
+fn the_page_of_a_benchmark_says_what_the_terminal_says() {
+    let dir = tmp();
+    bench(dir.path(), "bench", |bench| {
+        bench["points"][0]["predicted_s"] = json!(0.0123456789);
+        bench["points"][1]["mfu_datasheet"] = json!(0.25);
+    });
+    let page = page(dir.path(), "bench.json").replace("&#x2f;", "/");
+    for head in ["IQR", "bytes alone", "of datasheet", "tokens/s/TFLOP", "activations"] {
+        assert!(
+            page.contains(&format!("<th scope=\"col\" class=\"figure\">{head}</th>")),
+            "{head}"
+        );
+    }
+    for part in [
+        "title=\"0.0123456789 s\">12.35 ms</td>",
+        "title=\"7,471,872 bytes\">7.472 MB</td>",
+        "dispatch, an op",
+        "title=\"0.0544971595 s\">54.50 ms</td>",
+        "step = 41.88 ms + FLOPs / 82.53 GFLOP/s",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn points_that_the_caches_hold_are_rings_in_the_roofline() {
+    let dir = tmp();
+    bench(dir.path(), "bench", |_| {});
+    assert!(!page(dir.path(), "bench.json").contains("in cache"));
+    bench(dir.path(), "bench", |bench| {
+        for i in [0, 1] {
+            bench["points"][i]["limits"]["memory_s"] = Value::Null;
+            bench["points"][i]["bandwidth_use"] = Value::Null;
+        }
+    });
+    let page = page(dir.path(), "bench.json");
+    assert!(page.contains("<i class=\"ring\"") && page.contains("2 of 8 points"));
+    let roofline = &page[page.find("<h3>Roofline</h3>").unwrap()..];
+    let chart = &roofline[..roofline.find("</figure>").unwrap()];
+    let circles = |fill: &str| {
+        let circles = chart.split("<circle ").skip(1);
+        circles.filter(|circle| circle.split('>').next().unwrap().contains(fill)).count()
+    };
+    // In the wide drawing and in the narrow one.
+    assert_eq!((circles("fill=\"none\""), circles("fill=\"var(")), (4, 12));
+}
+
+#[test]
+fn a_large_grid_is_drawn_without_numbers() {
+    let dir = tmp();
+    let labels = |page: &str| {
+        let roofline = &page[page.find("<h3>Roofline</h3>").unwrap()..];
+        let chart = &roofline[..roofline.find("</figure>").unwrap()];
+        chart.lines().filter(|line| line.trim().parse::<u8>().is_ok_and(|n| n == 2)).count()
+    };
+    bench(dir.path(), "bench", |_| {});
+    let few = labels(&page(dir.path(), "bench.json"));
+    bench(dir.path(), "bench", |bench| {
+        let points = bench["points"].as_array().unwrap().clone();
+        bench["points"] = [&points[..]; 3].concat().into();
+    });
+    let many = labels(&page(dir.path(), "bench.json"));
+    assert!(few > many, "{few} {many}");
+}
+
+#[test]
+fn times_and_rates_that_nothing_has_are_refused_with_their_key() {
+    let dir = tmp();
+    let dir = dir.path();
+    let cases: [(&str, Value, &str); 6] = [
+        ("/points/2/seconds/min", json!(-1.0), "`points[2].seconds`"),
+        ("/points/3/tokens_per_s", json!(-5), "`points[3].tokens_per_s`"),
+        ("/points/0/limits/memory_s", json!(-1e-3), "`points[0].limits.memory_s`"),
+        ("/curves/0/points/1/fitted_s", json!(-1), "`curves[0].points.fitted_s`"),
+        ("/ceiling/dispatch_s", json!(-1), "`dispatch_s`"),
+        ("/ceiling/stream/rates/0/samples/0", json!(0), "`samples`"),
+    ];
+    for (key, value, part) in cases {
+        bench(dir, "bad", |bench| *bench.pointer_mut(key).unwrap() = value);
+        refused(dir, "report bad.json -o page.html", &["bad.json", part]);
+    }
+    bench(dir, "bad", |_| {});
+    let text = fs::read_to_string(dir.join("bad.json")).unwrap();
+    let key = "\"tokens_per_s\":";
+    let text = text.replacen(key, &format!("{key}1e999,\"x\":"), 1);
+    fs::write(dir.join("bad.json"), text).unwrap();
+    refused(dir, "report bad.json -o page.html", &["bad.json", "`points[0].tokens_per_s`"]);
+}
+
 #[test]
 fn a_file_that_is_no_report_is_refused_with_the_key_at_fault() {
     let dir = tmp();
@@ -241,7 +339,11 @@ fn a_file_that_is_no_report_is_refused_with_the_key_at_fault() {
         change(&mut run);
         run.to_string()
     };
-    let cases: [(String, &[&str]); 8] = [
+    let workload = |key: &str, value: Value| {
+        broken(&|run| *run["workload"].pointer_mut(key).unwrap() = value.clone())
+    };
+    let many = broken(&|run| run["workload"] = json!([run["workload"], { "model": 3 }]));
+    let cases: [(String, &[&str]); 12] = [
         ("nonsense".into(), &["bad.json", "is no report", "line 1"]),
         ("{}".into(), &["bad.json", "`schema_version`"]),
         ("[]".into(), &["bad.json", "is no report"]),
@@ -250,6 +352,10 @@ fn a_file_that_is_no_report_is_refused_with_the_key_at_fault() {
         (broken(&|run| run["rows"][2]["flops"] = json!("x")), &["bad.json", "`rows[2].flops`"]),
         (broken(&|run| run["total_flops"] = json!(-1)), &["bad.json", "`total_flops`"]),
         (run.to_string() + "{}", &["bad.json", "trailing"]),
+        (workload("/model/hidden_size", json!("x")), &["`workload.model.hidden_size`", "\"x\""]),
+        (workload("/dtype", json!("f7")), &["`workload.dtype`", "`f7`"]),
+        (many, &["`workload[1].model`"]),
+        (broken(&|run| run["workload"] = json!(3)), &["`workload`", "a workload, or a list"]),
     ];
     for (text, parts) in cases {
         fs::write(dir.join("bad.json"), text).unwrap();
@@ -287,6 +393,26 @@ fn a_bad_place_for_the_page_fails_before_anything_is_read() {
     refused(dir.path(), "report none.json -o nowhere/page.html", &["nowhere/page.html"]);
     refused(dir.path(), "report none.json -o .", &["is a directory"]);
     refused(dir.path(), "report run.json -o run.json", &["--out"]);
+}
+
+#[test]
+fn no_spelling_of_a_file_to_read_is_written_over() {
+    let dir = tmp();
+    let dir = dir.path();
+    made(dir, "run", "audit forward --preset tiny --seq 4");
+    fs::create_dir(dir.join("sub")).unwrap();
+    let before = fs::read_to_string(dir.join("run.json")).unwrap();
+    let whole = format!("report run.json -o {}", dir.join("run.json").display());
+    for args in ["report ./run.json -o run.json", "report run.json -o sub/../run.json", &whole] {
+        refused(dir, args, &["--out"]);
+    }
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("run.json", dir.join("link.json")).unwrap();
+        refused(dir, "report run.json -o link.json", &["--out"]);
+        refused(dir, "report link.json -o run.json", &["--out"]);
+    }
+    assert_eq!(fs::read_to_string(dir.join("run.json")).unwrap(), before);
 }
 
 #[test]

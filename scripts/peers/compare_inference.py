@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,9 +37,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def started(start: Callable, command: list[str], **options: object):
+    """What `start` makes of `command`; one line and exit status 2 where there is no such program."""
+    try:
+        return start(command, **options)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}; see scripts/peers/README.md", file=sys.stderr)
+        sys.exit(2)
+
+
 def output(command: list[object], threads: int) -> str:
     environment = os.environ | {"RAYON_NUM_THREADS": str(threads)}
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, env=environment)
+    done = started(subprocess.run, [str(part) for part in command], stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{command[0]} failed")
     return done.stdout

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -29,9 +30,18 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def started(start: Callable, command: list[str], **options: object):
+    """What `start` makes of `command`; one line and exit status 2 where there is no such program."""
+    try:
+        return start(command, **options)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}; see scripts/peers/README.md", file=sys.stderr)
+        sys.exit(2)
+
+
 def run(command: list[str]) -> int:
     """Runs to the end; peak resident bytes."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = started(subprocess.Popen, command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"{command[0]} failed")

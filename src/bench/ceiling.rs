@@ -112,18 +112,32 @@ impl Ceiling {
             let found = ceiling.schema_version;
             return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
         }
-        let rates = ceiling.matmul.iter().map(|rate| ("matmul.flops_per_s", rate.flops_per_s));
-        let others = [
-            ("stream.bytes_per_s", ceiling.stream.bytes_per_s),
-            ("dispatch_s", ceiling.dispatch_s),
-        ];
-        let streams = ceiling.stream.rates.iter().map(|rate| ("stream.rates", rate.bytes_per_s));
+        ceiling.check().map_err(bad)?;
+        Ok(ceiling)
+    }
+
+    /// Refuses rates that no device has.
+    ///
+    /// # Errors
+    /// The key at fault, as the rest of a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let rates = self.matmul.iter().map(|rate| ("matmul.flops_per_s", rate.flops_per_s));
+        let others =
+            [("stream.bytes_per_s", self.stream.bytes_per_s), ("dispatch_s", self.dispatch_s)];
+        let streams =
+            self.stream.rates.iter().map(|rate| ("stream.rates.bytes_per_s", rate.bytes_per_s));
         for (key, rate) in rates.chain(others).chain(streams) {
             if !(rate > 0.0 && rate.is_finite()) {
-                return Err(bad(format!("`{key}` is {rate}, which no device does")).into());
+                return Err(format!("`{key}` is {rate}, which no device does"));
             }
         }
-        Ok(ceiling)
+        let repetitions = self.matmul.iter().flat_map(|rate| &rate.samples);
+        let mut repetitions =
+            repetitions.chain(self.stream.rates.iter().flat_map(|rate| &rate.samples));
+        match repetitions.find(|time| !(**time > 0.0 && time.is_finite())) {
+            Some(time) => Err(format!("`samples` hold {time}, which is no time")),
+            None => Ok(()),
+        }
     }
 
     /// Where they are kept, in the user's cache directory; none on a system without one.

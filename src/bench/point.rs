@@ -56,15 +56,47 @@ impl BenchReport {
             let found = report.schema_version;
             return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
         }
-        for (index, point) in report.points.iter().enumerate() {
-            let Seconds { median, samples, .. } = &point.seconds;
-            let times = samples.iter().chain([median]);
-            if samples.is_empty() || !times.clone().all(|time| *time > 0.0 && time.is_finite()) {
-                return Err(bad(format!("`points[{index}].seconds` holds no times")).into());
-            }
-        }
+        report.check().map_err(bad)?;
         Ok(report)
     }
+
+    /// Refuses times and rates that nothing has.
+    ///
+    /// # Errors
+    /// The key at fault, as the rest of a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        self.ceiling.check().map_err(|why| format!("`ceiling`: {why}"))?;
+        for (index, point) in self.points.iter().enumerate() {
+            let Seconds { median, min, max, p25, p75, samples } = &point.seconds;
+            let mut times = samples.iter().chain([median, min, max, p25, p75]);
+            if samples.is_empty() || !times.all(|time| *time > 0.0 && time.is_finite()) {
+                return Err(format!("`points[{index}].seconds` holds no times"));
+            }
+            if let Some((key, x)) = point.figures().into_iter().find(|(_, x)| !sound(*x)) {
+                return Err(format!("`points[{index}].{key}` is {x}, which no device does"));
+            }
+        }
+        for (index, curve) in self.curves.iter().enumerate() {
+            let terms = [
+                ("launch_s", curve.launch_s),
+                ("bytes_per_s", curve.bytes_per_s.unwrap_or(0.0)),
+                ("flops_per_s", curve.flops_per_s.unwrap_or(0.0)),
+                ("residual", curve.residual),
+            ];
+            let times = curve.points.iter().flat_map(|point| {
+                [("points.measured_s", point.measured_s), ("points.fitted_s", point.fitted_s)]
+            });
+            if let Some((key, x)) = terms.into_iter().chain(times).find(|(_, x)| !sound(*x)) {
+                return Err(format!("`curves[{index}].{key}` is {x}, which no fit gives"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether `x` can be a time or a rate.
+fn sound(x: f64) -> bool {
+    x >= 0.0 && x.is_finite()
 }
 
 /// What one unit of a benchmark is.
@@ -172,6 +204,35 @@ pub struct Point {
     pub clocks: Option<Clocks>,
     /// Whether closed form, prediction and execution agreed on what ran.
     pub balanced: bool,
+}
+
+impl Point {
+    /// Every time and rate but `seconds`, under its key; 0 for what is not there.
+    fn figures(&self) -> [(&'static str, f64); 19] {
+        let or_0 = |figure: Option<f64>| figure.unwrap_or(0.0);
+        let energy = |of: fn(&Energy) -> f64| self.energy.as_ref().map_or(0.0, of);
+        [
+            ("tokens_per_s", self.tokens_per_s),
+            ("time_to_first_token_s", or_0(self.time_to_first_token_s)),
+            ("time_per_token_s", or_0(self.time_per_token_s)),
+            ("flops_per_token", self.flops_per_token),
+            ("flops_per_s", self.flops_per_s),
+            ("mfu_measured", self.mfu_measured),
+            ("mfu_datasheet", or_0(self.mfu_datasheet)),
+            ("bytes_per_s", self.bytes_per_s),
+            ("bandwidth_use", or_0(self.bandwidth_use)),
+            ("intensity", self.intensity),
+            ("predicted_s", or_0(self.predicted_s)),
+            ("limits.compute_s", self.limits.compute_s),
+            ("limits.memory_s", or_0(self.limits.memory_s)),
+            ("limits.dispatch_s", self.limits.dispatch_s),
+            ("roofline_share", self.roofline_share),
+            ("tokens_per_s_per_tflop", self.tokens_per_s_per_tflop),
+            ("energy.joules", energy(|e| e.joules)),
+            ("energy.tokens_per_joule", energy(|e| e.tokens_per_joule)),
+            ("energy.flop_per_joule", energy(|e| e.flop_per_joule)),
+        ]
+    }
 }
 
 /// Seconds of a unit over all repetitions.

@@ -1,8 +1,14 @@
 //! A finished run, read back from its JSON.
 
-use std::path::Path;
+use std::{fmt, path::Path};
 
-use serde::Deserialize;
+use serde::{
+    Deserialize,
+    de::{
+        MapAccess, SeqAccess, Visitor,
+        value::{MapAccessDeserializer, SeqAccessDeserializer},
+    },
+};
 
 use super::SCHEMA_VERSION;
 use crate::{
@@ -45,8 +51,12 @@ impl FinishedRun {
     pub fn read(file: &Path) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
         let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let none = |why: String| bad(format!("is no finished run: {why}"));
+        let mut json = serde_json::Deserializer::from_str(&text);
+        // With the key at fault.
         let run: Self =
-            serde_json::from_str(&text).map_err(|e| bad(format!("is no finished run: {e}")))?;
+            serde_path_to_error::deserialize(&mut json).map_err(|e| none(e.to_string()))?;
+        json.end().map_err(|e| none(e.to_string()))?;
         if run.schema_version != SCHEMA_VERSION {
             let found = run.schema_version;
             return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
@@ -94,18 +104,26 @@ impl FinishedRun {
     }
 }
 
-/// One workload, or a list of them.
+/// One workload, or a list of them. A visitor, for an untagged enum would not tell which key is at
+/// fault.
 pub(super) fn one_or_many<'de, D: serde::Deserializer<'de>>(
     d: D,
 ) -> Result<Vec<Workload>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum OneOrMany {
-        One(Box<Workload>),
-        Many(Vec<Workload>),
+    struct OneOrMany;
+    impl<'de> Visitor<'de> for OneOrMany {
+        type Value = Vec<Workload>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a workload, or a list of them")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Vec<Workload>, A::Error> {
+            Ok(vec![Workload::deserialize(MapAccessDeserializer::new(map))?])
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Vec<Workload>, A::Error> {
+            Vec::deserialize(SeqAccessDeserializer::new(list))
+        }
     }
-    Ok(match OneOrMany::deserialize(d)? {
-        OneOrMany::One(workload) => vec![*workload],
-        OneOrMany::Many(workloads) => workloads,
-    })
+    d.deserialize_any(OneOrMany)
 }

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
     error::Result,
-    report::{bytes, digits, human, rate, seconds},
+    report::{bytes, digits, human, seconds},
 };
 
 /// The page of a benchmark.
@@ -25,6 +25,7 @@ pub fn section(file: &str, report: &BenchReport) -> Result<Section> {
             intensity: p.intensity,
             flops_per_s: p.flops_per_s,
             dtype: p.workload.dtype,
+            cached: p.limits.memory_s.is_none(),
         })
         .collect();
     let mut section = Section {
@@ -52,7 +53,8 @@ pub fn section(file: &str, report: &BenchReport) -> Result<Section> {
     section.blocks.push(Block::Table(ceiling::table(ceiling)));
     let fits: Vec<_> = curves
         .map(|curve| {
-            (curve.name.clone(), format!("{}; residual {}", fit(curve), share(curve.residual)))
+            let text = format!("step = {}; residual {}", curve.formula(), share(curve.residual));
+            (curve.name.clone(), text)
         })
         .collect();
     if !fits.is_empty() {
@@ -168,13 +170,6 @@ fn speeds(report: &BenchReport) -> Result<Chart> {
     Chart::bars(Words::new("Speed", units, said), vec![], &bars)
 }
 
-fn fit(curve: &Curve) -> String {
-    let mut parts = vec![seconds(curve.launch_s)];
-    parts.extend(curve.bytes_per_s.map(|rate| format!("bytes / {}/s", bytes(rate))));
-    parts.extend(curve.flops_per_s.map(|flops| format!("FLOPs / {}", rate(flops))));
-    format!("step = {}", parts.join(" + "))
-}
-
 /// Time per step by context, measured and fitted, a colour a batch.
 fn decode_curve(curve: &Curve) -> Result<Chart> {
     let mut batches: Vec<u64> = curve.points.iter().map(|p| p.batch).collect();
@@ -198,7 +193,8 @@ fn decode_curve(curve: &Curve) -> Result<Chart> {
         format!("batch {}, context {}: {measured}, fitted {fitted}", p.batch, p.context)
     });
     let said = said.collect::<Vec<_>>().join("; ");
-    let said = format!("{}; residual {}; {said}", fit(curve), share(curve.residual));
+    let (fit, residual) = (curve.formula(), share(curve.residual));
+    let said = format!("step = {fit}; residual {residual}; {said}");
     let plot = Plot {
         x: Axis { name: "tokens in the cache".into(), scale: Scale::Zero },
         y: Axis { name: "ms a step".into(), scale: Scale::Zero },
@@ -236,53 +232,81 @@ fn heads(report: &BenchReport) -> Vec<&'static str> {
     ["point", "dtype"].into_iter().chain(rank).chain(["batch", length]).collect()
 }
 
-/// How fast, and how far the repetitions lie apart.
-fn speed_table(report: &BenchReport) -> Table {
-    let head = ["median", "fastest", "slowest", "tokens/s", "FLOPs a token", "FLOP/s", "MFU"];
-    let mut table = Table::new("Speed", 0, heads(report).into_iter().chain(head));
-    let time = |s: f64| Cell::figure(s, seconds(s));
+/// A column: its heading, and a point's cell.
+type Column = (&'static str, fn(&Point) -> Cell);
+
+/// A table of the points.
+fn table(title: &str, report: &BenchReport, columns: &[Column]) -> Table {
+    let head = heads(report).into_iter().chain(columns.iter().map(|(heading, _)| *heading));
+    let mut table = Table::new(title, 0, head);
     table.rows.extend(report.points.iter().enumerate().map(|(i, p)| {
-        let mut cells = identity(report, i, p);
-        cells.extend([
-            time(p.seconds.median),
-            time(p.seconds.min),
-            time(p.seconds.max),
-            Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s)),
-            Cell::figure(p.flops_per_token, human(p.flops_per_token)),
-            Cell::figure(p.flops_per_s, human(p.flops_per_s)),
-            Cell::share(p.mfu_measured),
-        ]);
-        cells
+        let figures = columns.iter().map(|(_, cell)| cell(p));
+        identity(report, i, p).into_iter().chain(figures).collect()
     }));
     table
 }
 
+fn time(s: f64) -> Cell {
+    Cell::figure(s, seconds(s), "s")
+}
+
+fn large(x: f64, unit: &str) -> Cell {
+    Cell::figure(x, human(x), unit)
+}
+
+fn optional<T>(figure: Option<T>, cell: impl FnOnce(T) -> Cell) -> Cell {
+    figure.map_or(Cell::none(), cell)
+}
+
+/// How fast, and how far the repetitions lie apart.
+fn speed_table(report: &BenchReport) -> Table {
+    let any = |of: fn(&Point) -> bool| report.points.iter().any(of);
+    let mut columns: Vec<Column> = vec![
+        ("median", |p| time(p.seconds.median)),
+        ("fastest", |p| time(p.seconds.min)),
+        ("slowest", |p| time(p.seconds.max)),
+        ("IQR", |p| Cell::share((p.seconds.p75 - p.seconds.p25) / p.seconds.median)),
+    ];
+    if report.kind == Kind::Decode && any(|p| p.predicted_s.is_some()) {
+        columns.push(("bytes alone", |p| optional(p.predicted_s, time)));
+    }
+    columns.extend::<[Column; 4]>([
+        ("tokens/s", |p| Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s), "tokens/s")),
+        ("FLOPs a token", |p| large(p.flops_per_token, "FLOPs")),
+        ("FLOP/s", |p| large(p.flops_per_s, "FLOP/s")),
+        ("MFU", |p| Cell::share(p.mfu_measured)),
+    ]);
+    if any(|p| p.mfu_datasheet.is_some()) {
+        columns.push(("of datasheet", |p| optional(p.mfu_datasheet, Cell::share)));
+    }
+    columns.push(("tokens/s/TFLOP", |p| {
+        let rate = p.tokens_per_s_per_tflop;
+        Cell::figure(rate, rounded(rate), "tokens/s for each TFLOP/s of the matmul ceiling")
+    }));
+    table("Speed", report, &columns)
+}
+
 /// What the device was used for.
 fn use_table(report: &BenchReport) -> Table {
-    let energy = report.points.iter().any(|p| p.energy.is_some());
-    let head = ["FLOPs", "weights", "cache", "B/s", "of stream", "FLOP/B", "bound", "reached"];
-    let of_energy = energy.then_some(["tokens/J", "FLOP/J"]).into_iter().flatten();
-    let head = heads(report).into_iter().chain(head).chain(of_energy);
-    let mut table = Table::new("Use of the device", 0, head);
-    table.rows.extend(report.points.iter().enumerate().map(|(i, p)| {
-        let mut cells = identity(report, i, p);
-        cells.extend([
-            Cell::short(p.flops),
-            Cell::bytes(p.bytes.weights),
-            Cell::bytes(p.bytes.kv_cache),
-            Cell::figure(p.bytes_per_s, human(p.bytes_per_s)),
-            p.bandwidth_use.map_or(Cell::none(), Cell::share),
-            Cell::figure(p.intensity, format!("{:.2}", p.intensity)),
-            Cell::word(p.bound.name()),
-            Cell::share(p.roofline_share),
+    let mut columns: Vec<Column> = vec![
+        ("FLOPs", |p| Cell::short(p.flops)),
+        ("weights", |p| Cell::bytes(p.bytes.weights)),
+        ("cache", |p| Cell::bytes(p.bytes.kv_cache)),
+        ("activations", |p| Cell::bytes(p.bytes.activations)),
+        ("B/s", |p| large(p.bytes_per_s, "B/s")),
+        ("of stream", |p| optional(p.bandwidth_use, Cell::share)),
+        ("FLOP/B", |p| Cell::figure(p.intensity, format!("{:.2}", p.intensity), "FLOP/B")),
+        ("bound", |p| Cell::word(p.bound.name())),
+        ("reached", |p| Cell::share(p.roofline_share)),
+    ];
+    if report.points.iter().any(|p| p.energy.is_some()) {
+        columns.extend::<[Column; 2]>([
+            ("tokens/J", |p| {
+                let tokens = p.energy.map(|e| e.tokens_per_joule);
+                optional(tokens, |x| Cell::figure(x, format!("{x:.3}"), "tokens/J"))
+            }),
+            ("FLOP/J", |p| optional(p.energy, |e| large(e.flop_per_joule, "FLOP/J"))),
         ]);
-        if energy {
-            let of =
-                |figure: Option<f64>| figure.map_or(Cell::none(), |x| Cell::figure(x, human(x)));
-            cells.push(of(p.energy.map(|e| e.tokens_per_joule)));
-            cells.push(of(p.energy.map(|e| e.flop_per_joule)));
-        }
-        cells
-    }));
-    table
+    }
+    table("Use of the device", report, &columns)
 }

@@ -69,10 +69,16 @@ pub struct Placed {
     pub flops_per_s: f64,
     /// Under which roof.
     pub dtype: Dtype,
+    /// Whether the chip's caches may hold what it reads, so that memory is no roof to it.
+    pub cached: bool,
 }
 
+/// Most points that are named in the roofline: of more, dots and names could not be told apart.
+const NAMED: usize = 10;
+
 /// The least of memory's and arithmetic's rate at each intensity, and `points` under it: the roofs
-/// of their element types, or all where there is no point.
+/// of their element types, or all where there is no point. Rings are points that memory's roof does
+/// not hold, for their weights and cache fit the chip's caches.
 ///
 /// # Errors
 /// None that drawing into memory gives.
@@ -98,25 +104,42 @@ pub fn roofline(ceiling: &Ceiling, points: &[Placed]) -> Result<Chart> {
         let name = format!("roof, {}", found.dtype.name());
         series.push(Series::new(&name, Ink::Series((2 * i % 8) as u8), Marks::Line, roof));
     }
-    let labels = points.iter().map(|p| p.label.clone()).collect();
-    let at = points.iter().map(|p| (p.intensity, p.flops_per_s));
-    if !points.is_empty() {
-        series.push(Series::new("measured", Ink::Series(1), Marks::Labelled(labels), at));
+    for (name, marks, cached) in
+        [("measured", Marks::Dots, false), ("measured, in cache", Marks::Rings, true)]
+    {
+        let of_kind: Vec<_> = points.iter().filter(|p| p.cached == cached).collect();
+        if of_kind.is_empty() {
+            continue;
+        }
+        let at = of_kind.iter().map(|p| (p.intensity, p.flops_per_s));
+        let labels = of_kind.iter().map(|p| p.label.clone());
+        let labels = if points.len() <= NAMED { labels.collect() } else { vec![] };
+        series.push(Series::new(name, Ink::Series(1), marks, at).labelled(labels));
     }
     let ridges = roofs
         .iter()
         .map(|found| format!("{} below {:.1} FLOP/B", found.dtype.name(), ridge(found)));
     let mut said = format!("memory is the bound of {}", ridges.collect::<Vec<_>>().join(", "));
     for p in &points {
-        said += &format!("; {}: {:.2} FLOP/B, {}", p.label, p.intensity, rate(p.flops_per_s));
+        let cached = if p.cached { ", in cache" } else { "" };
+        let speed = rate(p.flops_per_s);
+        said += &format!("; {}: {:.2} FLOP/B, {speed}{cached}", p.label, p.intensity);
     }
     let plot = Plot {
         x: Axis { name: "FLOP/B".into(), scale: Scale::Log },
         y: Axis { name: "FLOP/s".into(), scale: Scale::Log },
         series,
     };
-    let units = "FLOP/s by arithmetic intensity in FLOP/B, both axes logarithmic";
-    Chart::plot(Words::new("Roofline", units, said), &plot)
+    let mut units = "FLOP/s by arithmetic intensity in FLOP/B, both axes logarithmic".to_string();
+    let cached = points.iter().filter(|p| p.cached).count();
+    if cached > 0 {
+        let all = points.len();
+        units += &format!(
+            "; weights and cache of {cached} of {all} points fit the chip's caches, where memory's roof \
+             does not hold"
+        );
+    }
+    Chart::plot(Words::new("Roofline", &units, said), &plot)
 }
 
 /// What was measured beside what the maker states.
@@ -126,7 +149,7 @@ pub fn table(ceiling: &Ceiling) -> Table {
     let of_sheet = sheet.map(|_| ["datasheet", "reached"]).into_iter().flatten();
     let mut table = Table::new("Ceilings", 1, head.into_iter().chain(of_sheet));
     let mut row = |name: String, found: f64, samples: &[f64], stated: Option<f64>, unit: &str| {
-        let figure = |x: f64| Cell::figure(x, format!("{}{unit}", spaced(x)));
+        let figure = |x: f64| Cell::figure(x, format!("{}{unit}", spaced(x)), unit);
         // Seconds of the fastest are those of the rate.
         let ends = samples.iter().fold((f64::MAX, 0.0f64), |(a, b), x| (a.min(*x), b.max(*x)));
         let slowest = match ends {
@@ -150,6 +173,10 @@ pub fn table(ceiling: &Ceiling) -> Table {
         let name = format!("memory, {}", found.dtype.name());
         row(name, found.bytes_per_s, &found.samples, sheet.map(|s| s.bytes_per_s), "B/s");
     }
+    let dispatch = Cell::figure(ceiling.dispatch_s, seconds(ceiling.dispatch_s), "s");
+    let mut cells = vec![Cell::word("dispatch, an op"), dispatch];
+    cells.resize(table.head.len(), Cell::none());
+    table.rows.push(cells);
     table
 }
 

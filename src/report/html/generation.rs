@@ -52,8 +52,8 @@ pub fn texts(run: &Run) -> Vec<Block> {
 /// Seconds of each part.
 pub fn times(t: &Timings) -> Block {
     let mut table = Table::new("Time", 1, ["part", "seconds", "tokens/s"]);
-    let seconds = |s: f64| Cell::figure(s, format!("{s:.3}"));
-    let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, rounded(r)));
+    let seconds = |s: f64| Cell::figure(s, format!("{s:.3}"), "s");
+    let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, rounded(r), "tokens/s"));
     table.rows = vec![
         vec![Cell::word("loading the weights"), seconds(t.load_s), Cell::none()],
         vec![

@@ -223,9 +223,18 @@ impl Cell {
         Self { text, value: Some(part.to_string()), exact: Some(percent(part)) }
     }
 
-    /// A figure already in words.
-    pub fn figure(x: f64, text: impl Into<String>) -> Self {
-        Self { text: text.into(), value: Some(x.to_string()), exact: None }
+    /// A figure already in words; all its digits, in `unit`, on hover.
+    pub fn figure(x: f64, text: impl Into<String>, unit: &str) -> Self {
+        let exact = format!("{} {unit}", plain(x)).trim_end().replace('-', "−");
+        Self { text: text.into(), value: Some(x.to_string()), exact: Some(exact) }
+    }
+}
+
+/// As many digits as tell `x` from any other number; with an exponent where zeros would be many.
+fn plain(x: f64) -> String {
+    match x.abs() {
+        size if size == 0.0 || (1e-6..1e21).contains(&size) => x.to_string(),
+        _ => format!("{x:e}"),
     }
 }
 
@@ -242,4 +251,18 @@ pub fn ratio(part: u128, whole: u128) -> f64 {
 /// A sum that a file's figures cannot make fail.
 pub fn total(parts: impl Iterator<Item = u128>) -> u128 {
     parts.fold(0, u128::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rounded_figure_keeps_its_digits_and_unit() {
+        let exact = |x: f64, unit: &str| Cell::figure(x, "about", unit).exact.unwrap();
+        assert_eq!(exact(0.0544971595, "s"), "0.0544971595 s");
+        assert_eq!(exact(18331570033.48037, "FLOP/s"), "18331570033.48037 FLOP/s");
+        assert_eq!(exact(-1.8655602768701922e-7, "s"), "−1.8655602768701922e−7 s");
+        assert_eq!(exact(0.0, ""), "0");
+    }
 }

@@ -87,8 +87,16 @@ impl Content {
             "sweep" => Self::Sweep(typed(text)?),
             "plan" => Self::Plan(typed(text)?),
             "reconcile" => Self::Reconciliation(typed(text)?),
-            "bench" => Self::Bench(typed(text)?),
-            "ceiling" => Self::Ceiling(typed(text)?),
+            "bench" => {
+                let report: Box<BenchReport> = typed(text)?;
+                report.check()?;
+                Self::Bench(report)
+            }
+            "ceiling" => {
+                let ceiling: Ceiling = typed(text)?;
+                ceiling.check()?;
+                Self::Ceiling(ceiling)
+            }
             other => return Err(format!("`command`: there is no page for `{other}`")),
         })
     }

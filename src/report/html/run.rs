@@ -10,7 +10,7 @@ use super::{
 use crate::{
     error::Result,
     ledger::Phase,
-    report::{Memory, bytes, describe, digits, human},
+    report::{Memory, describe, digits, human},
 };
 
 /// The page of a run, or of a count.
@@ -314,7 +314,7 @@ fn components(run: &Run) -> Block {
         cells.extend(listed.then(|| Cell::count(total(rows().map(|row| row.calls)))));
         cells.extend(timed.then(|| {
             let ms = 1e3 * rows().filter_map(|row| row.seconds).sum::<f64>();
-            Cell::figure(ms, format!("{ms:.1}"))
+            Cell::figure(ms, format!("{ms:.1}"), "ms")
         }));
         cells
     };
@@ -355,8 +355,8 @@ fn memory(run: &Run) -> Block {
         ("gradients and moments", training_bytes),
     ];
     let parts = parts.into_iter().filter(|(_, n)| *n > 0);
-    table.rows.extend(parts.map(|(name, n)| {
-        vec![Cell::word(name), Cell::count(n), Cell::figure(n as f64, bytes(n as f64))]
-    }));
+    table
+        .rows
+        .extend(parts.map(|(name, n)| vec![Cell::word(name), Cell::count(n), Cell::bytes(n)]));
     Block::Table(table)
 }

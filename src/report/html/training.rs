@@ -223,7 +223,8 @@ fn table(t: &TrainingReport) -> Table {
     let head = ["after step", "training loss, mean since the row before"];
     let mut table =
         Table::new("Losses", 0, head.into_iter().chain(held_out.then_some("held-out loss")));
-    let figure = |x: Option<f64>| x.map_or(Cell::none(), |x| Cell::figure(x, format!("{x:.4}")));
+    let figure =
+        |x: Option<f64>| x.map_or(Cell::none(), |x| Cell::figure(x, format!("{x:.4}"), ""));
     let mut before = 0;
     for mark in marks {
         let since = t.losses.iter().filter(|p| p.step > before && p.step <= mark);
@@ -246,8 +247,8 @@ fn slopes(t: &TrainingReport) -> Option<Block> {
     table.rows.extend(check.slopes.iter().map(|s| {
         vec![
             Cell::word(&s.name),
-            Cell::figure(s.norm, format!("{:.6e}", s.norm)),
-            Cell::figure(s.slope, format!("{:.6e}", s.slope)),
+            Cell::figure(s.norm, format!("{:.6e}", s.norm), ""),
+            Cell::figure(s.slope, format!("{:.6e}", s.slope), ""),
             Cell::share(s.error()),
         ]
     }));

@@ -61,10 +61,12 @@ pub struct Series {
     pub marks: Marks,
     /// The points.
     pub points: Vec<(f64, f64)>,
+    /// What stands beside each point where there is room; empty for nothing.
+    pub labels: Vec<String>,
 }
 
 /// How a series is drawn.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Marks {
     /// A line from point to point.
     Line,
@@ -74,8 +76,8 @@ pub enum Marks {
     Dashed,
     /// A dot at each point.
     Dots,
-    /// The same, with a label beside each.
-    Labelled(Vec<String>),
+    /// A ring at each point.
+    Rings,
 }
 
 impl Series {
@@ -87,7 +89,12 @@ impl Series {
         points: impl IntoIterator<Item = (f64, f64)>,
     ) -> Self {
         let points = points.into_iter().collect();
-        Self { name: name.into(), ink, marks, points }
+        Self { name: name.into(), ink, marks, points, labels: vec![] }
+    }
+
+    /// The same with a label for each point.
+    pub fn labelled(self, labels: Vec<String>) -> Self {
+        Self { labels, ..self }
     }
 }
 
@@ -109,7 +116,8 @@ impl Plot {
             mark: match series.marks {
                 Marks::Line | Marks::Thin => "line",
                 Marks::Dashed => "dashed",
-                Marks::Dots | Marks::Labelled(_) => "dot",
+                Marks::Dots => "dot",
+                Marks::Rings => "ring",
             },
         });
         entries.collect()
@@ -181,7 +189,7 @@ impl Plot {
             let (points, color) = (&series.points, series.ink.color());
             let line =
                 |width| ShapeStyle { color: color.to_rgba(), filled: false, stroke_width: width };
-            match &series.marks {
+            match series.marks {
                 Marks::Line => {
                     chart.draw_series([PathElement::new(points.clone(), line(2))])?;
                 }
@@ -192,17 +200,20 @@ impl Plot {
                     let dashes = DashedPathElement::new(points.clone(), 6, 5, line(2));
                     chart.draw_series([dashes])?;
                 }
-                Marks::Dots | Marks::Labelled(_) => {
+                Marks::Dots => {
                     chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, color.filled())))?;
                 }
-            }
-            if let Marks::Labelled(labels) = &series.marks {
-                let at = |p: &(f64, f64)| chart.backend_coord(p);
-                for (label, (x, y)) in labels.iter().zip(spread(points.iter().map(at), labels)) {
-                    let style = text(Ink::Text, HPos::Left, VPos::Center);
-                    area.draw(&Text::new(label.clone(), (x, y), style))?;
+                Marks::Rings => {
+                    chart.draw_series(points.iter().map(|p| Circle::new(*p, 4, line(2))))?;
                 }
             }
+        }
+        let named = self.series.iter().flat_map(|series| series.points.iter().zip(&series.labels));
+        let named: Vec<_> = named.map(|(p, label)| (chart.backend_coord(p), &**label)).collect();
+        for ((_, label), place) in named.iter().zip(spread(&named)) {
+            let Some(place) = place else { continue };
+            let style = text(Ink::Text, HPos::Left, VPos::Center);
+            area.draw(&Text::new(*label, place, style))?;
         }
         Ok(())
     }
@@ -218,24 +229,46 @@ fn logarithmic(range: Range<f64>) -> WithKeyPoints<LogCoord<f64>> {
     range.clone().log_scale().with_key_points(marks)
 }
 
-/// Where the labels of `points` stand: right of each, else the first free place around it.
-fn spread(points: impl Iterator<Item = (i32, i32)>, labels: &[String]) -> Vec<(i32, i32)> {
-    let points: Vec<_> = points.collect();
+/// Where the labels of `points` stand: right of each, else the first free place around it; none
+/// where there is no room.
+fn spread(points: &[((i32, i32), &str)]) -> Vec<Option<(i32, i32)>> {
     let mut taken: Vec<(i32, i32, i32)> = vec![];
-    for (&(x, y), label) in points.iter().zip(labels) {
+    let mut places = vec![];
+    for &((x, y), label) in points {
         let wide = width_of(label);
-        let places = [(8, 0), (-wide - 8, 0), (-wide / 2, -13), (-wide / 2, 13), (8, -13), (8, 13)];
-        let free = |&(dx, dy): &(i32, i32)| {
-            let (left, line) = (x + dx, y + dy);
+        let around = [(8, 0), (-wide - 8, 0), (-wide / 2, -13), (-wide / 2, 13), (8, -13), (8, 13)];
+        let free = |&(left, line): &(i32, i32)| {
             let clear = |other: &(i32, i32, i32)| {
-                (line - other.1).abs() > 12 || left > other.0 + other.2 || left + wide < other.0
+                (line - other.1).abs() > 14 || left > other.0 + other.2 || left + wide < other.0
             };
-            let off =
-                |p: &(i32, i32)| (line - p.1).abs() > 9 || p.0 + 5 < left || p.0 - 5 > left + wide;
+            let off = |((x, y), _): &((i32, i32), &str)| {
+                (line - y).abs() > 9 || x + 5 < left || x - 5 > left + wide
+            };
             taken.iter().all(clear) && points.iter().all(off)
         };
-        let (dx, dy) = *places.iter().find(|place| free(place)).unwrap_or(&places[0]);
-        taken.push((x + dx, y + dy, wide));
+        let place = around.map(|(dx, dy)| (x + dx, y + dy)).into_iter().find(free);
+        taken.extend(place.map(|(left, line)| (left, line, wide)));
+        places.push(place);
     }
-    taken.into_iter().map(|(x, y, _)| (x, y)).collect()
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_stand_apart_or_not_at_all() {
+        assert_eq!(spread(&[((50, 50), "1"), ((90, 50), "2")]), [Some((58, 50)), Some((98, 50))]);
+        // Twenty-four on one spot: some find a place, none lies on another.
+        let crowd: Vec<_> = (0..24).map(|i| ((100 + i % 3, 100), "12")).collect();
+        let places: Vec<_> = spread(&crowd).into_iter().flatten().collect();
+        assert!((1..24).contains(&places.len()), "{places:?}");
+        let wide = width_of("12");
+        for (i, a) in places.iter().enumerate() {
+            for b in &places[i + 1..] {
+                assert!((a.1 - b.1).abs() > 14 || (a.0 - b.0).abs() > wide, "{a:?} {b:?}");
+            }
+        }
+    }
 }

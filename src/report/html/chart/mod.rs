@@ -87,7 +87,7 @@ pub struct Entry {
     pub name: String,
     /// Its colour, in CSS.
     pub ink: String,
-    /// `area`, `line`, `dashed` or `dot`.
+    /// `area`, `line`, `dashed`, `dot` or `ring`.
     pub mark: &'static str,
 }
 
