@@ -52,11 +52,11 @@ pub struct MatmulRate {
 /// Reading memory, as a matrix-vector product does.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stream {
-    /// Of the fastest element type.
+    /// Of the fastest element type, at its best.
     pub bytes_per_s: f64,
     /// Bytes of the matrix: more than the caches hold.
     pub buffer_bytes: u64,
-    /// Each element type's.
+    /// Each element type's, as last read.
     pub rates: Vec<StreamRate>,
 }
 

@@ -84,6 +84,22 @@ impl Probe<'_> {
         })
     }
 
+    /// Reads the streams of `dtypes` anew: their rates are as of now, the ceiling's own the best
+    /// that was ever seen.
+    ///
+    /// # Errors
+    /// As [`Probe::measure`].
+    pub fn read_anew(&self, ceiling: &mut Ceiling, dtypes: &[Dtype]) -> Result<()> {
+        let stream = &mut ceiling.stream;
+        for (_, now) in self.streams(dtypes)? {
+            stream.bytes_per_s = stream.bytes_per_s.max(now.bytes_per_s);
+            stream.rates.retain(|rate| rate.dtype != now.dtype);
+            stream.rates.push(now);
+        }
+        stream.rates.sort_by_key(|rate| rate.dtype);
+        Ok(())
+    }
+
     /// The fastest of [`SIZES`].
     fn matmul(&self, dtype: Dtype) -> Result<MatmulRate> {
         let mut best: Option<MatmulRate> = None;

@@ -259,8 +259,11 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     for workload in plan.workloads(&checkpoint) {
         memory::check(&unit.runs(workload), &opened)?;
     }
-    let ceiling = grid.ceiling.as_deref();
-    let ceiling = ceiling::obtain(ceiling, (&opened, &grid.device), &plan.dtypes, &interrupt)?;
+    let given = grid.ceiling.as_deref();
+    let mut ceiling = ceiling::obtain(given, (&opened, &grid.device), &plan.dtypes, &interrupt)?;
+    if given.is_none() && unit.kind() == Kind::Decode {
+        ceiling = ceiling::read_anew(ceiling, &opened, &plan.dtypes, &interrupt)?;
+    }
 
     let energy = EnergyCounter::of(&opened);
     let bar = bar(plan.units(), "{bar:30} {pos}/{len} {msg}");

@@ -120,6 +120,21 @@ fn defaults(device: &str) -> Vec<Dtype> {
     }
 }
 
+/// `ceiling` with the streams of `dtypes` read anew: what memory a shared host lends changes from
+/// minute to minute, and decoding is held against it.
+///
+/// # Errors
+/// As [`Probe::measure`].
+pub fn read_anew(
+    mut ceiling: Ceiling,
+    device: &Device,
+    dtypes: &[Dtype],
+    interrupt: &Interrupt,
+) -> Result<Ceiling> {
+    probe(device, 3, interrupt, |probe| probe.read_anew(&mut ceiling, dtypes))?;
+    Ok(ceiling)
+}
+
 fn measure(
     device: &Device,
     info: DeviceInfo,
@@ -127,6 +142,18 @@ fn measure(
     repetitions: usize,
     interrupt: &Interrupt,
 ) -> Result<Ceiling> {
+    let ceiling = probe(device, repetitions, interrupt, |probe| probe.measure(info, dtypes))?;
+    warn_of_noise(&ceiling);
+    Ok(ceiling)
+}
+
+/// What `work` measures, behind a spinner.
+fn probe<T>(
+    device: &Device,
+    repetitions: usize,
+    interrupt: &Interrupt,
+    work: impl FnOnce(Probe) -> Result<T>,
+) -> Result<T> {
     let spinner = ProgressBar::new_spinner();
     spinner.enable_steady_tick(Duration::from_millis(100));
     let tick = |what: &str| {
@@ -136,11 +163,9 @@ fn measure(
         interrupt.check()
     };
     let free = memory::free(device);
-    let ceiling = Probe { device, repetitions, free, tick: &tick }.measure(info, dtypes);
+    let done = work(Probe { device, repetitions, free, tick: &tick });
     spinner.finish_and_clear();
-    let ceiling = ceiling?;
-    warn_of_noise(&ceiling);
-    Ok(ceiling)
+    done
 }
 
 /// Repetitions that differ by more say that something else ran.
