@@ -8,8 +8,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+
+from started import started
 
 HERE = Path(__file__).resolve().parent
 
@@ -28,15 +29,6 @@ def arguments() -> argparse.Namespace:
     option("--rounds", type=int, default=2, help="of both programs")
     option("--json", type=Path, metavar="FILE")
     return parser.parse_args()
-
-
-def started(start: Callable, command: list[str], **options: object):
-    """What `start` makes of `command`; one line and exit status 2 where there is no such program."""
-    try:
-        return start(command, **options)
-    except OSError as error:
-        print(f"{command[0]}: {error.strerror}; see scripts/peers/README.md", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(command: list[str]) -> int:

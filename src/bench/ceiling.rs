@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceInfo, SCHEMA_VERSION, Seconds, datasheet::Datasheet};
+use super::{DeviceInfo, Seconds, datasheet::Datasheet};
 use crate::{
     error::{Error, Result},
     ledger::Dtype,
@@ -104,16 +104,7 @@ impl Ceiling {
     /// # Errors
     /// A file that is none, of another schema, or with rates that no device has.
     pub fn read(file: &Path) -> Result<Self> {
-        let bad = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-        let ceiling: Self =
-            serde_json::from_str(&text).map_err(|e| bad(format!("is no ceiling: {e}")))?;
-        if ceiling.schema_version != SCHEMA_VERSION {
-            let found = ceiling.schema_version;
-            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
-        }
-        ceiling.check().map_err(bad)?;
-        Ok(ceiling)
+        super::read(file, "ceiling", |ceiling: &Self| ceiling.schema_version, Self::check)
     }
 
     /// Refuses rates that no device has.

@@ -5,6 +5,12 @@
 //! workload ─> run ─> seconds + audited ledger ───┴─> figures ─> report, curve, compare
 //! ```
 
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+
 mod ceiling;
 mod compare;
 mod cuda;
@@ -32,4 +38,23 @@ pub use run::{Measured, Runner};
 /// The time, in UTC: `2026-01-31T12:00:00Z`.
 pub fn now() -> String {
     humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
+}
+
+/// Reads what `--json FILE` of a command of this module wrote: `what` it is, its schema, and what
+/// is wrong with its figures.
+fn read<T: DeserializeOwned>(
+    file: &Path,
+    what: &str,
+    schema: fn(&T) -> u32,
+    check: fn(&T) -> Result<(), String>,
+) -> Result<T> {
+    let bad = |why: String| Error::File { file: file.into(), why };
+    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+    let value: T = serde_json::from_str(&text).map_err(|e| bad(format!("is no {what}: {e}")))?;
+    let found = schema(&value);
+    if found != SCHEMA_VERSION {
+        return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
+    }
+    check(&value).map_err(bad)?;
+    Ok(value)
 }

@@ -5,12 +5,7 @@ use std::{fmt, path::Path};
 use serde::{Deserialize, Serialize};
 
 use super::{Ceiling, DeviceInfo};
-use crate::{
-    error::{Error, Result},
-    ledger::Phase,
-    traffic::Traffic,
-    workload::Workload,
-};
+use crate::{error::Result, ledger::Phase, traffic::Traffic, workload::Workload};
 
 /// Version of the JSON of [`Ceiling`] and [`BenchReport`]; raised when a field changes its
 /// meaning.
@@ -48,16 +43,7 @@ impl BenchReport {
     /// # Errors
     /// A file that is none, or of another schema.
     pub fn read(file: &Path) -> Result<Self> {
-        let bad = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
-        let report: Self =
-            serde_json::from_str(&text).map_err(|e| bad(format!("is no benchmark: {e}")))?;
-        if report.schema_version != SCHEMA_VERSION {
-            let found = report.schema_version;
-            return Err(bad(format!("has schema {found}; this reads {SCHEMA_VERSION}")).into());
-        }
-        report.check().map_err(bad)?;
-        Ok(report)
+        super::read(file, "benchmark", |report: &Self| report.schema_version, Self::check)
     }
 
     /// Refuses times and rates that nothing has.
