@@ -76,7 +76,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
-    let timed = execution.op_times || trace.is_some();
+    let timed = args.trace.timed(execution);
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
     let checkpoint = args.model.open()?;

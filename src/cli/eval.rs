@@ -70,7 +70,7 @@ pub fn run(args: Args) -> Result<()> {
         bar.set_position(rows as u64);
         interrupt.check()
     };
-    let timed = execution.op_times || trace.is_some();
+    let timed = args.trace.timed(execution);
     let observers = RefCell::new((Ledger::default(), trace));
     let meter = Meter::new(&observers, Phase::Forward).timed(timed);
     let start = Instant::now();

@@ -185,10 +185,6 @@ impl Args {
         self.execution.dtype()
     }
 
-    fn timed(&self) -> bool {
-        self.execution.op_times || self.trace.is_asked_for()
-    }
-
     /// Prompts of equal length together, each with its index.
     fn batches(
         &self,
@@ -209,7 +205,7 @@ impl Args {
             seeds: indices.iter().map(|&i| self.execution.seed.wrapping_add(i as u64)).collect(),
             kv_cache: !self.no_kv_cache,
             eos: eos.clone(),
-            timed: self.timed(),
+            timed: self.trace.timed(&self.execution),
             recorded: !self.execution.no_cuda_graph,
         };
         by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
@@ -268,7 +264,7 @@ impl Args {
         let (workloads, exact) = (run.workloads(), Structure::Exact);
         let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?;
         report.device = Some(self.execution.device.clone());
-        if self.timed() {
+        if self.trace.timed(&self.execution) {
             report = report.with_times(&run.ledger);
         }
         let sequences = run.sequences().into_iter().zip(prompts).map(|(sequence, prompt)| {

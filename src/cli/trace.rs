@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::args::ExecutionArgs;
 use crate::{
     error::Result,
     prices::Prices,
@@ -26,9 +27,9 @@ impl TraceArgs {
         self.trace.as_ref().map(|file| Trace::open(file, prices)).transpose()
     }
 
-    /// Whether there is one, which needs ops timed.
-    pub fn is_asked_for(&self) -> bool {
-        self.trace.is_some()
+    /// Whether ops are timed: a trace needs it, and `execution` may ask for it.
+    pub fn timed(&self, execution: &ExecutionArgs) -> bool {
+        execution.op_times || self.trace.is_some()
     }
 }
 

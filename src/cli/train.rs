@@ -145,8 +145,14 @@ fn train(mut args: Args) -> Result<()> {
 
     warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let mut session =
-        Session::new(settings, model, &data, held_out.as_ref(), &trace, args.timed())?;
+    let mut session = Session::new(
+        settings,
+        model,
+        &data,
+        held_out.as_ref(),
+        &trace,
+        args.trace.timed(&args.execution),
+    )?;
     if let Some(saved) = saved {
         saved.restore(&mut session)?;
     }
@@ -254,10 +260,6 @@ impl Args {
             structure: self.structure.structure,
             prices: self.counting.prices()?,
         })
-    }
-
-    fn timed(&self) -> bool {
-        self.execution.op_times || self.trace.is_asked_for()
     }
 
     fn settings(
@@ -400,7 +402,7 @@ impl Args {
         let (origin, exact, prices) = (&checkpoint.origin, Structure::Exact, &budget.prices);
         let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?;
         report.device = Some(self.execution.device.clone());
-        if self.timed() {
+        if self.trace.timed(&self.execution) {
             report = report.with_times(&ledger);
         }
         report.training = Some(TrainingReport::new(session, budget, &self.out)?);
