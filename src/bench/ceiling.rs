@@ -14,7 +14,7 @@ use crate::{
 /// Rates of one device, measured through the ops that the model runs on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ceiling {
-    /// [`SCHEMA_VERSION`].
+    /// [`super::SCHEMA_VERSION`].
     pub schema_version: u32,
     /// `ceiling`.
     pub command: String,
