@@ -4,7 +4,7 @@
 use std::{env, path::PathBuf, process::Command};
 
 const FOLDER: &str = "src/ops/cuda";
-const KERNELS: [&str; 3] = ["attention", "decode", "rows"];
+const KERNELS: [&str; 5] = ["attention", "choose", "decode", "products", "rows"];
 
 fn main() {
     for name in ["", "/common.cuh"] {

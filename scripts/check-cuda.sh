@@ -10,4 +10,4 @@ stub=$PWD/scripts/cuda/stub-nvcc
 export PATH=$stub:$PATH NVCC=$stub/nvcc CUDA_COMPUTE_CAP=90 CUDARC_CUDA_VERSION=13000
 
 exec cargo --config 'profile.dev.package."*".opt-level=0' clippy --no-default-features \
-    --features cuda --target-dir target/check-cuda -- -D warnings
+    --features cuda --lib --bins --test cuda --target-dir target/check-cuda -- -D warnings

@@ -92,15 +92,15 @@ pub fn generate(
     while steps < *max_new_tokens && sequences.iter().any(|s| !s.stopped) {
         let latest = |fed| contexts.iter().flat_map(move |c: &Vec<u32>| &c[c.len() - fed..]);
         if steps == 1 && request.kv_cache && !request.timed {
-            let ids: Vec<u32> = latest(1).copied().collect();
-            decoder = model.decoder(&cache, &ids, max_new_tokens - 1, request.recorded)?;
+            let (steps, recorded) = (max_new_tokens - 1, request.recorded);
+            decoder = model.decoder(&cache, &mut sampler, &contexts, steps, recorded)?;
         }
         let several = match &mut decoder {
             Some(decoder) => {
                 // Nobody asks for the tokens before the device may go on, unless one may end it.
                 let ahead = if request.eos.is_empty() { AHEAD } else { 1 };
                 let steps = ahead.min(max_new_tokens - steps);
-                decoder.next(meter, &mut cache, &mut sampler, &contexts, steps)?
+                decoder.next(meter, &mut cache, steps)?
             }
             None => {
                 let (phase, fed) = match steps {

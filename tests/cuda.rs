@@ -6,19 +6,24 @@ use std::cell::RefCell;
 
 use candle_core::Device;
 use flopaudit::{
+    config::{LoraConfig, ModelConfig, Projection},
     error::Result,
+    generate::{Request, Sequence, generate},
     ledger::{Dtype, Ledger, Module, Phase, Scope},
     meter::{At, Meter},
+    model::{AdapterSource, Qwen2},
     ops::{
-        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Tensor, backward,
-        sums_of_squares,
+        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Sampler, Tensor,
+        backward, sums_of_squares,
     },
+    weights::{self, PeftAdapter},
+    workload::Sampling,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 const SCOPE: Scope = Scope { layer: None, module: Module::Mlp };
 
-type Run<'a> = &'a dyn Fn(At, &[Tensor]) -> Result<Tensor>;
+type OpRun<'a> = &'a dyn Fn(At, &[Tensor]) -> Result<Tensor>;
 
 fn gpu() -> Device {
     let device = Device::new_cuda_with_stream(0).expect("a GPU");
@@ -35,7 +40,7 @@ fn random(n: usize, seed: u64) -> Vec<f32> {
 /// Output and gradients of `run` on inputs of `shapes`, rounded to `rounded` and computed in
 /// `dtype`, and what it reported.
 fn outcome(
-    run: Run,
+    run: OpRun,
     shapes: &[&[usize]],
     rounded: Dtype,
     dtype: Dtype,
@@ -71,7 +76,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 /// The values and gradients that the CPU computes in f32 from the same inputs, and the same ledger,
 /// in both types.
-fn check(name: &str, shapes: &[&[usize]], run: Run) {
+fn check(name: &str, shapes: &[&[usize]], run: OpRun) {
     let gpu = gpu();
     for (dtype, tolerance) in [(Dtype::F32, 1e-5), (Dtype::BF16, 2e-2)] {
         let (ours, our_ledger) = outcome(run, shapes, dtype, dtype, &gpu);
@@ -176,28 +181,109 @@ fn cross_entropy() {
     }
 }
 
+/// What `steps` choices from the same logits give, and what they reported.
+fn choices(
+    sampling: Sampling,
+    logits: &Tensor,
+    seen: &[Vec<u32>],
+    steps: usize,
+) -> Result<(Vec<Vec<u32>>, Ledger)> {
+    let ledger = RefCell::new(Ledger::default());
+    let at = Meter::new(&ledger, Phase::Sampling).at(Module::Sampler);
+    let seeds: Vec<u64> = (0..seen.len() as u64).collect();
+    let mut sampler = Sampler::new(sampling, &seeds);
+    let all = (0..steps).map(|_| sampler.next(at, logits, seen)).collect::<Result<_>>()?;
+    Ok((all, ledger.into_inner()))
+}
+
 #[test]
 fn the_largest_logit() {
-    let observer = RefCell::new(());
-    let at = Meter::new(&observer, Phase::Sampling).at(Module::Sampler);
-    for (rows, width) in [(1, 5), (3, 320), (9, 151_936)] {
-        for dtype in [Dtype::F32, Dtype::BF16] {
-            // bf16 has many equal values: the first counts.
-            let logits =
-                |device| Tensor::from_vec(random(rows * width, 3), (rows, width), dtype, device);
-            let gpu = gpu();
-            let ours = ops::argmax(at, &logits(&gpu).unwrap()).unwrap();
-            let theirs = logits(&Device::Cpu).unwrap().to_vec().unwrap();
-            for (id, row) in ours.into_iter().zip(theirs.chunks_exact(width)) {
-                let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                assert_eq!(row.iter().position(|&x| x == top), Some(id as usize));
+    let gpu = gpu();
+    for (rows, width) in [(1, 5), (3, 320), (9, 151_936), (600, 40)] {
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            for repeat_penalty in [1.0, 1.3] {
+                // bf16 has many equal values: the first counts.
+                let sampling = Sampling { repeat_penalty, ..Sampling::GREEDY };
+                let values = random(rows * width, 3);
+                let seen = vec![(0..width as u32).step_by(3).collect(); rows];
+                let on = |device: &Device| {
+                    let logits = Tensor::from_vec(values.clone(), (rows, width), dtype, device)?;
+                    choices(sampling, &logits, &seen, 1)
+                };
+                let (ours, theirs) = (on(&gpu).unwrap(), on(&Device::Cpu).unwrap());
+                assert!(ours == theirs, "{rows} x {width} {dtype:?} {repeat_penalty}");
             }
         }
     }
-    for bad in [f32::NAN, f32::INFINITY] {
-        let logits = Tensor::from_vec(vec![0.0, bad, 1.0], (1, 3), Dtype::F32, &gpu()).unwrap();
-        let error = ops::argmax(at, &logits).unwrap_err().to_string();
-        assert!(error.contains("not finite"), "{error}");
+}
+
+#[test]
+fn a_draw() {
+    let gpu = gpu();
+    let base = Sampling { temperature: 1.0, ..Sampling::GREEDY };
+    let cuts = [
+        (None, None),
+        (Some(1), None),
+        (Some(3), None),
+        (Some(50), None),
+        (None, Some(0.9)),
+        (None, Some(1e-9)),
+        (None, Some(1.0)),
+        (Some(20), Some(0.8)),
+        (Some(1_000_000), Some(0.5)),
+    ];
+    for (rows, width) in [(1, 5), (3, 320), (2, 151_936)] {
+        for dtype in [Dtype::F32, Dtype::BF16] {
+            // bf16 has many equal values; at a low temperature, most weights vanish.
+            for temperature in [0.02, 0.7, 3.0] {
+                for (i, (top_k, top_p)) in cuts.into_iter().enumerate() {
+                    let repeat_penalty = if i % 2 == 0 { 1.0 } else { 1.2 };
+                    let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
+                    let values = random(rows * width, 3).iter().map(|x| 4.0 * x).collect();
+                    let logits = Tensor::from_vec(values, (rows, width), dtype, &gpu).unwrap();
+                    let on_cpu = Tensor::from_vec(
+                        logits.to_vec().unwrap(),
+                        (rows, width),
+                        Dtype::F32,
+                        &Device::Cpu,
+                    );
+                    let seen = vec![(0..width as u32).step_by(7).collect(); rows];
+                    let ours = choices(sampling, &logits, &seen, 40).unwrap();
+                    let theirs = choices(sampling, &on_cpu.unwrap(), &seen, 40).unwrap();
+                    // The CPU sums in f32, one after another: where sums are long, a draw that
+                    // falls between two tokens may fall to the neighbour.
+                    let apart = |(ours, theirs): &(&Vec<u32>, &Vec<u32>)| ours != theirs;
+                    let differ = ours.0.iter().zip(&theirs.0).filter(apart).count();
+                    let allowed = if width > 1000 { 4 } else { 0 };
+                    println!("{rows} x {width} {dtype:?} {sampling:?}: {differ} of 40 differ");
+                    assert!(differ <= allowed, "{rows} x {width} {dtype:?} {sampling:?}: {differ}");
+                    assert_eq!(ours.1, theirs.1);
+                    // Nothing depends on the order in which threads come.
+                    assert_eq!(ours.0, choices(sampling, &logits, &seen, 40).unwrap().0);
+                }
+            }
+        }
+    }
+    // Equal weights fall to each token as often as to any.
+    let even = Tensor::zeros((1, 8), Dtype::F32, &gpu).unwrap();
+    let (drawn, _) = choices(base, &even, &[vec![]], 4000).unwrap();
+    for token in 0..8 {
+        let count = drawn.iter().filter(|row| row[0] == token).count();
+        assert!((380..620).contains(&count), "{token}: {count}");
+    }
+}
+
+#[test]
+fn logits_that_are_not_finite() {
+    let gpu = gpu();
+    for temperature in [0.0, 1.0] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let values = vec![0.0, 1.0, 2.0, 0.0, bad, 1.0];
+            let logits = Tensor::from_vec(values, (2, 3), Dtype::F32, &gpu).unwrap();
+            let sampling = Sampling { temperature, ..Sampling::GREEDY };
+            let error = choices(sampling, &logits, &[vec![], vec![]], 1).unwrap_err().to_string();
+            assert!(error.contains("not finite"), "{error}");
+        }
     }
 }
 
@@ -225,49 +311,93 @@ fn an_update() {
     }
 }
 
-/// Decoding by few launches, recorded and not, against the model's own forward pass on the CPU.
-#[test]
-fn decoding_in_few_launches() {
-    use flopaudit::{
-        config::{LoraConfig, ModelConfig},
-        generate::{Request, generate},
-        model::{AdapterSource, Qwen2},
-        weights,
-        workload::Sampling,
-    };
-    let checkpoint = weights::synthetic(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
-    let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
-    let run = |device: &Device, dtype, batch: usize, recorded, eos: Vec<u32>| {
+/// An adapter of every projection as PEFT writes it, of random numbers.
+fn adapter(config: &ModelConfig, rank: usize) -> AdapterSource {
+    let dir = tempfile::tempdir().unwrap();
+    let options = serde_json::json!({
+        "peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none",
+        "target_modules": Projection::ALL.map(|p| p.to_string()),
+    });
+    std::fs::write(dir.path().join("adapter_config.json"), options.to_string()).unwrap();
+    let mut all = std::collections::HashMap::new();
+    for (layer, p) in (0..config.num_hidden_layers).flat_map(|i| Projection::ALL.map(|p| (i, p))) {
+        let (k, n) = p.widths(config);
+        for (factor, shape) in [('A', (rank, k)), ('B', (n, rank))] {
+            let seed = (layer * 100 + p as usize * 2) as u64 + u64::from(factor == 'B');
+            let values = random(rank * if factor == 'A' { k } else { n }, seed);
+            let values: Vec<f32> = values.iter().map(|x| 0.05 * x).collect();
+            let tensor = candle_core::Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
+            let parent = p.parent();
+            let name =
+                format!("base_model.model.model.layers.{layer}.{parent}.{p}.lora_{factor}.weight");
+            all.insert(name, tensor);
+        }
+    }
+    candle_core::safetensors::save(&all, dir.path().join("adapter_model.safetensors")).unwrap();
+    AdapterSource::Peft(PeftAdapter::open(dir.path(), config).unwrap())
+}
+
+/// What a batch of prompts goes on with, and what ran.
+#[derive(Clone)]
+struct Run<'a> {
+    adapters: &'a AdapterSource,
+    sampling: Sampling,
+    batch: usize,
+    recorded: bool,
+    eos: Vec<u32>,
+}
+
+impl Run<'_> {
+    fn on(&self, device: &Device, dtype: Dtype) -> (Vec<Sequence>, Ledger) {
+        let checkpoint = weights::synthetic(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
         let (config, weights) = (&checkpoint.config, &checkpoint.weights);
-        let model = Qwen2::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+        let model = Qwen2::load(config, weights, self.adapters, dtype, device, |_| Ok(())).unwrap();
         let prompt = |row: usize| (0..9).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
         let request = Request {
-            prompts: (0..batch).map(prompt).collect(),
+            prompts: (0..self.batch).map(prompt).collect(),
             max_new_tokens: 40,
-            sampling: Sampling::GREEDY,
-            seeds: vec![0; batch],
+            sampling: self.sampling,
+            seeds: (0..self.batch as u64).collect(),
             kv_cache: true,
-            eos,
+            eos: self.eos.clone(),
             timed: false,
-            recorded,
+            recorded: self.recorded,
         };
         let ledger = RefCell::new(Ledger::default());
         let generation = generate(&model, &request, &ledger, |_, _| Ok(())).unwrap();
         (generation.sequences, ledger.into_inner())
-    };
-    let gpu = gpu();
-    for batch in [1, 2, 3, 8, 9] {
-        let theirs = run(&Device::Cpu, Dtype::F32, batch, true, vec![]);
-        for recorded in [true, false] {
-            let ours = run(&gpu, Dtype::F32, batch, recorded, vec![]);
-            assert!(ours == theirs, "batch {batch}, recorded {recorded}");
-        }
     }
-    // In bf16 other kernels run; recorded or not, they give the same.
-    for batch in [1, 3, 9, 33, 64, 65] {
-        let recorded = run(&gpu, Dtype::BF16, batch, true, vec![]);
-        // A token that nobody chooses: each is looked at before the next is computed.
-        let stepwise = run(&gpu, Dtype::BF16, batch, false, vec![320]);
-        assert!(recorded == stepwise, "batch {batch}");
+}
+
+/// Decoding by few launches, recorded and not, against the model's own forward pass on the CPU.
+#[test]
+fn decoding_in_few_launches() {
+    let gpu = gpu();
+    let config = ModelConfig::preset("tiny").unwrap();
+    let none = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
+    let drawn =
+        Sampling { temperature: 0.9, top_k: Some(50), top_p: Some(0.95), repeat_penalty: 1.1 };
+    let penalized = Sampling { repeat_penalty: 1.5, ..Sampling::GREEDY };
+    let warm = Sampling { temperature: 1.5, ..Sampling::GREEDY };
+    for adapters in [none, adapter(&config, 8), adapter(&config, 3)] {
+        let rank = adapters.lora().rank;
+        for sampling in [Sampling::GREEDY, drawn, penalized, warm] {
+            for batch in [1, 2, 3, 8, 9] {
+                let run = Run { adapters: &adapters, sampling, batch, recorded: true, eos: vec![] };
+                let theirs = run.on(&Device::Cpu, Dtype::F32);
+                for recorded in [true, false] {
+                    let ours = Run { recorded, ..run.clone() }.on(&gpu, Dtype::F32);
+                    assert!(ours == theirs, "rank {rank}, {sampling:?}, batch {batch}, {recorded}");
+                }
+            }
+            // In bf16 other kernels run; recorded or not, they give the same.
+            for batch in [1, 3, 9, 33, 64, 65] {
+                let run = Run { adapters: &adapters, sampling, batch, recorded: true, eos: vec![] };
+                let recorded = run.on(&gpu, Dtype::BF16);
+                // A token that nobody chooses: each is looked at before the next is computed.
+                let stepwise = Run { recorded: false, eos: vec![320], ..run }.on(&gpu, Dtype::BF16);
+                assert!(recorded == stepwise, "rank {rank}, {sampling:?}, batch {batch}");
+            }
+        }
     }
 }

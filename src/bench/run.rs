@@ -13,6 +13,7 @@ use crate::{
     ledger::{Ledger, Phase},
     meter::Meter,
     model::{Labelled, Qwen2, Trained},
+    ops::Sampler,
     tally::Tally,
     train::{Hyper, Trainer},
     workload::{Logits, Sampling, Task, Workload},
@@ -101,7 +102,9 @@ impl Runner<'_> {
         let mut cache = model.cache(meter, rows, past + 1)?;
         let meter = meter.phase(Phase::Decode);
         cache.set_past(past)?;
-        let mut decoder = model.decoder(&cache, &ids, 1, true)?;
+        let mut sampler = Sampler::new(Sampling::GREEDY, &vec![0; rows]);
+        let fed: Vec<_> = ids.iter().map(|&id| vec![id]).collect();
+        let mut decoder = model.decoder(&cache, &mut sampler, &fed, 1, true)?;
         let timed = self.time(|| {
             cache.set_past(past)?;
             model.device().synchronize()?;

@@ -6,7 +6,6 @@ use super::{
     qwen2::{Layer, Linear},
 };
 use crate::{
-    config::Projection,
     error::Result,
     ledger::{Module, Phase},
     meter::Meter,
@@ -23,24 +22,23 @@ pub struct Decoder<'a> {
 
 impl Qwen2 {
     /// A decoder of at most `steps` steps on top of what `cache` holds, the first of which feeds
-    /// `ids`; with `recorded`, steps are replayed from a CUDA graph. None where the device, the
-    /// element type, the model's widths or adapters ask for [`Qwen2::forward`].
+    /// the last token of each of `contexts`, while `sampler` chooses; with `recorded`, steps are
+    /// replayed from a CUDA graph. None where the device, the element type or the model's widths
+    /// ask for [`Qwen2::forward`].
     ///
     /// # Errors
     /// The device's, out of memory among them.
     pub fn decoder(
         &self,
         cache: &KvCache,
-        ids: &[u32],
+        sampler: &mut Sampler,
+        contexts: &[Vec<u32>],
         steps: usize,
         recorded: bool,
     ) -> Result<Option<Decoder<'_>>> {
         let config = self.config();
-        if Projection::ALL.iter().any(|&projection| self.lora().adapts(projection)) {
-            return Ok(None);
-        }
         let sizes = Sizes {
-            batch: ids.len(),
+            batch: contexts.len(),
             capacity: cache.capacity(),
             past: cache.past(),
             steps,
@@ -50,18 +48,15 @@ impl Qwen2 {
             kv_heads: config.num_key_value_heads,
             head_dim: config.head_dim(),
             vocab: config.vocab_size,
+            rank: self.lora().rank,
         };
-        let Some(decoding) = Decoding::new(sizes, self.dtype(), self.device())? else {
-            return Ok(None);
-        };
-        decoding.feed(ids)?;
-        Ok(Some(Decoder { model: self, decoding, recorded }))
+        let decoding = Decoding::new(sizes, self.dtype(), self.device(), sampler, contexts)?;
+        Ok(decoding.map(|decoding| Decoder { model: self, decoding, recorded }))
     }
 }
 
 impl Decoder<'_> {
-    /// The next tokens of every sequence, `steps` of them, step after step. A sampler that draws
-    /// chooses on the host, for which `contexts` hold each sequence so far; then it is one step.
+    /// The next tokens of every sequence, `steps` of them, step after step.
     ///
     /// # Errors
     /// Logits that are not finite, a full cache, or the device's.
@@ -69,25 +64,13 @@ impl Decoder<'_> {
         &mut self,
         meter: Meter,
         cache: &mut KvCache,
-        sampler: &mut Sampler,
-        contexts: &[Vec<u32>],
         steps: usize,
     ) -> Result<Vec<Vec<u32>>> {
-        let past = cache.past();
-        if sampler.takes_the_largest() {
-            cache.set_past(past + steps)?;
-            for _ in 0..steps {
-                self.step(meter, cache, true)?;
-            }
-            return self.decoding.chosen(steps);
+        cache.set_past(cache.past() + steps)?;
+        for _ in 0..steps {
+            self.step(meter, cache, true)?;
         }
-        cache.set_past(past + 1)?;
-        let ids: Vec<u32> = contexts.iter().filter_map(|c| c.last()).copied().collect();
-        self.decoding.hold(past)?;
-        self.decoding.feed(&ids)?;
-        self.step(meter, cache, false)?;
-        let at = meter.phase(Phase::Sampling).at(Module::Sampler);
-        Ok(vec![sampler.next(at, &self.decoding.logits(), contexts)?])
+        self.decoding.chosen(steps)
     }
 
     /// One step up to the logits on top of what `cache` holds, which holds as much afterwards: the
@@ -125,7 +108,8 @@ impl Qwen2 {
             gain: self.last_norm(),
             eps: self.config().rms_norm_eps,
         };
-        let head = Product { at: meter.at(Module::LmHead), weight: self.head(), bias: None };
+        let at = meter.at(Module::LmHead);
+        let head = Product { at, weight: self.head(), bias: None, adapter: None };
         decoding.head(norm, head)
     }
 }
@@ -162,6 +146,7 @@ impl Layer {
 impl Linear {
     fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
         let at = meter.at(Module::Proj(self.projection));
-        Product { at, weight: &self.weight, bias: self.bias.as_ref() }
+        let adapter = self.adapter.as_ref().map(|adapter| adapter.low_rank(meter));
+        Product { at, weight: &self.weight, bias: self.bias.as_ref(), adapter }
     }
 }

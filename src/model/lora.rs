@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Lora, Module},
     meter::Meter,
-    ops::{self, Tensor},
+    ops::{self, LowRank, Tensor},
     weights::PeftAdapter,
 };
 
@@ -88,6 +88,17 @@ impl Adapter {
     /// A and B.
     pub(super) fn factors(&mut self) -> [(Lora, &mut Tensor); 2] {
         [(Lora::A, &mut self.a), (Lora::B, &mut self.b)]
+    }
+
+    /// What decoding takes it for.
+    pub(super) fn low_rank<'a>(&'a self, meter: Meter<'a>) -> LowRank<'a> {
+        let at = |part| meter.at(Module::Lora(self.projection, part));
+        LowRank {
+            a: (at(Lora::A), &self.a),
+            b: (at(Lora::B), &self.b),
+            scaling: (at(Lora::Scale), &self.scaling),
+            sum: at(Lora::Sum),
+        }
     }
 
     /// `base` (…, out) + scaling · B(A `x`), x (…, in).

@@ -66,7 +66,7 @@ pub(super) struct Linear {
     pub(super) projection: Projection,
     pub(super) weight: Tensor,       // (out, in)
     pub(super) bias: Option<Tensor>, // (out)
-    adapter: Option<Adapter>,
+    pub(super) adapter: Option<Adapter>,
 }
 
 /// Reads tensors by checkpoint name, in one dtype, on one device.

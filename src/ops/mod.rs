@@ -5,6 +5,7 @@
 
 mod attention;
 mod by_row;
+mod choose;
 mod cuda;
 mod decode;
 mod elementwise;
@@ -22,7 +23,7 @@ mod softmax;
 mod tape;
 
 pub use attention::{attention, is_one_kernel};
-pub use decode::{Decoding, Norm, Product, Sizes};
+pub use decode::{Decoding, LowRank, Norm, Product, Sizes};
 pub use elementwise::{add, gated, mul, scale, silu};
 pub use embed::embed;
 pub use linear::{bias, linear, matmul};
@@ -30,7 +31,7 @@ pub use loss::{CrossEntropy, Losses};
 pub use norm::rms_norm;
 pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
 pub use rope::{RopeTable, merge_heads, rope, rotated_heads, split_heads};
-pub use sample::{Sampler, argmax};
+pub use sample::Sampler;
 pub use softmax::{CausalMask, masked_softmax, softmax};
 pub use tape::{Gradients, backward};
 

@@ -4,7 +4,7 @@
 use candle_core::{D, DType};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{Tensor, cuda::Kernels, scale, softmax};
+use super::{Tensor, choose, scale, softmax};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -12,42 +12,40 @@ use crate::{
     workload::Sampling,
 };
 
-/// Index of the largest element of each row, compared in f32.
-///
-/// # Errors
-/// The device's, or a largest element that is not finite.
-pub fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
-    let (rows, width) = logits.rows_width()?;
-    let flat = logits.data.reshape((rows as usize, width as usize))?;
-    let largest = at.run(Op::Argmax { rows, width }, Dtype::F32, logits.device(), || {
-        if let Some(kernels) = Kernels::of(&[&flat]) {
-            return kernels.argmax(&flat);
-        }
-        let ids = flat.argmax_keepdim(D::Minus1)?;
-        let tops = flat.gather(&ids, 1)?.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
-        Ok(tops.into_iter().zip(ids.flatten_all()?.to_vec1()?).collect())
-    })?;
-    finite(largest)
+/// How a token is chosen: constants of a run, as 1/√d is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rule {
+    /// What was asked for.
+    pub sampling: Sampling,
+    /// Factors on logits of seen tokens: on positive ones, on others.
+    pub penalties: (f32, f32),
+    /// Logits are multiplied by it before the softmax.
+    pub inverse_temperature: f32,
 }
 
-/// The indices of rows' largest elements.
-pub(super) fn finite(largest: Vec<(f32, u32)>) -> Result<Vec<u32>> {
-    let index = |(top, index): (f32, u32)| {
-        anyhow::ensure!(top.is_finite(), "the logits are not finite ({top}); try --dtype f32");
-        Ok(index)
-    };
-    largest.into_iter().map(index).collect()
+impl Rule {
+    /// Whether it chooses the largest logit, if after a penalty, and draws nothing.
+    pub fn is_greedy(&self) -> bool {
+        self.sampling.temperature == 0.0
+    }
+
+    /// Whether seen tokens are penalized.
+    pub fn penalizes(&self) -> bool {
+        self.sampling.repeat_penalty != 1.0
+    }
+
+    /// How many of `width` tokens are drawn among, where not all of them are.
+    pub fn fewer_than(&self, width: usize) -> Option<usize> {
+        self.sampling.top_k.filter(|&k| k < width)
+    }
 }
 
 /// Chooses one token a row, greedily or by chance.
 #[derive(Debug)]
 pub struct Sampler {
-    sampling: Sampling,
+    rule: Rule,
     /// One a row, so that what a row draws does not depend on its neighbours.
     rngs: Vec<StdRng>,
-    /// Factors on logits of seen tokens, positive and negative: constants of the run, as 1/√d is.
-    penalties: (f32, f32),
-    inverse_temperature: f32,
 }
 
 impl Sampler {
@@ -55,52 +53,68 @@ impl Sampler {
     pub fn new(sampling: Sampling, seeds: &[u64]) -> Self {
         let penalty = sampling.repeat_penalty as f32;
         Self {
-            sampling,
+            rule: Rule {
+                sampling,
+                penalties: (1.0 / penalty, penalty),
+                inverse_temperature: 1.0 / sampling.temperature as f32,
+            },
             rngs: seeds.iter().map(|&seed| StdRng::seed_from_u64(seed)).collect(),
-            penalties: (1.0 / penalty, penalty),
-            inverse_temperature: 1.0 / sampling.temperature as f32,
         }
     }
 
-    /// Whether it chooses each row's largest logit, as it is.
-    pub fn takes_the_largest(&self) -> bool {
-        self.sampling.temperature == 0.0 && self.sampling.repeat_penalty == 1.0
+    pub(super) fn rule(&self) -> Rule {
+        self.rule
     }
 
-    /// One token for each row of `logits` (…, V); `seen[row]` holds the row's tokens so far.
+    /// A number in [0, 1) for each row: what its next draw goes by.
+    pub(super) fn uniforms(&mut self) -> Vec<f32> {
+        self.rngs.iter_mut().map(|rng| rng.random()).collect()
+    }
+
+    /// One token for each row of `logits` (…, V); `seen[row]` holds the row's tokens so far. On a
+    /// GPU, one kernel chooses there.
     ///
     /// # Errors
     /// Logits that are not finite.
     pub fn next(&mut self, at: At, logits: &Tensor, seen: &[Vec<u32>]) -> Result<Vec<u32>> {
-        let Sampling { temperature, top_k, top_p, repeat_penalty } = self.sampling;
-        if self.takes_the_largest() && Kernels::of(&[&logits.data]).is_some() {
-            return argmax(at, logits); // which widens by itself
+        let (rows, _) = logits.rows_width()?;
+        anyhow::ensure!(seen.len() as u64 == rows, "{} contexts for {rows} rows", seen.len());
+        if let Some(chosen) = choose::once(at, self, logits, seen)? {
+            return Ok(chosen);
         }
         let mut logits = Tensor::from(logits.data.to_dtype(DType::F32)?);
-        if repeat_penalty != 1.0 {
-            logits = penalize(at, &logits, seen, self.penalties)?;
+        if self.rule.penalizes() {
+            logits = penalize(at, &logits, seen, self.rule.penalties)?;
         }
-        if temperature == 0.0 {
-            return argmax(at, &logits);
+        match self.rule.is_greedy() {
+            true => argmax(at, &logits),
+            false => self.draw(at, &logits),
         }
-        let factor = vec![self.inverse_temperature];
+    }
+
+    fn draw(&mut self, at: At, logits: &Tensor) -> Result<Vec<u32>> {
+        let factor = vec![self.rule.inverse_temperature];
         let factor = Tensor::from_vec(factor, 1, Dtype::F32, logits.device())?;
-        let weights = softmax(at, scale(at, &logits, &factor)?)?;
+        let weights = softmax(at, scale(at, logits, &factor)?)?;
         let (rows, width) = weights.rows_width()?;
         let weights = weights.to_vec()?;
         // One NaN or infinity in a row of logits makes all its weights NaN.
         let by_row = weights.chunks_exact(width as usize);
-        let finite = by_row.clone().all(|row| row[0].is_finite());
-        anyhow::ensure!(finite, "the logits are not finite; try --dtype f32");
+        for row in by_row.clone() {
+            finite(row[0])?;
+        }
 
+        let top_p = self.rule.sampling.top_p;
         let candidates = |row: &[f32]| -> Vec<(u32, f32)> {
             let mut all: Vec<_> = (0u32..).zip(row.iter().copied()).collect();
-            if let Some(k) = top_k.filter(|&k| k < all.len()) {
-                all.select_nth_unstable_by(k - 1, |a, b| b.1.total_cmp(&a.1));
+            let likelier = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+            let fewer = self.rule.fewer_than(all.len());
+            if let Some(k) = fewer {
+                all.select_nth_unstable_by(k - 1, likelier);
                 all.truncate(k);
             }
-            if top_p.is_some() {
-                all.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            if fewer.is_some() || top_p.is_some() {
+                all.sort_unstable_by(likelier);
             }
             all
         };
@@ -112,11 +126,30 @@ impl Sampler {
                 Ok(())
             })?;
         }
+        let uniforms = self.uniforms();
         at.run(Op::Draw { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
-            let draws = chosen.iter().zip(&mut self.rngs);
-            Ok(draws.map(|(row, rng)| draw(row, rng.random())).collect())
+            Ok(chosen.iter().zip(uniforms).map(|(row, uniform)| draw(row, uniform)).collect())
         })
     }
+}
+
+/// Index of the largest element of each row.
+fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
+    let (rows, width) = logits.rows_width()?;
+    let flat = logits.data.reshape((rows as usize, width as usize))?;
+    let (ids, tops) = at.run(Op::Argmax { rows, width }, Dtype::F32, logits.device(), || {
+        let ids = flat.argmax_keepdim(D::Minus1)?;
+        let tops = flat.gather(&ids, 1)?.flatten_all()?.to_vec1()?;
+        Ok((ids.flatten_all()?.to_vec1()?, tops))
+    })?;
+    tops.into_iter().try_for_each(finite)?;
+    Ok(ids)
+}
+
+/// Refuses a number that says that its row's logits are not finite.
+pub(super) fn finite(number: f32) -> Result<()> {
+    anyhow::ensure!(number.is_finite(), "the logits are not finite ({number}); try --dtype f32");
+    Ok(())
 }
 
 /// Zeroes the weights after the shortest prefix that holds `p` of the sum; the largest survives.
@@ -151,7 +184,6 @@ fn running_sums(row: &[(u32, f32)]) -> Vec<f32> {
 /// its token was not seen, so that the op's size does not depend on the text.
 fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> Result<Tensor> {
     let (rows, width) = logits.rows_width()?;
-    anyhow::ensure!(seen.len() as u64 == rows, "{} contexts for {rows} rows", seen.len());
     let mut values = logits.to_vec()?;
     let op = Op::RepeatPenalty { rows, width };
     at.run(op, Dtype::F32, &candle_core::Device::Cpu, || {

@@ -67,6 +67,32 @@ template <int N> __device__ __forceinline__ void store(float *p, const float (&i
     }
 }
 
+// Eight elements as they lie in memory, so that those on their way take few registers.
+template <typename T> struct Raw;
+template <> struct Raw<bf16> {
+    uint4 v;
+    __device__ void fetch(const bf16 *p) { v = __ldcs(reinterpret_cast<const uint4 *>(p)); }
+    __device__ void widen_to(float (&out)[8]) const {
+        const __nv_bfloat162 *pairs = reinterpret_cast<const __nv_bfloat162 *>(&v);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 pair = __bfloat1622float2(pairs[i]);
+            out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+        }
+    }
+};
+template <> struct Raw<float> {
+    float4 a, b;
+    __device__ void fetch(const float *p) {
+        a = __ldcs(reinterpret_cast<const float4 *>(p));
+        b = __ldcs(reinterpret_cast<const float4 *>(p) + 1);
+    }
+    __device__ void widen_to(float (&out)[8]) const {
+        out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+        out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+    }
+};
+
 struct Sum {
     static __device__ __forceinline__ float identity() { return 0.0f; }
     static __device__ __forceinline__ float of(float a, float b) { return a + b; }
@@ -92,15 +118,6 @@ template <typename Op, int THREADS> __device__ __forceinline__ float reduce(floa
     }
     return v;
 }
-
-// A value and where it stands as one number that compares as the values do: NaN above all, so that
-// it is seen, and of equal values the first above the rest.
-__device__ __forceinline__ u64 ranked(float v, u32 index) {
-    u32 bits = __float_as_uint(v);
-    bits = isnan(v) ? ~0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (u64)bits << 32 | (u32)~index;
-}
-__device__ __forceinline__ u64 larger(u64 a, u64 b) { return a > b ? a : b; }
 
 // Before what a kernel before this one wrote is read: no more than a fence unless the launch asked
 // to overlap with that kernel's end.

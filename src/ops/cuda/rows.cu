@@ -282,19 +282,6 @@ __device__ void heads(T *out, const T *in, const T *cos, const T *sin, const T *
 
 // ---- whole tensors ------------------------------------------------------------------------------
 
-// Each row's largest element and where it is first found: best[row] = (order of its bits, ~index),
-// which must be 0 before.
-template <typename T> __device__ void argmax(u64 *best, const T *x, u32 width) {
-    const T *p = x + (u64)blockIdx.y * width;
-    u64 mine = 0;
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < width; i += gridDim.x * blockDim.x)
-        mine = larger(mine, ranked(widen(p[i]), i));
-#pragma unroll
-    for (int mask = 16; mask > 0; mask >>= 1)
-        mine = larger(mine, __shfl_xor_sync(~0u, mine, mask));
-    if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, mine);
-}
-
 // *sum += Σ x², in f64 between blocks.
 template <typename T> __device__ void sum_squares(double *sum, const T *x, u64 n) {
     float mine = 0.0f;
@@ -385,7 +372,6 @@ extern "C" __global__ void adamw(float *state, const float *gradient, u64 n, flo
     extern "C" __global__ void add_bias_##t(T *x, const T *b, u32 rows, u32 width, u32 n) {        \
         add_bias<T>(x, b, rows, width, n);                                                         \
     }                                                                                              \
-    extern "C" __global__ void argmax_##t(u64 *b, const T *x, u32 w) { argmax<T>(b, x, w); }       \
     extern "C" __global__ void sum_squares_##t(double *s, const T *x, u64 n) {                     \
         sum_squares<T>(s, x, n);                                                                   \
     }
