@@ -13,6 +13,9 @@ use crate::{
     meter::At,
 };
 
+/// Blocks that draw a row's token together (`PEERS` in choose.cu).
+const PEERS: usize = 8;
+
 /// The state of a choice for each row, step after step, on its device.
 pub(super) struct Choosing {
     kernels: Kernels,
@@ -175,7 +178,7 @@ impl Choosing {
                     Arg::U32(top_k as u32),
                     Arg::F32(top_p),
                 ];
-                ("draw", 1, 1024, own)
+                ("draw", PEERS, 1024, own)
             }
         };
         let name = format!("{name}_{}", self.kernels.suffix());

@@ -2,6 +2,7 @@
 // goes to the host. The token becomes the row's next input and entry `*held - first` of `chosen`
 // (steps, rows); then *held counts the token that was fed.
 #include "common.cuh"
+#include <cooperative_groups.h>
 
 #define CHOOSERS 256
 #define DRAWERS 1024
@@ -38,9 +39,8 @@ struct Choices {
         chosen[(u64)(*held - first) * rows + row] = choice;
         if (penalty.seen) penalty.seen[(u64)row * width + token] = 1;
     }
-    // Whether this block is the last to come here; said to all of its threads.
-    __device__ bool is_last() const {
-        u32 blocks = gridDim.x * gridDim.y;
+    // Whether this block is the last of so many to come here; said to all of its threads.
+    __device__ bool is_last(u32 blocks) const {
         __shared__ bool last;
         __threadfence();
         __syncthreads();
@@ -74,7 +74,7 @@ __device__ void choose(Choices to, u64 *best, const T *logits, Penalty penalty) 
     for (int mask = 16; mask > 0; mask >>= 1)
         mine = larger(mine, __shfl_xor_sync(~0u, mine, mask));
     if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, mine);
-    if (!to.is_last()) return;
+    if (!to.is_last(gridDim.x * gridDim.y)) return;
     for (u32 row = threadIdx.x; row < to.rows; row += CHOOSERS)
         to.put(row, atomicExch(best + row, 0ull), penalty);
     __syncthreads();
@@ -82,6 +82,39 @@ __device__ void choose(Choices to, u64 *best, const T *logits, Penalty penalty) 
 }
 
 // ---- by chance ----------------------------------------------------------------------------------
+
+// The blocks of a row, which have a stretch of it each: a cluster, where the GPU has them; else the
+// first has it all, and the others end at once.
+#define PEERS 8
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER __cluster_dims__(PEERS, 1, 1)
+struct Peers {
+    static constexpr u32 count = PEERS;
+    static __device__ void sync() { cooperative_groups::this_cluster().sync(); }
+    template <typename T> static __device__ T *shared(T &mine, u32 peer) {
+        return cooperative_groups::this_cluster().map_shared_rank(&mine, peer);
+    }
+};
+#else
+#define CLUSTER
+struct Peers {
+    static constexpr u32 count = 1;
+    static __device__ void sync() { __syncthreads(); }
+    template <typename T> static __device__ T *shared(T &mine, u32) { return &mine; }
+};
+#endif
+
+// Over all threads of all peers.
+template <typename Op> __device__ float over_peers(float v) {
+    __shared__ float own;
+    v = reduce<Op, DRAWERS>(v);
+    if (threadIdx.x == 0) own = v;
+    Peers::sync();
+    v = Op::identity();
+    for (u32 peer = 0; peer < Peers::count; peer++) v = Op::of(v, *Peers::shared(own, peer));
+    Peers::sync();
+    return v;
+}
 
 // A probability in units of 2⁻³¹: sums of whole numbers come out the same in any order. A row's
 // sum fits in 32 bits, since its probabilities sum to 1.
@@ -115,13 +148,13 @@ __device__ Mass before_this(Mass m) {
     return sum - m;
 }
 
-// How the elements of a row are spread: bins in the order of size, by ten bits of their floats.
-#define BINS 1024
+// How elements are spread: bins in the order of size, by ten bits of their floats; a thread each.
+#define BINS DRAWERS
 struct Bins {
     u32 counts[BINS], sums[BINS];
 
     __device__ void clear() {
-        __syncthreads();
+        __syncthreads(); // all have read
         counts[threadIdx.x] = sums[threadIdx.x] = 0;
         __syncthreads();
     }
@@ -129,22 +162,42 @@ struct Bins {
         atomicAdd(counts + bin, 1);
         atomicAdd(sums + bin, units(probability));
     }
-    __device__ Mass of(u32 bin) const { return mass(counts[bin], sums[bin]); }
+    // Every peer's become the sums of all peers'.
+    __device__ void merge() {
+        u32 bin = threadIdx.x, count = 0, sum = 0;
+        Peers::sync();
+        for (u32 peer = 0; peer < Peers::count; peer++) {
+            const Bins *bins = Peers::shared(*this, peer);
+            count += bins->counts[bin], sum += bins->sums[bin];
+        }
+        Peers::sync();
+        counts[bin] = count, sums[bin] = sum;
+        __syncthreads();
+    }
 };
 
-// f(i, p[i]) for all i below `width`, with eight loads of a thread under way.
-template <typename F> __device__ __forceinline__ void each(const float *p, u32 width, F f) {
-    for (u32 start = threadIdx.x; start < width; start += 8 * DRAWERS) {
-        float v[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = p[min(start + j * DRAWERS, width - 1)];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-            if (start + j * DRAWERS < width) f(start + j * DRAWERS, v[j]);
-    }
-}
+// A stretch of a row of probabilities.
+struct Stretch {
+    float *row;
+    u32 from, to;
 
-// An element, and the mass before it: after `first_past`, before its bin; after `find`, with it.
+    // f(i) for all i, of which `load(i)` gives what it takes, eight of a thread's under way at once.
+    template <typename L, typename F> __device__ __forceinline__ void each(L load, F f) const {
+        for (u32 start = from + threadIdx.x; start < to; start += 8 * DRAWERS) {
+            float v[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) v[j] = load(min(start + j * DRAWERS, to - 1));
+#pragma unroll
+            for (int j = 0; j < 8; j++)
+                if (start + j * DRAWERS < to) f(start + j * DRAWERS, v[j]);
+        }
+    }
+    template <typename F> __device__ __forceinline__ void each(F f) const {
+        each([&](u32 i) { return row[i]; }, f);
+    }
+};
+
+// An element or a bin, and a mass: of what is before the bin, or up to the element and with it.
 struct Place {
     Mass sum;
     u32 at;
@@ -154,118 +207,124 @@ struct Place {
 __device__ Place first_past(const Bins &bins, bool by_count, u32 mark, Mass before) {
     __shared__ Place found;
     u32 bin = BINS - 1 - threadIdx.x;
-    Mass own = bins.of(bin), start = before + before_this(own);
+    Mass own = mass(bins.counts[bin], bins.sums[bin]), start = before + before_this(own);
     if (part(start, by_count) <= mark && part(start + own, by_count) > mark) found = {start, bin};
     __syncthreads();
     return found;
 }
 
-// The element with which the running count, or sum of units, passes `mark`: `sorted`, larger
-// before smaller and of equals the first before the rest; else as they lie. `coarse` holds the
-// upper bits of all; what is in the bin that is wanted is spread again by the next ten.
-__device__ Place find(const float *row, u32 width, const Bins &coarse, bool sorted, bool by_count,
-                      u32 mark) {
-    __shared__ Bins fine;
+// The element, of those whose floats' bits from `shift` on are `prefix`, in the order of the row,
+// with which the running count or sum from `before` on passes `mark`.
+__device__ Place in_order(Stretch all, u32 shift, u32 prefix, bool by_count, u32 mark, Mass before) {
     __shared__ Place found;
-    u32 shift = 31, prefix = 0; // of the elements that are left: all are positive
-    Mass before = 0;
-    if (sorted) {
-        Place bin = first_past(coarse, by_count, mark, 0);
-        shift = 20, prefix = bin.at, before = bin.sum;
-        for (u32 left = coarse.counts[bin.at]; shift > 0 && left > 1; shift -= 10) {
-            fine.clear();
-            each(row, width, [&](u32, float p) {
-                u32 bits = __float_as_uint(p);
-                if (bits >> shift == prefix) fine.add(bits >> (shift - 10) & (BINS - 1), p);
-            });
-            __syncthreads();
-            bin = first_past(fine, by_count, mark, before);
-            prefix = prefix << 10 | bin.at, before = bin.sum, left = fine.counts[bin.at];
-        }
-    }
-    // Of those, in the order of the row, each warp has a stretch.
-    u32 stretch = (width + DRAWERS - 1) / DRAWERS * 32, lane = threadIdx.x % 32;
-    u32 from = threadIdx.x / 32 * stretch, to = min(from + stretch, width);
+    __shared__ Mass own;
+    // A stretch of the stretch for each warp.
+    u32 each = (all.to - all.from + DRAWERS - 1) / DRAWERS * 32, lane = threadIdx.x % 32;
+    u32 from = min(all.from + threadIdx.x / 32 * each, all.to), to = min(from + each, all.to);
     auto mass_at = [&](u32 i) -> Mass {
         if (i >= to) return 0;
-        float p = row[i];
+        float p = all.row[i];
         return __float_as_uint(p) >> shift == prefix ? mass(1, units(p)) : 0;
     };
     Mass mine = 0;
 #pragma unroll 8
     for (u32 i = from + lane; i < to; i += 32) mine += mass_at(i);
-    Mass sum = before + before_this(mine);
-    Mass end = __shfl_sync(~0u, sum + mine, 31);
-    sum = __shfl_sync(~0u, sum, 0);
+    Mass sum = before_this(mine);
+    if (threadIdx.x == DRAWERS - 1) own = sum + mine;
+    Peers::sync();
+    for (u32 peer = 0; peer < blockIdx.x; peer++) before += *Peers::shared(own, peer);
+    Mass end = before + __shfl_sync(~0u, sum + mine, 31);
+    sum = before + __shfl_sync(~0u, sum, 0);
     if (part(sum, by_count) <= mark && part(end, by_count) > mark) {
         for (u32 i = from;; i += 32) {
             Mass with = sum + running(mass_at(i + lane));
             u32 past = __ballot_sync(~0u, part(with, by_count) > mark);
             if (past) {
-                if (lane == __ffs(past) - 1) found = {with, i + lane};
+                Place place = {with, i + lane};
+                if (lane == __ffs(past) - 1)
+                    for (u32 peer = 0; peer < Peers::count; peer++)
+                        *Peers::shared(found, peer) = place;
                 break;
             }
             sum = __shfl_sync(~0u, with, 31);
         }
     }
-    __syncthreads();
+    Peers::sync();
     return found;
 }
 
-// One token a row, a block each, by the entry of `uniforms` (steps, rows) for this step: among all,
-// as they lie; or, the likeliest first, among the k likeliest (0: all) and of these among the
-// fewest that hold `top_p` (0: all). `probabilities` (rows, width) are scratch.
+// The same of all, larger before smaller and of equals the first before the rest. `coarse` holds
+// the upper bits of all; what is in the bin that is wanted is spread again by the next ten.
+__device__ Place by_size(Stretch all, const Bins &coarse, bool by_count, u32 mark) {
+    __shared__ Bins fine;
+    Place bin = first_past(coarse, by_count, mark, 0);
+    u32 shift = 20, prefix = bin.at, left = coarse.counts[bin.at];
+    for (; shift > 0 && left > 1; shift -= 10) {
+        fine.clear();
+        all.each([&](u32, float p) {
+            u32 bits = __float_as_uint(p);
+            if (bits >> shift == prefix) fine.add(bits >> (shift - 10) & (BINS - 1), p);
+        });
+        fine.merge();
+        bin = first_past(fine, by_count, mark, bin.sum);
+        prefix = prefix << 10 | bin.at, left = fine.counts[bin.at];
+    }
+    return in_order(all, shift, prefix, by_count, mark, bin.sum);
+}
+
+// One token a row by the entry of `uniforms` (steps, rows) for this step: among all, as they lie;
+// or, the likeliest first, among the k likeliest (0: all) and of these among the fewest that hold
+// `top_p` (0: all). `probabilities` (rows, width) are scratch.
 template <typename T>
 __device__ void draw(Choices to, float *probabilities, const float *uniforms, const T *logits,
                      Penalty penalty, float inverse_temperature, u32 top_k, float top_p) {
+    if (blockIdx.x >= Peers::count) return;
     wait_for_inputs();
-    u32 row = blockIdx.y, width = to.width;
+    u32 row = blockIdx.y, width = to.width, each = (width + Peers::count - 1) / Peers::count;
     u64 start = (u64)row * width;
-    float *p = probabilities + start;
-    auto scaled = [&](u32 i) {
-        return penalty.of(widen(logits[start + i]), start + i) * inverse_temperature;
-    };
-    float top = Max::identity();
-#pragma unroll 8
-    for (u32 i = threadIdx.x; i < width; i += DRAWERS) top = fmaxf(top, scaled(i));
-    top = reduce<Max, DRAWERS>(top);
-    float sum = 0.0f;
-#pragma unroll 8
-    for (u32 i = threadIdx.x; i < width; i += DRAWERS) sum += p[i] = expf(scaled(i) - top);
-    sum = reduce<Sum, DRAWERS>(sum);
+    u32 from = min(blockIdx.x * each, width);
+    Stretch all = {probabilities + start, from, min(from + each, width)};
+    float *p = all.row;
 
-    // What rounds to no unit is never drawn, and stays out of all counts.
+    // The softmax of the scaled logits. What rounds to no unit is never drawn, and not counted.
+    float top = Max::identity(), sum = 0.0f;
+    auto logit = [&](u32 i) { return penalty.of(widen(logits[start + i]), start + i); };
+    all.each(logit, [&](u32 i, float v) { top = fmaxf(top, p[i] = v * inverse_temperature); });
+    top = over_peers<Max>(top);
+    all.each([&](u32 i, float x) { sum += p[i] = expf(x - top); });
+    sum = over_peers<Sum>(sum);
+    bool finite = isfinite(sum);
     __shared__ Bins coarse;
     coarse.clear();
-    bool finite = isfinite(sum);
-    Mass mine = 0;
-    each(p, width, [&](u32 i, float e) {
+    all.each([&](u32 i, float e) {
         float v = finite ? e / sum : 0.0f;
-        u32 n = units(v);
-        p[i] = v = n ? v : 0.0f;
-        if (!n) return;
-        coarse.add(__float_as_uint(v) >> 20, v);
-        mine += mass(1, n);
+        p[i] = v = units(v) ? v : 0.0f;
+        if (v > 0.0f) coarse.add(__float_as_uint(v) >> 20, v);
     });
-    __shared__ Mass all;
-    Mass before = before_this(mine);
-    if (threadIdx.x == DRAWERS - 1) all = before + mine;
-    __syncthreads();
+    coarse.merge();
 
     u32 token = 0;
     if (finite) {
-        u32 left = part(all, false);
-        if (top_k && top_k < part(all, true))
-            left = part(find(p, width, coarse, true, true, top_k - 1).sum, false);
+        __shared__ Mass counted;
+        Mass bin = mass(coarse.counts[threadIdx.x], coarse.sums[threadIdx.x]);
+        Mass before = before_this(bin);
+        if (threadIdx.x == DRAWERS - 1) counted = before + bin;
+        __syncthreads();
+        u32 left = part(counted, false);
+        if (top_k && top_k < part(counted, true))
+            left = part(by_size(all, coarse, true, top_k - 1).sum, false);
         if (top_p > 0.0f) {
             u32 enough = __double2uint_ru((double)top_p * left);
-            left = part(find(p, width, coarse, true, false, enough - 1).sum, false);
+            left = part(by_size(all, coarse, false, enough - 1).sum, false);
         }
-        u32 mark = __double2uint_rd((double)uniforms[(u64)(*to.held - to.first) * to.rows + row] * left);
-        token = find(p, width, coarse, top_k || top_p > 0.0f, false, mark).at;
+        float uniform = uniforms[(u64)(*to.held - to.first) * to.rows + row];
+        u32 mark = __double2uint_rd((double)uniform * left);
+        bool sorted = top_k || top_p > 0.0f;
+        token = sorted ? by_size(all, coarse, false, mark).at : in_order(all, 31, 0, false, mark, 0).at;
     }
+    if (blockIdx.x) return;
     if (threadIdx.x == 0) to.put(row, ranked(sum, token), penalty);
-    if (to.is_last() && threadIdx.x == 0) *to.held += 1;
+    if (to.is_last(to.rows) && threadIdx.x == 0) *to.held += 1;
 }
 
 // ---- what the host calls ------------------------------------------------------------------------
@@ -276,7 +335,7 @@ __device__ void draw(Choices to, float *probabilities, const float *uniforms, co
         unsigned char *seen, float less, float more, const T *logits, u64 *best) {                 \
         choose<T>({ids, held, done, chosen, first, rows, width}, best, logits, {seen, less, more});\
     }                                                                                              \
-    extern "C" __global__ void __launch_bounds__(DRAWERS) draw_##t(                                \
+    extern "C" __global__ void CLUSTER __launch_bounds__(DRAWERS) draw_##t(                        \
         u32 *ids, u32 *held, u32 *done, u64 *chosen, u32 first, u32 rows, u32 width,               \
         unsigned char *seen, float less, float more, const T *logits, float *probabilities,        \
         const float *uniforms, float inverse_temperature, u32 top_k, float top_p) {                \
