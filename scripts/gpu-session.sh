@@ -66,6 +66,7 @@ step() {
 on=(--device "$device")
 tiny=(--model synthetic:tiny:1 --lora-rank 4 --lora-targets q_proj,v_proj,down_proj)
 tokens=(--prompt-tokens 16 --new-tokens 24)
+drawn=(--temperature 0.7 --top-k 20 --top-p 0.8 --repeat-penalty 1.1)
 
 correctness() {
     [ -z "${KERNEL_TESTS:-}" ] || timed kernels 120 "$KERNEL_TESTS" --test-threads 1
@@ -77,8 +78,11 @@ correctness() {
                 --dtype $dtype "${tokens[@]}" --batch $batch
         done
         step "audit-sampling-$dtype" 60 audit generate --model synthetic:tiny:1 "${on[@]}" --dtype $dtype \
-            "${tokens[@]}" --batch 2 --temperature 0.8 --top-k 5
-        step "audit-adapters-$dtype" 60 audit generate "${tiny[@]}" "${on[@]}" --dtype $dtype "${tokens[@]}"
+            "${tokens[@]}" --batch 2 "${drawn[@]}"
+        for batch in 1 9; do
+            step "audit-adapters-$batch-$dtype" 60 audit generate "${tiny[@]}" "${on[@]}" --dtype $dtype \
+                "${tokens[@]}" --batch $batch
+        done
         step "audit-train-$dtype" 60 audit train "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 300 --batch 2 \
             --steps 2 --accumulate 2 --recompute
         step "audit-full-$dtype" 60 audit train --model synthetic:tiny:1 "${on[@]}" --dtype $dtype --seq 32 \
@@ -93,6 +97,7 @@ correctness() {
             --dtype f32 --steps 20 --lr 0.01 --lora-rank 4 --out "$out/run-${side%%:*}"
         step "eval-${side%%:*}" 90 eval "${model[@]}" "${data[@]}" --device "$side" --dtype f32
         step "text-${side%%:*}" 90 generate "${text[@]}" "${model[@]}" --device "$side"
+        step "drawn-${side%%:*}" 90 generate "${text[@]}" "${model[@]}" --device "$side" "${drawn[@]}"
     done
     # Recorded, launch by launch, op by op.
     step text-no-graph 60 generate "${text[@]}" "${model[@]}" "${on[@]}" --no-cuda-graph
@@ -124,10 +129,13 @@ benches() {
         step "bench-full-$seq" 60 bench train "${fast[@]}" "${to[@]}" --batch $((row_tokens / 2 / seq)) \
             --seq "$seq" --full
     done
-    # A whole generation, choice of tokens and all.
-    step generate-1 60 generate "Once upon a time" --raw "${fast[@]}" --max-new-tokens 512 --ignore-eos
-    step generate-1-no-graph 60 generate "Once upon a time" --raw "${fast[@]}" --max-new-tokens 256 \
-        --ignore-eos --no-cuda-graph
+    # Whole generations: prefill, choice of tokens and all.
+    local once=("Once upon a time" --raw "${fast[@]}" --max-new-tokens 512 --ignore-eos)
+    step generate-greedy 60 generate "${once[@]}"
+    step generate-no-graph 60 generate "${once[@]}" --no-cuda-graph
+    step generate-temperature 60 generate "${once[@]}" --temperature 0.7
+    step generate-top-k-top-p 60 generate "${once[@]}" "${drawn[@]}"
+    step generate-adapters 60 generate "${once[@]}" --lora-rank 8
 }
 
 # logged NAME SECONDS ARGUMENTS…: cuBLAS's log of a run held against its ledger.

@@ -228,7 +228,8 @@ fn check_draws(sampling: Sampling, logits: &[f32], seen: &[u32], seed: u64, draw
     let top = scaled.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scaled.iter().map(|x| (x - top).exp()).collect();
     let mut order: Vec<usize> = (0..weights.len()).collect();
-    if top_k.is_some() || top_p.is_some() {
+    let fewer = top_k.is_some_and(|k| k < order.len());
+    if fewer || top_p.is_some() {
         order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
     }
     order.truncate(top_k.unwrap_or(usize::MAX));

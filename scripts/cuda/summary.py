@@ -32,8 +32,9 @@ def against_cpu(reports: dict[str, dict]) -> list[list[str]]:
                 a, b = loss(cpu), loss(device)
                 what_now = what.replace("f32", "bf16") if other == "eval-bf16" else what
                 rows.append([what_now, f"{a:.7f}", f"{b:.7f}", f"{abs(a - b):.1e}"])
-    cpu = reports.get("text-cpu")
-    for name, how in [("text-cuda", "recorded"), ("text-no-graph", "launch by launch"), ("text-ops", "op by op")]:
+    for name, how in [("text-cuda", "recorded"), ("text-no-graph", "launch by launch"), ("text-ops", "op by op"),
+                      ("drawn-cuda", "recorded, drawn")]:
+        cpu = reports.get(f"{name.split('-')[0]}-cpu")
         if cpu and (device := reports.get(name)):
             ours, theirs = device["token_ids"], cpu["token_ids"]
             same = sum(a == b for a, b in zip(ours, theirs))
@@ -108,10 +109,10 @@ def main() -> None:
     table("Speeds (FLOPs of matrix products; shares of the measured ceilings)",
           ["", "batch", "context or length", "ms", "tokens/s", "TFLOP/s", "MFU", "bandwidth", "mJ a token"], rows)
     generated = []
-    for name in ("generate-1", "generate-1-no-graph"):
-        if r := reports.get(name):
+    for name, r in reports.items():
+        if name.startswith("generate-"):
             t = r["timings"]
-            generated.append([name, str(len(r["token_ids"])), f"{1e3 * t['decode_s'] / (len(r['token_ids']) - 1):.3f}",
+            generated.append([name.removeprefix("generate-"), str(len(r["token_ids"])), f"{1e3 * t['decode_s'] / (len(r['token_ids']) - 1):.3f}",
                               f"{t['decode_tokens_per_s']:.0f}"])
     table("Whole generations", ["", "tokens", "ms a token", "tokens/s"], generated)
 
