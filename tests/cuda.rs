@@ -217,38 +217,40 @@ fn the_largest_logit() {
     }
 }
 
-/// Whether each of `drawn` is where a generator of `seed` points, by sums in f64.
+/// Whether each of `drawn` is where a generator of `seed` points: scaled logits in f32, as they are
+/// rounded there, their weights and sums in f64.
 fn check_draws(sampling: Sampling, logits: &[f32], seen: &[u32], seed: u64, drawn: &[u32]) {
     let Sampling { temperature, top_k, top_p, repeat_penalty } = sampling;
-    let mut scaled: Vec<f64> = logits.iter().map(|&x| f64::from(x) / temperature).collect();
+    let mut logits = logits.to_vec();
     for &id in seen {
-        let x = &mut scaled[id as usize];
-        *x = if *x > 0.0 { *x / repeat_penalty } else { *x * repeat_penalty };
+        let penalty = repeat_penalty as f32;
+        let x = &mut logits[id as usize];
+        *x *= if *x > 0.0 { 1.0 / penalty } else { penalty };
     }
-    let top = scaled.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = scaled.iter().map(|x| (x - top).exp()).collect();
+    let scaled: Vec<f32> = logits.iter().map(|x| x * (1.0 / temperature as f32)).collect();
+    let top = scaled.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = scaled.iter().map(|x| f64::from(x - top).exp()).collect();
     let mut order: Vec<usize> = (0..weights.len()).collect();
     let fewer = top_k.is_some_and(|k| k < order.len());
     if fewer || top_p.is_some() {
         order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
     }
-    order.truncate(top_k.unwrap_or(usize::MAX));
-    let sum = |order: &[usize]| order.iter().map(|&i| weights[i]).sum::<f64>();
+    // Mass before each token, and of all that may be drawn.
+    let mut before = vec![0.0];
+    before.extend(order.iter().scan(0.0, |sum, &i| {
+        *sum += weights[i];
+        Some(*sum)
+    }));
+    let mut all = before[top_k.unwrap_or(usize::MAX).min(order.len())];
     if let Some(p) = top_p {
-        let (enough, mut held) = (p * sum(&order), 0.0);
-        let before = order.iter().take_while(|&&i| {
-            let less = held < enough;
-            held += weights[i];
-            less
-        });
-        order.truncate(before.count().max(1));
+        let enough = p * all;
+        all = before[1..].iter().copied().find(|&with| with >= enough).unwrap();
     }
-    let all = sum(&order);
     let mut rng = StdRng::seed_from_u64(seed);
     for &token in drawn {
         let mark = f64::from(rng.random::<f32>()) * all;
-        let place = order.iter().position(|&i| i == token as usize).expect("a candidate");
-        let (before, own) = (sum(&order[..place]), weights[token as usize]);
+        let place = order.iter().position(|&i| i == token as usize).unwrap();
+        let (before, own) = (before[place], weights[token as usize]);
         // f32 rounds weights by 1e-7, and so may take two neighbours for each other.
         let off = own + 3e-6 * all;
         assert!(
