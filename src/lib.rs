@@ -56,6 +56,7 @@
 //! | subcommand | a file in [`cli`] |
 
 pub mod error;
+pub mod target;
 
 pub mod config;
 pub mod weights;

@@ -16,7 +16,7 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use crate::{
     error::{Error, Result},
-    report::Target,
+    target::Target,
 };
 
 pub use chat::Message;

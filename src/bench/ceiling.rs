@@ -8,7 +8,7 @@ use super::{DeviceInfo, Seconds, datasheet::Datasheet};
 use crate::{
     error::{Error, Result},
     ledger::Dtype,
-    report::Target,
+    target::Target,
 };
 
 /// Rates of one device, measured through the ops that the model runs on.

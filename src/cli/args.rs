@@ -14,7 +14,8 @@ use crate::{
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Qwen2},
     prices::Prices,
-    report::{self, Figures, Report, Target},
+    report::{self, Figures, Report},
+    target::{Target, temporary_beside},
     train::data::{Dataset, Options},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
@@ -436,7 +437,7 @@ impl DataArgs {
             let bad =
                 |e: std::io::Error| Error::flag("--token-cache", format!("{}: {e}", dir.display()));
             std::fs::create_dir_all(dir).map_err(bad)?;
-            report::temporary_beside(&dir.join("tokens")).map_err(bad)?;
+            temporary_beside(&dir.join("tokens")).map_err(bad)?;
         }
         let &Self { seq, mask_prompt, .. } = self;
         let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };

@@ -19,8 +19,8 @@ use crate::{
     error::{Error, Result},
     ledger::Dtype,
     model::{AdapterSource, Qwen2},
-    report::{self, Target},
-    sweep,
+    report, sweep,
+    target::Target,
     weights::Checkpoint,
     workload::{Logits, Sampling, Task, Workload},
 };

@@ -9,7 +9,7 @@ use clap_mangen::Man;
 
 use crate::{
     error::{Error, Result},
-    report::Target,
+    target::Target,
 };
 
 /// Flags of `completions`.

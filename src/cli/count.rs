@@ -14,8 +14,9 @@ use super::{
 use crate::{
     analytic,
     error::{Error, Result},
-    report::{self, Report, Target},
+    report::{self, Report},
     sweep::{Axis, Base, Sweep},
+    target::Target,
     workload::Task,
 };
 

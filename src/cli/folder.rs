@@ -10,7 +10,7 @@ use anyhow::Context;
 
 use crate::{
     error::{Error, Result},
-    report::Target,
+    target::Target,
     train::{Progress, Saved},
 };
 

@@ -4,10 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::{
     error::{Error, Result},
-    report::{
-        Target,
-        html::{self, Input},
-    },
+    report::html::{self, Input},
+    target::Target,
 };
 
 /// Flags of `report`.

@@ -17,7 +17,8 @@ use crate::{
     audit::Audit,
     error::{Error, Result},
     ledger::Dtype,
-    report::{Report, Target, TrainingReport, human},
+    report::{Report, TrainingReport, human},
+    target::Target,
     train::{Budget, Hyper, Schedule, Session, Settings, Shape, data::Dataset},
     weights::{Checkpoint, save, save_adapter},
 };

@@ -12,12 +12,13 @@ use anyhow::Context;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Report, Target};
+use super::Report;
 use crate::{
     error::{Error, Result},
     ledger::{Dtype, Key, Phase, Scope},
     meter::Observer,
     prices::Prices,
+    target::Target,
     traffic::Traffic,
     workload::Workload,
 };

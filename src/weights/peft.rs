@@ -17,7 +17,7 @@ use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::Lora,
-    report::Target,
+    target::Target,
 };
 
 const CONFIG: &str = "adapter_config.json";

@@ -8,7 +8,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors, View, serialize_to_file};
 
 use crate::{
     error::{Error, Result},
-    report::temporary_beside,
+    target::temporary_beside,
 };
 
 /// A named f32 tensor, its values row-major.

@@ -17,7 +17,7 @@ use std::{
 use fnv::FnvHasher;
 
 use super::Dataset;
-use crate::{report::temporary_beside, weights};
+use crate::{target::temporary_beside, weights};
 
 /// Names the format and its version.
 const MAGIC: &[u8; 8] = b"fadata-1";
