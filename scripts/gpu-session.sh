@@ -6,6 +6,7 @@
 # time limit, a log and a JSON report in DIR (default gpu-session), and a failing one stops none of
 # the others; DIR/summary.md is the table. From the environment:
 #   DEVICE, PRESET    cuda[:N] and qwen2.5-0.5b; cpu and tiny rehearse it anywhere
+#   MODEL             weights in place of random ones of PRESET's shapes
 #   FLOPAUDIT         the program [scripts/cuda/run.sh, on the CPU target/release/flopaudit]
 #   KERNEL_TESTS      the built tests/cuda.rs, where there is one
 #   PYTHON            one with PyTorch [python3]
@@ -102,6 +103,13 @@ correctness() {
     # Recorded, launch by launch, op by op.
     step text-no-graph 60 generate "${text[@]}" "${model[@]}" "${on[@]}" --no-cuda-graph
     step text-ops 60 generate "${text[@]}" "${model[@]}" "${on[@]}" --op-times
+    # The trained weights, where MODEL has them: PyTorch's tokens.
+    if [ -f "${MODEL:-}" ]; then
+        for dtype in f32 bf16; do
+            timed "golden-$dtype" 90 "$python" scripts/witness/golden.py "$FLOPAUDIT" -- --model "$MODEL" \
+                "${on[@]}" --dtype $dtype --json "$out/golden-$dtype.json"
+        done
+    fi
     # In bf16, attention runs in one kernel.
     step eval-bf16 60 eval "${model[@]}" "${data[@]}" "${on[@]}" --dtype bf16
     rm -rf "$out"/run-*

@@ -121,6 +121,10 @@ def main() -> None:
         if name.startswith("cublas-"):
             witnesses.append([name, "agree" if r["agree"] else "DIFFER", f"{r['ledger']} matmuls in the ledger, "
                               f"{r['cublas']} products logged, {r['shapes']} shapes"])
+        elif name.startswith("golden-"):
+            alike = ", ".join(f"{p['alike']} of {p['tokens']}" for p in r["prompts"])
+            witnesses.append([name, "agree" if r["agree"] else "DIFFER", f"{alike} tokens before one that is not "
+                              "PyTorch's in f32"])
         elif name.startswith("ncu-"):
             asked = r["ledger_macs"].get("bf16", 0)
             padding = 100 * (r["tensor_macs"] / asked - 1) if asked else 0

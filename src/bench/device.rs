@@ -23,7 +23,8 @@ pub struct DeviceInfo {
 impl DeviceInfo {
     /// Of an opened `device`, which `--device` spelled `kind`.
     pub fn of(device: &Device, kind: &str) -> Self {
-        let build = build();
+        // `cuda` and `cuda:0` are one device, with one ceiling.
+        let (kind, build) = (kind.strip_suffix(":0").unwrap_or(kind), build());
         match device {
             Device::Cpu => Self {
                 name: cpu_name(),
