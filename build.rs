@@ -17,7 +17,10 @@ fn main() {
         return;
     }
     let out = env::var("OUT_DIR").expect("cargo sets OUT_DIR");
-    let capability = env::var("CUDA_COMPUTE_CAP").unwrap_or_else(|_| "80".into());
+    let capability = env::var("CUDA_COMPUTE_CAP").ok().or_else(capability_here);
+    let capability = capability.unwrap_or_else(|| "80".into());
+    // Which of them may start before the one ahead has ended: those know to wait for it.
+    println!("cargo::rustc-env=FLOPAUDIT_CUDA_CAPABILITY={capability}");
     for name in KERNELS {
         let source = format!("{FOLDER}/{name}.cu");
         println!("cargo::rerun-if-changed={source}");
@@ -32,6 +35,15 @@ fn main() {
             Err(e) => panic!("nvcc does not run ({e}); scripts/build-cuda.sh builds without one"),
         }
     }
+}
+
+/// That of this machine's first GPU, as candle's own build asks for it: 9.0 is 90.
+fn capability_here() -> Option<String> {
+    let asked = ["--query-gpu=compute_cap", "--format=csv,noheader"];
+    let out = Command::new("nvidia-smi").args(asked).output().ok()?;
+    let capability = String::from_utf8(out.stdout).ok()?.lines().next()?.trim().replace('.', "");
+    (!capability.is_empty() && capability.bytes().all(|b| b.is_ascii_digit()))
+        .then_some(capability)
 }
 
 /// `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else whichever is in the path.

@@ -80,10 +80,13 @@ make_stubs() {
     done
     rm -rf "$STUBS"
     [ ${#missing[@]} -gt 0 ] || return 0
-    cudarc="$(cargo metadata --locked --format-version 1 --features "$FEATURES" | python3 -c '
+    local metadata
+    metadata="$(cargo metadata --locked --format-version 1 --features "$FEATURES")" ||
+        die "FEATURES: cargo does not take '$FEATURES'"
+    cudarc="$(python3 -c '
 import json, os, sys
 packages = json.load(sys.stdin)["packages"]
-print(*(os.path.dirname(p["manifest_path"]) for p in packages if p["name"] == "cudarc"))')"
+print(*(os.path.dirname(p["manifest_path"]) for p in packages if p["name"] == "cudarc"))' <<<"$metadata")"
     [ -d "$cudarc" ] || die "features $FEATURES: no CUDA among them"
     python3 scripts/cuda/mkstubs.py --cudarc "$cudarc" --cuda "$cuda_major" --out "$STUBS" \
         "${missing[@]}" || die "the stubs of ${missing[*]} cannot be made"

@@ -11,11 +11,12 @@
 #   KERNEL_TESTS      the built tests/cuda.rs, where there is one
 #   PYTHON            one with PyTorch [python3]
 #   SKIP, ONLY        patterns of steps, with spaces: SKIP="torch-* bench-train-*"
-#   SECONDS_IN_ALL    after which no further step is begun [530]
+#   SECONDS_IN_ALL    after which no step goes on [530]
 set -uo pipefail
+out="${1:-gpu-session}"
+case "$out" in /*) ;; *) out="$PWD/$out" ;; esac
 cd "$(dirname "$0")/.."
 
-out="${1:-gpu-session}"
 device="${DEVICE:-cuda}"
 preset="${PRESET:-qwen2.5-0.5b}"
 model=(--model "${MODEL:-synthetic:$preset}")
@@ -47,10 +48,12 @@ timed() {
     (set -f; matches "$name" ${SKIP:-}) && return
     # shellcheck disable=SC2086
     [ -z "${ONLY:-}" ] || (set -f; matches "$name" $ONLY) || return
-    if [ "$SECONDS" -ge "$limit_in_all" ]; then
+    local left=$((limit_in_all - SECONDS))
+    if [ "$left" -le 0 ]; then
         status=late
     else
-        timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+        # A hung call into the driver hears no polite signal.
+        timeout -k 5 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1 || status=$?
     fi
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - start))" >>"$out/steps.tsv"
     printf '%4s s  %-26s %s\n' "$SECONDS" "$name" "$([ $status = 0 ] && echo ok || echo "FAILED ($status)")"
@@ -200,5 +203,6 @@ benches
 witnesses
 rm -rf "$out/cache"
 "$python" scripts/cuda/summary.py "$out" | tee "$out/summary.md"
-# Fails where a step did, so that a rehearsal can be a test.
-! cut -f 2 "$out/steps.tsv" | grep -qv '^0$'
+near=${PIPESTATUS[0]}
+# Fails where a step did, or where the device is not near the CPU.
+! cut -f 2 "$out/steps.tsv" | grep -qv '^0$' && [ "$near" = 0 ]

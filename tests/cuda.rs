@@ -2,9 +2,12 @@
 //! layout that a kernel treats differently. Needs a GPU and the feature `cuda`.
 #![cfg(feature = "cuda")]
 
+mod draws;
+
 use std::cell::RefCell;
 
 use candle_core::Device;
+use draws::{check_draws, choices, samplings};
 use flopaudit::{
     config::{LoraConfig, ModelConfig, Projection},
     error::Result,
@@ -13,8 +16,8 @@ use flopaudit::{
     meter::{At, Meter},
     model::{AdapterSource, Qwen2},
     ops::{
-        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Sampler, Tensor,
-        backward, sums_of_squares,
+        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Tensor, backward,
+        sums_of_squares,
     },
     weights::{self, PeftAdapter},
     workload::Sampling,
@@ -181,21 +184,6 @@ fn cross_entropy() {
     }
 }
 
-/// What `steps` choices from the same logits give, and what they reported.
-fn choices(
-    sampling: Sampling,
-    logits: &Tensor,
-    seen: &[Vec<u32>],
-    steps: usize,
-) -> Result<(Vec<Vec<u32>>, Ledger)> {
-    let ledger = RefCell::new(Ledger::default());
-    let at = Meter::new(&ledger, Phase::Sampling).at(Module::Sampler);
-    let seeds: Vec<u64> = (0..seen.len() as u64).collect();
-    let mut sampler = Sampler::new(sampling, &seeds);
-    let all = (0..steps).map(|_| sampler.next(at, logits, seen)).collect::<Result<_>>()?;
-    Ok((all, ledger.into_inner()))
-}
-
 #[test]
 fn the_largest_logit() {
     let gpu = gpu();
@@ -217,104 +205,30 @@ fn the_largest_logit() {
     }
 }
 
-/// Whether each of `drawn` is where a generator of `seed` points: scaled logits in f32, as they are
-/// rounded there, their weights and sums in f64.
-fn check_draws(sampling: Sampling, logits: &[f32], seen: &[u32], seed: u64, drawn: &[u32]) {
-    let Sampling { temperature, top_k, top_p, repeat_penalty } = sampling;
-    let mut logits = logits.to_vec();
-    for &id in seen {
-        let penalty = repeat_penalty as f32;
-        let x = &mut logits[id as usize];
-        *x *= if *x > 0.0 { 1.0 / penalty } else { penalty };
-    }
-    let scaled: Vec<f32> = logits.iter().map(|x| x * (1.0 / temperature as f32)).collect();
-    let top = scaled.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f64> = scaled.iter().map(|x| f64::from(x - top).exp()).collect();
-    let mut order: Vec<usize> = (0..weights.len()).collect();
-    let fewer = top_k.is_some_and(|k| k < order.len());
-    if fewer || top_p.is_some() {
-        order.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]).then(a.cmp(&b)));
-    }
-    // Mass before each token, and of all that may be drawn.
-    let mut before = vec![0.0];
-    before.extend(order.iter().scan(0.0, |sum, &i| {
-        *sum += weights[i];
-        Some(*sum)
-    }));
-    let mut all = before[top_k.unwrap_or(usize::MAX).min(order.len())];
-    if let Some(p) = top_p {
-        let enough = p * all;
-        all = before[1..].iter().copied().find(|&with| with >= enough).unwrap();
-    }
-    let mut rng = StdRng::seed_from_u64(seed);
-    for &token in drawn {
-        let mark = f64::from(rng.random::<f32>()) * all;
-        let place = order.iter().position(|&i| i == token as usize).unwrap();
-        let (before, own) = (before[place], weights[token as usize]);
-        // f32 rounds weights by 1e-7, and so may take two neighbours for each other.
-        let off = own + 3e-6 * all;
-        assert!(
-            (before - off..before + own + off).contains(&mark),
-            "{sampling:?}: {token} holds {before} and {own} of {all}, not {mark}"
-        );
-    }
-}
-
 #[test]
 fn a_draw() {
     let gpu = gpu();
-    let base = Sampling { temperature: 1.0, ..Sampling::GREEDY };
-    let cuts = [
-        (None, None),
-        (Some(1), None),
-        (Some(3), None),
-        (Some(50), None),
-        (None, Some(0.9)),
-        (None, Some(1e-9)),
-        (None, Some(1.0)),
-        (Some(20), Some(0.8)),
-        (Some(1_000_000), Some(0.5)),
-    ];
     for (rows, width) in [(1, 5), (3, 320), (2, 151_936)] {
         for dtype in [Dtype::F32, Dtype::BF16] {
-            // bf16 has many equal values; at a low temperature, most weights vanish.
-            for temperature in [0.02, 0.7, 3.0] {
-                for (i, (top_k, top_p)) in cuts.into_iter().enumerate() {
-                    let repeat_penalty = if i % 2 == 0 { 1.0 } else { 1.2 };
-                    let sampling = Sampling { temperature, top_k, top_p, repeat_penalty };
-                    let values = random(rows * width, 3).iter().map(|x| 4.0 * x).collect();
-                    let logits = Tensor::from_vec(values, (rows, width), dtype, &gpu).unwrap();
-                    let on_cpu = Tensor::from_vec(
-                        logits.to_vec().unwrap(),
-                        (rows, width),
-                        Dtype::F32,
-                        &Device::Cpu,
-                    );
-                    let seen = vec![(0..width as u32).step_by(7).collect(); rows];
-                    let ours = choices(sampling, &logits, &seen, 40).unwrap();
-                    let theirs = choices(sampling, &on_cpu.unwrap(), &seen, 40).unwrap();
-                    if width < 1000 {
-                        assert_eq!(ours.0, theirs.0, "{rows} x {width} {dtype:?} {sampling:?}");
-                    }
-                    // The CPU sums in f32, one after another: too coarse a measure for long rows.
-                    let logits_of = logits.to_vec().unwrap();
-                    for (row, logits) in logits_of.chunks_exact(width).enumerate() {
-                        let drawn: Vec<u32> = ours.0.iter().map(|step| step[row]).collect();
-                        check_draws(sampling, logits, &seen[row], row as u64, &drawn);
-                    }
-                    assert_eq!(ours.1, theirs.1);
-                    // Nothing depends on the order in which threads come.
-                    assert_eq!(ours.0, choices(sampling, &logits, &seen, 40).unwrap().0);
-                }
+            for sampling in samplings() {
+                let values = random(rows * width, 3).iter().map(|x| 4.0 * x).collect();
+                let logits = Tensor::from_vec(values, (rows, width), dtype, &gpu).unwrap();
+                let values = logits.to_vec().unwrap();
+                let on_cpu =
+                    Tensor::from_vec(values.clone(), (rows, width), Dtype::F32, &Device::Cpu);
+                let seen = vec![(0..width as u32).step_by(7).collect(); rows];
+                let ours = choices(sampling, &logits, &seen, 40).unwrap();
+                let theirs = choices(sampling, &on_cpu.unwrap(), &seen, 40).unwrap();
+                assert_eq!(ours.1, theirs.1);
+                // The CPU's, but for one that falls within rounding of a border.
+                let differ = ours.0.iter().zip(&theirs.0).filter(|(a, b)| a != b).count();
+                println!("{rows} x {width} {dtype:?} {sampling:?}: {differ} of 40 differ");
+                assert!(differ <= usize::from(width > 1000), "{width} {sampling:?}: {differ}");
+                check_draws(sampling, &values, &seen, &ours.0);
+                // Nothing depends on the order in which threads come.
+                assert_eq!(ours.0, choices(sampling, &logits, &seen, 40).unwrap().0);
             }
         }
-    }
-    // Equal weights fall to each token as often as to any.
-    let even = Tensor::zeros((1, 8), Dtype::F32, &gpu).unwrap();
-    let (drawn, _) = choices(base, &even, &[vec![]], 4000).unwrap();
-    for token in 0..8 {
-        let count = drawn.iter().filter(|row| row[0] == token).count();
-        assert!((380..620).contains(&count), "{token}: {count}");
     }
 }
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""The table of a folder that scripts/gpu-session.sh filled: summary.py DIR. Also DIR/summary.json."""
+"""The table of a folder that scripts/gpu-session.sh filled: summary.py DIR. Also DIR/summary.json.
+
+Fails where the device is further from the CPU than rounding goes."""
 
 import json
 import sys
@@ -20,26 +22,31 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
             print(f"| {' | '.join(row)} |")
 
 
-def against_cpu(reports: dict[str, dict]) -> list[list[str]]:
-    rows = []
-    for name, what, loss in [
-        ("eval", "loss of an evaluation, f32", lambda r: r["evaluation"]["loss"]),
-        ("train-tiny", "loss after 20 steps, f32", lambda r: r["training"]["losses"][-1]["loss"]),
+def against_cpu(reports: dict[str, dict]) -> tuple[list[list[str]], bool]:
+    """Rows of a table, and whether all of them are as near as they have to be."""
+    rows, near = [], True
+    evaluated, trained = (lambda r: r["evaluation"]["loss"]), (lambda r: r["training"]["losses"][-1]["loss"])
+    for what, theirs, ours, loss, bound in [
+        ("loss of an evaluation, f32", "eval-cpu", "eval-cuda", evaluated, 1e-5),
+        ("loss of an evaluation, bf16", "eval-cpu", "eval-bf16", evaluated, 1e-2),
+        ("loss after 20 steps, f32", "train-tiny-cpu", "train-tiny-cuda", trained, 1e-4),
     ]:
-        cpu = reports.get(f"{name}-cpu")
-        for other in (f"{name}-cuda", "eval-bf16" if name == "eval" else ""):
-            if cpu and (device := reports.get(other)):
-                a, b = loss(cpu), loss(device)
-                what_now = what.replace("f32", "bf16") if other == "eval-bf16" else what
-                rows.append([what_now, f"{a:.7f}", f"{b:.7f}", f"{abs(a - b):.1e}"])
-    for name, how in [("text-cuda", "recorded"), ("text-no-graph", "launch by launch"), ("text-ops", "op by op"),
-                      ("drawn-cuda", "recorded, drawn")]:
-        cpu = reports.get(f"{name.split('-')[0]}-cpu")
-        if cpu and (device := reports.get(name)):
-            ours, theirs = device["token_ids"], cpu["token_ids"]
-            same = sum(a == b for a, b in zip(ours, theirs))
-            rows.append([f"tokens, f32, {how}", str(len(theirs)), str(len(ours)), f"{len(theirs) - same} differ"])
-    return rows
+        if theirs in reports and ours in reports:
+            a, b = loss(reports[theirs]), loss(reports[ours])
+            near = near and abs(a - b) <= bound * a
+            rows.append([what, f"{a:.7f}", f"{b:.7f}", f"{abs(a - b):.1e}, at most {bound * a:.0e}"])
+    for how, theirs, ours in [
+        ("recorded", "text-cpu", "text-cuda"),
+        ("launch by launch", "text-cpu", "text-no-graph"),
+        ("op by op", "text-cpu", "text-ops"),
+        ("recorded, drawn", "drawn-cpu", "drawn-cuda"),
+    ]:
+        if theirs in reports and ours in reports:
+            a, b = reports[theirs]["token_ids"], reports[ours]["token_ids"]
+            same = sum(x == y for x, y in zip(a, b))
+            near = near and a == b
+            rows.append([f"tokens, f32, {how}", str(len(a)), str(len(b)), f"{len(a) - same} differ"])
+    return rows, near
 
 
 def share(value: float | None) -> str:
@@ -83,7 +90,7 @@ def peers(reports: dict[str, dict], rows: list[list[str]]) -> list[list[str]]:
     return found
 
 
-def main() -> None:
+def main() -> int:
     folder = Path(sys.argv[1])
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
     failed = [f"{name} ({status})" for name, status, _ in steps if status != "0"]
@@ -100,10 +107,13 @@ def main() -> None:
         lines = [line for line in kernels.read_text().splitlines() if line.startswith("test result")]
         print(f"\nKernels against their CPU twins: {lines[-1] if lines else 'no result'}")
 
-    table("Against the CPU", ["", "CPU", "device", "apart"], against_cpu(reports))
+    compared, near = against_cpu(reports)
+    table("Against the CPU", ["", "CPU", "device", "apart"], compared)
+    if not near:
+        print("\nThe device is further from the CPU than rounding goes.")
     if ceiling := reports.get("ceiling"):
         best = max(ceiling["matmul"], key=lambda m: m["flops_per_s"])
-        print(f"\nCeilings: {best['flops_per_s'] / 1e12:.0f} TFLOP/s in {best['dtype']} (product "
+        print(f"\nCeilings: {best['flops_per_s'] / 1e12:.3g} TFLOP/s in {best['dtype']} (product "
               f"{best['m']} x {best['k']} x {best['n']}), {ceiling['stream']['bytes_per_s'] / 1e12:.2f} TB/s")
     rows = benches(reports)
     table("Speeds (FLOPs of matrix products; shares of the measured ceilings)",
@@ -111,9 +121,9 @@ def main() -> None:
     generated = []
     for name, r in reports.items():
         if name.startswith("generate-"):
-            t = r["timings"]
-            generated.append([name.removeprefix("generate-"), str(len(r["token_ids"])), f"{1e3 * t['decode_s'] / (len(r['token_ids']) - 1):.3f}",
-                              f"{t['decode_tokens_per_s']:.0f}"])
+            tokens, t = len(r["token_ids"]), r["timings"]
+            generated.append([name.removeprefix("generate-"), str(tokens),
+                              f"{1e3 * t['decode_s'] / (tokens - 1):.3f}", f"{t['decode_tokens_per_s']:.0f}"])
     table("Whole generations", ["", "tokens", "ms a token", "tokens/s"], generated)
 
     witnesses = []
@@ -139,7 +149,8 @@ def main() -> None:
             print(f"\nFlopCounterMode, forward of {p['batch']} x {p['seq']}: {p['flops']:,}")
     (folder / "summary.json").write_text(json.dumps(
         {"steps": steps, "benches": rows, "peers": found, "witnesses": witnesses}, indent=1) + "\n")
+    return 0 if near else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

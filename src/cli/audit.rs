@@ -96,8 +96,8 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?;
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
-    let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?;
-    report.device = Some(execution.device.clone());
+    let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?
+        .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);
     }

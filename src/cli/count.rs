@@ -85,7 +85,7 @@ fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let structure = args.structure.structure;
     let tally = analytic::count(structure, &workload)?;
     let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?;
-    output.write(&report, false)
+    output.write(&report.sized_for(args.workload.device()), false)
 }
 
 /// Counts every point of the grid.

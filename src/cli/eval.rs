@@ -82,8 +82,8 @@ pub fn run(args: Args) -> Result<()> {
     let audit = Audit::new(&found.workloads, &ledger)?;
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let workloads = found.workloads.clone();
-    let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?;
-    report.device = Some(execution.device.clone());
+    let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?
+        .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);
     }

@@ -262,8 +262,8 @@ impl Args {
         let tally = run.ledger.tally()?;
         let origin = &checkpoint.origin;
         let (workloads, exact) = (run.workloads(), Structure::Exact);
-        let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?;
-        report.device = Some(self.execution.device.clone());
+        let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?
+            .ran_on(&self.execution.device);
         if self.trace.timed(&self.execution) {
             report = report.with_times(&run.ledger);
         }

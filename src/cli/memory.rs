@@ -5,9 +5,8 @@ use candle_core::Device;
 use super::device;
 use crate::{
     error::{Error, Result},
-    ops::is_one_kernel,
-    report::bytes,
-    workload::{Task, Workload},
+    report::{Memory, bytes},
+    workload::Workload,
 };
 
 /// Has memory that ops free serve the next ones, in place of going back to the system: clearing
@@ -27,17 +26,9 @@ pub fn keep_freed() {
 /// # Errors
 /// A workload that needs more. Where the system does not tell, nothing is refused.
 pub fn check(workload: &Workload, device: &Device) -> Result<()> {
-    let has_gradients = matches!(workload.task, Task::Train { .. });
-    let fused = device.is_cuda() && is_one_kernel(workload.dtype, workload.model.head_dim());
-    let spared = if fused && !has_gradients { workload.scores_bytes() } else { 0 };
-    let parts = [
-        ("weights", workload.weights_bytes()),
-        ("KV cache", workload.kv_cache_bytes()),
-        ("activations", workload.activations_bytes() - spared),
-        ("gradients and moments", workload.training_bytes()),
-        ("a step's tokens", workload.tokens_bytes()),
-    ];
-    let needed: u128 = parts.iter().map(|(_, n)| n).sum();
+    let memory = Memory::of(std::slice::from_ref(workload), device.is_cuda());
+    let parts = memory.parts().into_iter().chain([("a step's tokens", workload.tokens_bytes())]);
+    let needed: u128 = parts.clone().map(|(_, n)| n).sum();
     let (free, whose) = match device::free_memory(device) {
         Some(free) => (Some(free), " on the GPU"),
         None => (available(), ""),
@@ -45,7 +36,6 @@ pub fn check(workload: &Workload, device: &Device) -> Result<()> {
     match free {
         Some(free) if needed > free => {
             let parts: Vec<String> = parts
-                .into_iter()
                 .filter(|(_, n)| *n > 0)
                 .map(|(name, n)| format!("{} of {name}", bytes(n as f64)))
                 .collect();

@@ -401,8 +401,8 @@ impl Args {
         let (workloads, ledger) = (session.workloads(), session.ledger());
         let audit = Audit::new(&workloads, &ledger)?;
         let (origin, exact, prices) = (&checkpoint.origin, Structure::Exact, &budget.prices);
-        let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?;
-        report.device = Some(self.execution.device.clone());
+        let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?
+            .ran_on(&self.execution.device);
         if self.trace.timed(&self.execution) {
             report = report.with_times(&ledger);
         }

@@ -29,11 +29,16 @@ pub struct WorkloadArgs<T: Args> {
 }
 
 impl<T: Args> WorkloadArgs<T> {
+    /// Where it would run.
+    pub fn device(&self) -> &str {
+        self.device.as_deref().unwrap_or("cpu")
+    }
+
     /// The workload of `task`, and where its config came from.
     pub fn of(&self, task: Task) -> Result<(Workload, String)> {
         let (model, origin) = self.model.config_only()?;
         let lora = self.lora.config(&model)?;
-        let dtype = self.dtype.on(self.device.as_deref().unwrap_or("cpu"));
+        let dtype = self.dtype.on(self.device());
         Ok((Workload { model, lora, dtype, task }, origin))
     }
 }

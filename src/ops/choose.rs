@@ -62,7 +62,9 @@ pub(super) fn once(
         DType::F16 => logits.data.to_dtype(DType::F32)?, // for which there are no kernels
         _ => logits.data.contiguous()?,
     };
-    let Some(kernels) = Kernels::of(&[&logits]) else { return Ok(None) };
+    // Rows are a grid's second dimension.
+    let kernels = Kernels::of(&[&logits]).filter(|_| seen.len() <= 65_535);
+    let Some(kernels) = kernels else { return Ok(None) };
     let width = logits.dim(candle_core::D::Minus1)?;
     let choosing = Choosing::new(kernels, logits.device(), sampler, seen, width, 0, 1)?;
     choosing.choose(at, &logits, false)?;
@@ -162,15 +164,16 @@ impl Choosing {
             Arg::F32(more),
             Arg::Of(logits),
         ];
-        let top_k = self.rule.fewer_than(self.width).unwrap_or(0);
-        // A p that f32 has no number for still keeps the likeliest.
-        let top_p = self.rule.sampling.top_p.map_or(0.0, |p| (p as f32).max(f32::MIN_POSITIVE));
         let (name, blocks, block, own) = match &self.means {
             Means::Largest { best } => {
                 let blocks = self.width.div_ceil(256 * 8).min(528usize.div_ceil(self.rows));
                 ("choose", blocks, 256, vec![Arg::Of(best)])
             }
             Means::Drawn { probabilities, uniforms } => {
+                let top_k = self.rule.fewer_than(self.width).unwrap_or(0);
+                // A p that f32 has no number for still keeps the likeliest.
+                let least = f32::MIN_POSITIVE;
+                let top_p = self.rule.sampling.top_p.map_or(0.0, |p| (p as f32).max(least));
                 let own = vec![
                     Arg::Of(probabilities),
                     Arg::Of(uniforms),

@@ -77,8 +77,11 @@ impl Sampler {
     /// # Errors
     /// Logits that are not finite.
     pub fn next(&mut self, at: At, logits: &Tensor, seen: &[Vec<u32>]) -> Result<Vec<u32>> {
-        let (rows, _) = logits.rows_width()?;
+        let (rows, width) = logits.rows_width()?;
         anyhow::ensure!(seen.len() as u64 == rows, "{} contexts for {rows} rows", seen.len());
+        if let Some(id) = seen.iter().flatten().find(|&&id| u64::from(id) >= width) {
+            anyhow::bail!("token id {id} is outside the vocabulary of {width}");
+        }
         if let Some(chosen) = choose::once(at, self, logits, seen)? {
             return Ok(chosen);
         }
@@ -104,32 +107,68 @@ impl Sampler {
             finite(row[0])?;
         }
 
+        let fewer = self.rule.fewer_than(width as usize);
         let top_p = self.rule.sampling.top_p;
-        let candidates = |row: &[f32]| -> Vec<(u32, f32)> {
-            let mut all: Vec<_> = (0u32..).zip(row.iter().copied()).collect();
-            let likelier = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-            let fewer = self.rule.fewer_than(all.len());
-            if let Some(k) = fewer {
-                all.select_nth_unstable_by(k - 1, likelier);
-                all.truncate(k);
-            }
-            if fewer.is_some() || top_p.is_some() {
-                all.sort_unstable_by(likelier);
-            }
-            all
-        };
-        let mut chosen: Vec<Vec<(u32, f32)>> = by_row.map(candidates).collect();
-        let width = chosen[0].len() as u64;
+        let mut chosen: Vec<Candidates> =
+            by_row.map(|row| Candidates::of(row, fewer, top_p.is_some())).collect();
+        let width = fewer.map_or(width, |k| k as u64);
+        let host = candle_core::Device::Cpu;
         if let Some(p) = top_p {
-            at.run(Op::Nucleus { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
-                chosen.iter_mut().for_each(|row| cut_nucleus(row, p as f32));
+            at.run(Op::Nucleus { rows, width }, Dtype::F32, &host, || {
+                chosen.iter_mut().for_each(|row| row.keep(p as f32));
                 Ok(())
             })?;
         }
         let uniforms = self.uniforms();
-        at.run(Op::Draw { rows, width }, Dtype::F32, &candle_core::Device::Cpu, || {
-            Ok(chosen.iter().zip(uniforms).map(|(row, uniform)| draw(row, uniform)).collect())
+        at.run(Op::Draw { rows, width }, Dtype::F32, &host, || {
+            Ok(chosen.iter().zip(uniforms).map(|(row, uniform)| row.draw(uniform)).collect())
         })
+    }
+}
+
+/// Tokens that a row's draw is among, with their probabilities in units of 2⁻³¹: sums of whole
+/// numbers come out the same in any order, here and on a GPU.
+struct Candidates(Vec<(u32, u64)>);
+
+impl Candidates {
+    /// All tokens, as they lie; or the `fewer` likeliest of them; or all. The latter two with the
+    /// likeliest first, and of equals the first.
+    fn of(probabilities: &[f32], fewer: Option<usize>, by_likelihood: bool) -> Self {
+        let mut all: Vec<_> = (0u32..).zip(probabilities.iter().copied()).collect();
+        let likelier = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        if let Some(k) = fewer {
+            all.select_nth_unstable_by(k - 1, likelier);
+            all.truncate(k);
+        }
+        if fewer.is_some() || by_likelihood {
+            all.sort_unstable_by(likelier);
+        }
+        let units = |p: f32| (f64::from(p) * f64::from(1u32 << 31)).round_ties_even() as u64;
+        Self(all.into_iter().map(|(token, p)| (token, units(p))).collect())
+    }
+
+    /// The sum up to each, with it.
+    fn sums(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().scan(0, |sum, (_, units)| {
+            *sum += units;
+            Some(*sum)
+        })
+    }
+
+    /// Keeps the fewest first ones that hold `p` of the sum: one at least.
+    fn keep(&mut self, p: f32) {
+        let all = self.sums().last().unwrap_or(0);
+        let enough = (f64::from(p) * all as f64).ceil() as u64;
+        let fewer = self.sums().filter(|&sum| sum < enough).count();
+        self.0.truncate(fewer + 1);
+    }
+
+    /// The first with which the sum passes `uniform` of all.
+    fn draw(&self, uniform: f32) -> u32 {
+        let all = self.sums().last().unwrap_or(0);
+        let mark = (f64::from(uniform) * all as f64) as u64;
+        let before = self.sums().filter(|&sum| sum <= mark).count();
+        self.0[before].0
     }
 }
 
@@ -152,34 +191,6 @@ pub(super) fn finite(number: f32) -> Result<()> {
     Ok(())
 }
 
-/// Zeroes the weights after the shortest prefix that holds `p` of the sum; the largest survives.
-fn cut_nucleus(row: &mut [(u32, f32)], p: f32) {
-    let sums = running_sums(row);
-    let enough = p * sums[sums.len() - 1];
-    let kept = 1 + sums.iter().filter(|&&sum| sum < enough).count();
-    for weight in row.iter_mut().skip(kept) {
-        weight.1 = 0.0;
-    }
-}
-
-/// The first candidate whose running sum passes `uniform` · sum.
-fn draw(row: &[(u32, f32)], uniform: f32) -> u32 {
-    let sums = running_sums(row);
-    let mark = uniform * sums[sums.len() - 1];
-    let index = sums.iter().filter(|&&sum| sum <= mark).count();
-    // Rounding can put the mark on the sum itself: then the last candidate with any weight.
-    let last = row.iter().rposition(|w| w.1 > 0.0).unwrap_or(0);
-    row[index.min(last)].0
-}
-
-fn running_sums(row: &[(u32, f32)]) -> Vec<f32> {
-    let mut sums: Vec<f32> = row.iter().map(|w| w.1).collect();
-    for i in 1..sums.len() {
-        sums[i] += sums[i - 1];
-    }
-    sums
-}
-
 /// CTRL's repetition penalty (Keskar et al. 2019), dense: every logit is multiplied, by 1 where
 /// its token was not seen, so that the op's size does not depend on the text.
 fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> Result<Tensor> {
@@ -198,4 +209,38 @@ fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> 
         Ok(())
     })?;
     Tensor::from_vec(values, logits.data.shape().clone(), Dtype::F32, logits.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_by_hand() {
+        let row = [0.125, 0.5, 0.125, 0.25];
+        let tokens = |c: &Candidates| c.0.iter().map(|&(token, _)| token).collect::<Vec<_>>();
+        assert_eq!(tokens(&Candidates::of(&row, None, false)), [0, 1, 2, 3]);
+        assert_eq!(tokens(&Candidates::of(&row, None, true)), [1, 3, 0, 2]);
+        assert_eq!(tokens(&Candidates::of(&row, Some(3), false)), [1, 3, 0]);
+        for (p, kept) in [(1e-9, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.8, 3), (1.0, 4)] {
+            let mut all = Candidates::of(&row, None, true);
+            all.keep(p);
+            assert_eq!(all.0.len(), kept, "{p}");
+        }
+    }
+
+    #[test]
+    fn draws_by_hand() {
+        let just_below = |x: f32| f32::from_bits(x.to_bits() - 1);
+        let all = Candidates::of(&[0.125, 0.5, 0.0, 0.375], None, false);
+        for (uniform, token) in
+            [(0.0, 0), (just_below(0.125), 0), (0.125, 1), (just_below(0.625), 1), (0.625, 3)]
+        {
+            assert_eq!(all.draw(uniform), token, "{uniform}");
+        }
+        assert_eq!(all.draw(just_below(1.0)), 3);
+        // Of two of equal weight, each has half.
+        let two = Candidates::of(&[0.4, 0.2, 0.4], Some(2), false);
+        assert_eq!([two.draw(0.49), two.draw(0.51)], [0, 2]);
+    }
 }

@@ -3,6 +3,7 @@
 mod bench;
 mod figures;
 pub mod html;
+mod memory;
 mod plan;
 mod run;
 mod sweep;
@@ -16,6 +17,7 @@ pub use bench::{
     print_line, render_bench,
 };
 pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub use memory::Memory;
 pub use plan::print_plan;
 pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
@@ -111,19 +113,6 @@ pub struct Row {
     /// Time of these ops, where they were timed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seconds: Option<f64>,
-}
-
-/// Bytes at rest.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct Memory {
-    /// Base and adapter parameters.
-    pub weights_bytes: u128,
-    /// Preallocated keys and values.
-    pub kv_cache_bytes: u128,
-    /// What the largest pass needs beside them, about.
-    pub activations_bytes: u128,
-    /// Gradients and optimizer, in training.
-    pub training_bytes: u128,
 }
 
 /// The audit's outcome.
@@ -251,14 +240,7 @@ impl Report {
             model: model.into(),
             device: None,
             parameters: workload.first().map_or(0, |w| w.model.parameters()),
-            memory: Memory {
-                weights_bytes: workload.first().map_or(0, Workload::weights_bytes),
-                kv_cache_bytes: workload.iter().map(Workload::kv_cache_bytes).max().unwrap_or(0),
-                activations_bytes: {
-                    workload.iter().map(Workload::activations_bytes).max().unwrap_or(0)
-                },
-                training_bytes: workload.iter().map(Workload::training_bytes).max().unwrap_or(0),
-            },
+            memory: Memory::of(&workload, false),
             workload,
             structure,
             prices: prices.clone(),
@@ -274,6 +256,17 @@ impl Report {
             training: None,
             evaluation: None,
         })
+    }
+
+    /// Counts the bytes that are needed on `device`, as `--device` spells it; without, a CPU's.
+    pub fn sized_for(mut self, device: &str) -> Self {
+        self.memory = Memory::of(&self.workload, device.starts_with("cuda"));
+        self
+    }
+
+    /// Says that it ran on `device`.
+    pub fn ran_on(self, device: &str) -> Self {
+        Self { device: Some(device.into()), ..self.sized_for(device) }
     }
 
     /// Adds the time of each row, from a ledger of timed ops.

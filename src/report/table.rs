@@ -70,13 +70,7 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
     workloads(out, &report.workload)?;
     let dtype = report.workload.first().map_or("", |w| w.dtype.name());
-    let parts = [
-        ("weights", memory.weights_bytes),
-        ("KV cache", memory.kv_cache_bytes),
-        ("activations", memory.activations_bytes),
-        ("gradients and moments", memory.training_bytes),
-    ];
-    let parts = parts.into_iter().filter(|(_, n)| *n > 0);
+    let parts = memory.parts().into_iter().filter(|(_, n)| *n > 0);
     let parts = parts.map(|(name, n)| format!("{} {name}", bytes(n as f64)));
     let parts: Vec<String> = parts.chain([dtype.into()]).collect();
     writeln!(out, "{}", list("memory    ", &parts))?;

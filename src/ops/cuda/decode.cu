@@ -14,24 +14,24 @@ template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids
     if (i < width) x[(u64)blockIdx.y * width + i] = row[i];
 }
 
-// Attention of one query token over `*held` tokens before it and itself, grouped: block (split,
-// key head, sequence) takes the G query heads of one key head and one of `splits` shares of the
-// keys. q, k, v are the new token's, before RoPE; k after it and v go into the caches
-// (batch, K, capacity, D). The block that finishes last of a head's adds the shares up.
+// Attention of one query token over `*held` tokens before it and itself: block (split, heads,
+// sequence) takes query heads of one key head, all of them or one, MOST at most, and one of `splits`
+// shares of the keys. q, k, v are the new token's, before RoPE; k after it and v go into the caches
+// (batch, K, capacity, D). The block that finishes last of its heads' adds the shares up.
 //
 // A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
 // groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
-#define MOST_G 8
 #define MOST_SPLITS 32
 #define LOOKERS 256
 #define KEYS 2 // that a group looks at together
-template <typename T, int D>
+template <typename T, int D, int MOST>
 __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos,
                        const T *sin, const T *scale, const u32 *held, float *shares, u32 *done,
                        u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride) {
     constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES;
-    u32 split = blockIdx.x, splits = gridDim.x, head = blockIdx.y, b = blockIdx.z;
-    u32 g_count = heads / kv_heads;
+    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z;
+    u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
+    u32 each = heads / kv_heads, head = first / each;
     int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     // What was held before this step is there: whoever wrote it has ended.
     u32 past = *held;
@@ -52,11 +52,11 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     let_next_start();
 
     // RoPE of the queries and of the new key.
-    __shared__ float query[MOST_G][D], new_key[D];
+    __shared__ float query[MOST][D], new_key[D];
     const T *co = cos + (u64)past * (D / 2), *si = sin + (u64)past * (D / 2);
     for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += LOOKERS) {
         u32 g = i / (D / 2), j = i % (D / 2);
-        const T *from = g < g_count ? q + (u64)b * q_stride + (head * g_count + g) * D
+        const T *from = g < g_count ? q + (u64)b * q_stride + (first + g) * D
                                     : k + (u64)b * kv_stride + head * D;
         float first = widen(from[j]), second = widen(from[j + D / 2]);
         float c = widen(co[j]), s = widen(si[j]);
@@ -71,9 +71,9 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     __syncthreads();
     // Below any score, yet a number: a group without keys weighs exp(NONE − max) = 0.
     constexpr float NONE = -1e30f;
-    float qs[MOST_G][8], max[MOST_G], sum[MOST_G], mixed[MOST_G][8];
+    float qs[MOST][8], max[MOST], sum[MOST], mixed[MOST][8];
 #pragma unroll
-    for (int g = 0; g < MOST_G; g++) {
+    for (int g = 0; g < MOST; g++) {
         max[g] = NONE, sum[g] = 0.0f;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
@@ -84,7 +84,7 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     // By whole warps, of whose groups some may have no key.
     auto look = [&](const float (&key)[KEYS][8], const float (&value)[KEYS][8], const bool (&valid)[KEYS]) {
 #pragma unroll
-        for (int g = 0; g < MOST_G; g++) {
+        for (int g = 0; g < MOST; g++) {
             if (g < g_count) {
                 float s[KEYS], now = max[g];
 #pragma unroll
@@ -141,7 +141,7 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
             for (int j = 0; j < 8; j++) key[i][j] = new_key[lane * 8 + j], value[i][j] = 0.0f;
         }
         load<8>(v + (u64)b * kv_stride + head * D + lane * 8, value[0]);
-        if (group == 0) {
+        if (group == 0 && first % each == 0) {
             store<8>(keys + base + (u64)past * D, key[0]);
             store<8>(values + base + (u64)past * D, value[0]);
         }
@@ -151,10 +151,10 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     // The groups' results into one share, (max, sum, D values) for each query head: first within a
     // warp, then over the warps.
     constexpr int WARPS = LOOKERS / 32;
-    __shared__ float maxes[WARPS][MOST_G], sums[WARPS][MOST_G], part[WARPS][MOST_G][D];
+    __shared__ float maxes[WARPS][MOST], sums[WARPS][MOST], part[WARPS][MOST][D];
     int warp = threadIdx.x / 32;
 #pragma unroll
-    for (int g = 0; g < MOST_G; g++) {
+    for (int g = 0; g < MOST; g++) {
         if (g < g_count) {
 #pragma unroll
             for (int mask = LANES; mask < 32; mask <<= 1) {
@@ -175,7 +175,7 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
         }
     }
     __syncthreads();
-    u64 row = (u64)b * heads + head * g_count;
+    u64 row = (u64)b * heads + first;
     for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
         u32 g = i / D, j = i % D;
         float top = NONE, total = 0.0f, v = 0.0f;
@@ -201,11 +201,11 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     __shared__ bool last;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(done + b * kv_heads + head, splits - 1) == splits - 1;
+    if (threadIdx.x == 0) last = atomicInc(done + b * gridDim.y + blockIdx.y, splits - 1) == splits - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
-    __shared__ float tops[MOST_G][MOST_SPLITS], totals[MOST_G][MOST_SPLITS];
+    __shared__ float tops[MOST][MOST_SPLITS], totals[MOST][MOST_SPLITS];
     for (u32 i = threadIdx.x; i < g_count * splits; i += LOOKERS) {
         const float *share = shares + (row * splits + i) * (D + 2);
         tops[i / splits][i % splits] = __ldcg(share);
@@ -229,19 +229,22 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
 
 // ---- what the host calls ------------------------------------------------------------------------
 
-#define ATTEND(T, t, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D(                        \
+#define ATTEND(T, t, D, MOST)                                                                      \
+    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D##_##MOST(               \
         T *o, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos, const T *sin,  \
         const T *scale, const u32 *held, float *shares, u32 *done, u32 heads, u32 kv_heads,        \
         u32 capacity, u32 q_stride, u32 kv_stride) {                                               \
-        attend<T, D>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
+        attend<T, D, MOST>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
                      kv_heads, capacity, q_stride, kv_stride);                                     \
     }
 
 #define ALL(T, t)                                                                                  \
-    ATTEND(T, t, 8)                                                                                \
-    ATTEND(T, t, 64)                                                                               \
-    ATTEND(T, t, 128)                                                                              \
+    ATTEND(T, t, 8, 1)                                                                             \
+    ATTEND(T, t, 8, 8)                                                                             \
+    ATTEND(T, t, 64, 1)                                                                            \
+    ATTEND(T, t, 64, 8)                                                                            \
+    ATTEND(T, t, 128, 1)                                                                           \
+    ATTEND(T, t, 128, 8)                                                                           \
     extern "C" __global__ void embed_##t(T *x, const T *table, const u32 *ids, u32 width) {        \
         embed<T>(x, table, ids, width);                                                            \
     }

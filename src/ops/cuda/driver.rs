@@ -22,11 +22,12 @@ use super::{Arg, File};
 
 impl File {
     /// Whether its kernels wait, by themselves, for what the one before them writes: they may
-    /// start before that has ended.
+    /// start before that has ended. Before Hopper there is no such waiting.
     fn overlaps(self) -> bool {
+        let waits = env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90);
         match self {
             Self::Attention | Self::Rows => false,
-            Self::Choose | Self::Decode | Self::Products => true,
+            Self::Choose | Self::Decode | Self::Products => waits,
         }
     }
 

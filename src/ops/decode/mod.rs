@@ -64,8 +64,11 @@ pub struct Decoding {
     low: Vec<candle_core::Tensor>, // (B, r), (B, 2r), (B, 3r): for so many adapters at once
     logits: candle_core::Tensor,   // (B, V)
     choosing: Choosing,            // the tokens to feed, the number of those in the cache
-    done: candle_core::Tensor,     // (B·K), zeros between launches
+    done: candle_core::Tensor,     // (B·lookers), zeros between launches
     shares: candle_core::Tensor,   // (B·H, splits, d + 2)
+    /// Attention's blocks of a sequence and share of the keys: one a key head, or one a query head.
+    lookers: usize,
+    /// Shares of the keys.
     splits: usize,
     /// Tokens that are held when the next step begins.
     past: usize,
@@ -85,6 +88,27 @@ impl std::fmt::Debug for Decoding {
 const MOST_SPLITS: usize = 32;
 /// Most query heads of one key head (`MOST_G` in decode.cu).
 const MOST_GROUP: usize = 8;
+
+/// Attention's blocks of a sequence, as (for its heads, for its keys), of which a head's shares are
+/// added up at the end. The bounds are those that were fastest on an H100.
+fn attention_blocks(
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    capacity: usize,
+) -> (usize, usize) {
+    // Enough for every multiprocessor to have four, or eight, at work.
+    const MANY: usize = 528;
+    // A block a query head has less to add up than one for all those of a key head, and what it
+    // reads again is near; until keys are so many that reading them is what takes the time.
+    if batch * capacity <= 1 << 18 {
+        let room = (2 * MANY / (batch * heads)).max(1);
+        let shares = if capacity <= 256 { 1 } else { capacity.div_ceil(128).clamp(8, 24) };
+        return (heads, shares.min(room));
+    }
+    let room = MANY.div_ceil(batch * kv_heads).min(MOST_SPLITS);
+    (kv_heads, capacity.div_ceil(64).clamp(1, room))
+}
 
 impl Decoding {
     /// Buffers for `sizes`; none where `device` or `dtype` has no kernels for them. `sampler` chooses
@@ -112,9 +136,7 @@ impl Decoding {
         if !serves {
             return Ok(None);
         }
-        // As many blocks as keep the device busy, none with too few keys to be worth a block.
-        let most = 528usize.div_ceil(batch * kv_heads).clamp(1, MOST_SPLITS);
-        let splits = capacity.div_ceil(64).clamp(1, most);
+        let (lookers, splits) = attention_blocks(batch, heads, kv_heads, capacity);
         let zeros = |shape: (usize, usize), dtype| candle_core::Tensor::zeros(shape, dtype, device);
         let wide = |width| zeros((batch, width), dtype.to_candle());
         Ok(Some(Self {
@@ -143,8 +165,9 @@ impl Decoding {
                 _ => [1, 2, 3].into_iter().map(|n| wide(n * rank)).collect::<Result<_, _>>()?,
             },
             logits: wide(vocab)?,
-            done: zeros((1, batch * kv_heads), DType::U32)?,
+            done: zeros((1, batch * lookers), DType::U32)?,
             shares: zeros((batch * heads, splits * (head_dim + 2)), DType::F32)?,
+            lookers,
             splits,
             past,
             graph: None,
@@ -262,8 +285,9 @@ impl Decoding {
             Arg::U32(stride as u32),
         ];
         if !self.replaying {
-            let name = format!("attend_{}_{head_dim}", self.kernels.suffix());
-            let grid = [self.splits, kv_heads, batch].map(|n| n as u64);
+            let most = if self.lookers == heads { 1 } else { MOST_GROUP };
+            let name = format!("attend_{}_{head_dim}_{most}", self.kernels.suffix());
+            let grid = [self.splits, self.lookers, batch].map(|n| n as u64);
             self.kernels.launch(File::Decode, &name, grid, 256, &args)?;
         }
         let [b, h, kv, d] = [batch, heads, kv_heads, head_dim].map(|n| n as u64);

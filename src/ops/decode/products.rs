@@ -132,11 +132,10 @@ impl Decoding {
     /// The device's.
     pub fn gated(&self, norm: Norm, gate: Product, up: Product, at: At) -> Result<()> {
         let products = [gate, up];
+        let (x, left) = self.input(norm, &products)?;
         if self.sizes.batch <= few(self.dtype) && !adapted(&products) {
-            let (x, left) = self.input(norm, &products)?;
             self.few("project_gated", &self.inner, x, left, &products, &[])?;
         } else {
-            let (x, left) = self.input(norm, &products)?;
             self.side_by_side(&self.gate, x, left, &[gate], &[])?;
             self.side_by_side(&self.up, x, left, &[up], &[])?;
             self.adapt(x, &[(gate, &self.gate, 0), (up, &self.up, 0)])?;
@@ -224,6 +223,7 @@ impl Decoding {
             .iter()
             .filter_map(|&(product, out, after)| Some((product.adapter?, out, after)))
             .collect();
+        // Rank and alpha are a run's, and so is their quotient.
         let Some(&(LowRank { scaling, .. }, out, _)) = adapted.first() else { return Ok(()) };
         let down: Vec<_> = adapted.iter().map(|(adapter, ..)| adapter.down()).collect();
         let low = &self.low[adapted.len() - 1];

@@ -346,15 +346,8 @@ fn primitives(run: &Run) -> Block {
 }
 
 fn memory(run: &Run) -> Block {
-    let Memory { weights_bytes, kv_cache_bytes, activations_bytes, training_bytes } = run.memory;
     let mut table = Table::new("Memory at least", 1, ["what", "bytes", "about"]);
-    let parts = [
-        ("weights", weights_bytes),
-        ("KV cache", kv_cache_bytes),
-        ("activations, about", activations_bytes),
-        ("gradients and moments", training_bytes),
-    ];
-    let parts = parts.into_iter().filter(|(_, n)| *n > 0);
+    let parts = run.memory.parts().into_iter().filter(|(_, n)| *n > 0);
     table
         .rows
         .extend(parts.map(|(name, n)| vec![Cell::word(name), Cell::count(n), Cell::bytes(n)]));
