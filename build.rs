@@ -42,8 +42,7 @@ fn capability_here() -> Option<String> {
     let asked = ["--query-gpu=compute_cap", "--format=csv,noheader"];
     let out = Command::new("nvidia-smi").args(asked).output().ok()?;
     let capability = String::from_utf8(out.stdout).ok()?.lines().next()?.trim().replace('.', "");
-    (!capability.is_empty() && capability.bytes().all(|b| b.is_ascii_digit()))
-        .then_some(capability)
+    (!capability.is_empty() && capability.bytes().all(|b| b.is_ascii_digit())).then_some(capability)
 }
 
 /// `NVCC`, else that of `CUDA_HOME` or `CUDA_PATH`, else whichever is in the path.

@@ -2,6 +2,7 @@
 """Tests of the witnesses' parsers, on logs of real runs: see samples/README.md."""
 
 import json
+import sys
 import unittest
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,9 @@ import counters
 import cublas
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
+sys.path.insert(0, str(SAMPLES.parents[1] / "cuda"))
+
+import summary
 
 
 class CublasLog(unittest.TestCase):
@@ -53,6 +57,28 @@ class NcuTable(unittest.TestCase):
         sums, _ = counters.counted((SAMPLES / "forward.ncu").read_text())
         asked = counters.macs(json.loads((SAMPLES / "forward-bf16.ledger").read_text()))
         self.assertGreaterEqual(sums[counters.TENSOR] // 2, asked["bf16"])
+
+
+class AgainstTheCpu(unittest.TestCase):
+    def near(self, tokens: list[int], loss: float) -> bool:
+        reports = {
+            "text-cpu": {"token_ids": [1, 2, 3]},
+            "text-no-graph": {"token_ids": tokens},
+            "eval-cpu": {"evaluation": {"loss": 2.0}},
+            "eval-bf16": {"evaluation": {"loss": loss}},
+        }
+        rows, near = summary.against_cpu(reports)
+        self.assertEqual(len(rows), 2)
+        return near
+
+    def test_what_rounding_explains_is_near(self) -> None:
+        self.assertTrue(self.near([1, 2, 3], 2.01))
+
+    def test_another_token_or_loss_is_not(self) -> None:
+        self.assertFalse(self.near([1, 2, 4], 2.0))
+        self.assertFalse(self.near([1, 2], 2.0))
+        self.assertFalse(self.near([1, 2, 3], 2.1))
+        self.assertFalse(self.near([1, 2, 3], float("nan")))
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ fn check_row(sampling: Sampling, logits: &[f32], seen: &[u32], seed: u64, drawn:
     }));
     let mut all = before[top_k.unwrap_or(usize::MAX).min(order.len())];
     if let Some(p) = top_p {
-        let enough = p * all;
+        let enough = f64::from(p as f32) * all; // in f32 as elsewhere: many equal weights may tie
         all = before[1..].iter().copied().find(|&with| with >= enough).unwrap();
     }
     let mut rng = StdRng::seed_from_u64(seed);
