@@ -86,7 +86,7 @@ impl std::fmt::Debug for Decoding {
 
 /// Most shares that the keys of one head are split into (`MOST_SPLITS` in decode.cu).
 const MOST_SPLITS: usize = 32;
-/// Most query heads of one key head (`MOST_G` in decode.cu).
+/// Most query heads of one key head (the largest `MOST` in decode.cu).
 const MOST_GROUP: usize = 8;
 
 /// Attention's blocks of a sequence, as (for its heads, for its keys), of which a head's shares are
