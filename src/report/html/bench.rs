@@ -3,12 +3,12 @@
 use super::{
     ceiling::{self, Placed},
     chart::{Axis, Bar, Bars, Chart, Ink, Marks, Plot, Scale, Series, Words},
-    page::{Block, Cell, Figure, Notes, Section, Table, Verdict, rounded},
+    page::{Block, Cell, Figure, Notes, Section, Table, Verdict},
 };
 use crate::{
     bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
     error::Result,
-    report::{bytes, digits, human, seconds},
+    report::{bytes, digits, figures::per_second, human, seconds},
 };
 
 /// The page of a benchmark.
@@ -78,8 +78,8 @@ fn verdicts(report: &BenchReport) -> Vec<Verdict> {
         Bound::Dispatch => "the measured dispatch rate",
     };
     let text = format!(
-        "{:.1} tokens/s, {} of the roofline",
-        best.tokens_per_s,
+        "{} tokens/s, {} of the roofline",
+        per_second(best.tokens_per_s),
         share(best.roofline_share)
     );
     let detail = format!("{kind}, {}; bound by {what}", name(report, best));
@@ -124,7 +124,7 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
     };
     let mut figures = vec![];
     if let Some(p) = fastest(points) {
-        let speed = rounded(p.tokens_per_s);
+        let speed = per_second(p.tokens_per_s);
         figures.push(Figure::new("Fastest", speed, "tokens/s", name(report, p)));
     }
     let shortest = points.iter().min_by(|a, b| a.seconds.median.total_cmp(&b.seconds.median));
@@ -160,7 +160,7 @@ fn figures(report: &BenchReport) -> Vec<Figure> {
 fn speeds(report: &BenchReport) -> Result<Chart> {
     let bars = report.points.iter().enumerate().map(|(i, p)| {
         let name = format!("{}. {}", i + 1, name(report, p));
-        let value = format!("{} · {}", rounded(p.tokens_per_s), share(p.roofline_share));
+        let value = format!("{} · {}", per_second(p.tokens_per_s), share(p.roofline_share));
         Bar::stacked(name, value, [(p.tokens_per_s, Ink::Series(0))])
     });
     let bars = Bars { bars: bars.collect(), linked: false };
@@ -271,7 +271,7 @@ fn speed_table(report: &BenchReport) -> Table {
         columns.push(("bytes alone", |p| optional(p.predicted_s, time)));
     }
     columns.extend::<[Column; 4]>([
-        ("tokens/s", |p| Cell::figure(p.tokens_per_s, rounded(p.tokens_per_s), "tokens/s")),
+        ("tokens/s", |p| Cell::figure(p.tokens_per_s, per_second(p.tokens_per_s), "tokens/s")),
         ("FLOPs a token", |p| large(p.flops_per_token, "FLOPs")),
         ("FLOP/s", |p| large(p.flops_per_s, "FLOP/s")),
         ("MFU", |p| Cell::share(p.mfu_measured)),
@@ -281,7 +281,7 @@ fn speed_table(report: &BenchReport) -> Table {
     }
     columns.push(("tokens/s/TFLOP", |p| {
         let rate = p.tokens_per_s_per_tflop;
-        Cell::figure(rate, rounded(rate), "tokens/s for each TFLOP/s of the matmul ceiling")
+        Cell::figure(rate, per_second(rate), "tokens/s for each TFLOP/s of the matmul ceiling")
     }));
     table("Speed", report, &columns)
 }

@@ -1,10 +1,10 @@
 //! What an evaluation adds: its loss.
 
 use super::{
-    page::{Block, Figure, Notes, Section, rounded},
+    page::{Block, Figure, Notes, Section},
     read::Run,
 };
-use crate::report::{EvaluationReport, digits};
+use crate::report::{EvaluationReport, digits, figures::per_second};
 
 /// Adds loss and speed to `section`.
 pub fn add(section: &mut Section, run: &Run, e: &EvaluationReport) {
@@ -13,7 +13,7 @@ pub fn add(section: &mut Section, run: &Run, e: &EvaluationReport) {
     section.figures.extend([
         Figure::new("Loss", format!("{:.4}", e.loss), "nats a token", tokens),
         Figure::new("Perplexity", format!("{:.3}", e.perplexity), "", "e to the loss"),
-        Figure::new("Speed", rounded(e.tokens_per_s), "tokens/s", seconds),
+        Figure::new("Speed", per_second(e.tokens_per_s), "tokens/s", seconds),
     ]);
     if e.seconds > 0.0 {
         let note = format!("prices {}", run.prices.name);

@@ -1,11 +1,11 @@
 //! What a generation adds: its speed, and the text.
 
 use super::{
-    page::{Block, Cell, Figure, Section, Table, Text, rounded},
+    page::{Block, Cell, Figure, Section, Table, Text},
     read::Run,
 };
 use crate::{
-    report::{Timings, bytes, digits},
+    report::{Timings, bytes, digits, figures::per_second},
     traffic::Traffic,
 };
 
@@ -18,7 +18,7 @@ pub fn add(section: &mut Section, run: &Run, timings: &Timings) {
     let figures = &mut section.figures;
     if let Some(rate) = timings.decode_tokens_per_s {
         let note = format!("{} new in {:.2} s", digits(new as u128), timings.decode_s);
-        figures.push(Figure::new("Decode speed", rounded(rate), "tokens/s", note));
+        figures.push(Figure::new("Decode speed", per_second(rate), "tokens/s", note));
     }
     let note = format!("{} tokens of prompt", digits(prompt as u128));
     figures.push(Figure::new("First token after", format!("{first:.3}"), "s", note));
@@ -53,7 +53,8 @@ pub fn texts(run: &Run) -> Vec<Block> {
 pub fn times(t: &Timings) -> Block {
     let mut table = Table::new("Time", 1, ["part", "seconds", "tokens/s"]);
     let seconds = |s: f64| Cell::figure(s, format!("{s:.3}"), "s");
-    let rate = |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, rounded(r), "tokens/s"));
+    let rate =
+        |r: Option<f64>| r.map_or(Cell::none(), |r| Cell::figure(r, per_second(r), "tokens/s"));
     table.rows = vec![
         vec![Cell::word("loading the weights"), seconds(t.load_s), Cell::none()],
         vec![

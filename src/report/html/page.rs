@@ -238,11 +238,6 @@ fn plain(x: f64) -> String {
     }
 }
 
-/// A rate with one decimal, or with thousands separators where it is large.
-pub fn rounded(rate: f64) -> String {
-    if rate < 1e4 { format!("{rate:.1}") } else { digits(rate as u128) }
-}
-
 /// `part` of `whole`; 0 of nothing.
 pub fn ratio(part: u128, whole: u128) -> f64 {
     part as f64 / whole.max(1) as f64

@@ -2,12 +2,12 @@
 
 use super::{
     chart::{Axis, Chart, Ink, Marks, Plot, Scale, Series, Words},
-    page::{Block, Cell, Figure, Section, Table, Verdict, ratio, rounded},
+    page::{Block, Cell, Figure, Section, Table, Verdict, ratio},
     read::Run,
 };
 use crate::{
     error::Result,
-    report::{BudgetReport, TrainingReport, digits, human, percent},
+    report::{BudgetReport, TrainingReport, digits, figures::per_second, human, percent},
     train::{Point, Slope},
 };
 
@@ -82,7 +82,7 @@ fn figures(run: &Run, t: &TrainingReport) -> Vec<Figure> {
     if t.steps > 0 {
         let rate = t.tokens_per_s;
         let note = format!("{:.3} s a step", t.seconds / t.steps as f64);
-        figures.push(Figure::new("Speed", rounded(rate), "tokens/s", note));
+        figures.push(Figure::new("Speed", per_second(rate), "tokens/s", note));
     }
     let trained = u128::from(t.steps).saturating_mul(t.budget.next_step);
     if t.seconds > 0.0 && trained > 0 && run.prices.name == t.budget.prices {
