@@ -1,6 +1,6 @@
 //! Choosing tokens on a GPU, by the rules of [`super::sample`]: nothing but tokens goes to the host.
 
-use candle_core::{DType, Device};
+use candle_core::DType;
 
 use super::{
     Sampler, Tensor,
@@ -66,7 +66,7 @@ pub(super) fn once(
     let kernels = Kernels::of(&[&logits]).filter(|_| seen.len() <= 65_535);
     let Some(kernels) = kernels else { return Ok(None) };
     let width = logits.dim(candle_core::D::Minus1)?;
-    let choosing = Choosing::new(kernels, logits.device(), sampler, seen, width, 0, 1)?;
+    let choosing = Choosing::new(kernels, sampler, seen, width, 0, 1)?;
     choosing.choose(at, &logits, false)?;
     Ok(choosing.chosen(0, 1)?.pop())
 }
@@ -79,14 +79,13 @@ impl Choosing {
     /// The device's, out of memory among them.
     pub fn new(
         kernels: Kernels,
-        device: &Device,
         sampler: &mut Sampler,
         contexts: &[Vec<u32>],
         width: usize,
         held: usize,
         steps: usize,
     ) -> Result<Self> {
-        let (rule, rows) = (sampler.rule(), contexts.len());
+        let (device, rule, rows) = (kernels.device(), sampler.rule(), contexts.len());
         let zeros = |shape: (usize, usize), dtype| candle_core::Tensor::zeros(shape, dtype, device);
         let seen = rule.penalizes().then(|| {
             let mut seen = vec![0u8; rows * width];
@@ -107,7 +106,6 @@ impl Choosing {
         };
         let ids = contexts.iter().map(|c| c.last().copied().unwrap_or(0)).collect();
         Ok(Self {
-            kernels,
             rule,
             rows,
             width,
@@ -118,6 +116,7 @@ impl Choosing {
             done: zeros((1, 1), DType::U32)?,
             seen: seen.transpose()?,
             means,
+            kernels,
         })
     }
 

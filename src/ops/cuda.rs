@@ -73,6 +73,11 @@ impl Kernels {
         built.then(|| Self { device: device.clone(), dtype })
     }
 
+    /// Where their tensors are.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The type as kernels' names end in it.
     pub(super) fn suffix(&self) -> &'static str {
         if self.dtype == DType::BF16 { "bf16" } else { "f32" }

@@ -53,7 +53,6 @@ pub struct Decoding {
     sizes: Sizes,
     kernels: Kernels,
     dtype: Dtype,
-    device: Device,
     x: candle_core::Tensor,        // (B, D), the residual stream
     normed: candle_core::Tensor,   // (B, D)
     qkv: candle_core::Tensor,      // (B, (H + 2K)·d)
@@ -141,18 +140,9 @@ impl Decoding {
         let wide = |width| zeros((batch, width), dtype.to_candle());
         Ok(Some(Self {
             sizes,
-            choosing: Choosing::new(
-                kernels.clone(),
-                device,
-                sampler,
-                contexts,
-                vocab,
-                past,
-                steps,
-            )?,
+            choosing: Choosing::new(kernels.clone(), sampler, contexts, vocab, past, steps)?,
             kernels,
             dtype,
-            device: device.clone(),
             x: wide(hidden)?,
             normed: wide(hidden)?,
             qkv: wide((heads + 2 * kv_heads) * head_dim)?,
@@ -196,7 +186,7 @@ impl Decoding {
             }
             // The first step loads kernels, which no recording may do.
             None if recorded && self.ran => {
-                let graph = Graph::record(&self.device, || step(self))?;
+                let graph = Graph::record(self.kernels.device(), || step(self))?;
                 graph.replay()?;
                 self.graph = Some(graph);
             }

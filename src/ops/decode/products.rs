@@ -219,6 +219,9 @@ impl Decoding {
         x: &candle_core::Tensor,
         places: &[(Product, &candle_core::Tensor, usize)],
     ) -> Result<()> {
+        if self.replaying {
+            return Ok(());
+        }
         let adapted: Vec<_> = places
             .iter()
             .filter_map(|&(product, out, after)| Some((product.adapter?, out, after)))
@@ -228,9 +231,6 @@ impl Decoding {
         let down: Vec<_> = adapted.iter().map(|(adapter, ..)| adapter.down()).collect();
         let low = &self.low[adapted.len() - 1];
         self.side_by_side(low, x, None, &down, &[])?;
-        if self.replaying {
-            return Ok(());
-        }
         let ends = ends(adapted.iter().map(|(adapter, ..)| adapter.b.1));
         let to = |i: usize| adapted.get(i).map_or(Arg::Null, |&(_, t, after)| Arg::After(t, after));
         let b = |i: usize| Arg::from(adapted.get(i).map(|(adapter, ..)| &adapter.b.1.data));
@@ -337,7 +337,7 @@ impl Decoding {
             return Ok(());
         }
         let place = (out, after, out.dim(1)?);
-        Ok(cuda::product(&self.device, place, x, &weight.data, add)?)
+        Ok(cuda::product(self.kernels.device(), place, x, &weight.data, add)?)
     }
 
     fn report_norm(&self, norm: Norm) {
