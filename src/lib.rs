@@ -55,10 +55,12 @@
 //! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |
 //! | subcommand | a file in [`cli`] |
 
-pub mod error;
-pub mod target;
+pub use flopaudit_count::{
+    analytic, audit, config, error, ledger, plan, prices, reconcile, sweep, tally, traffic,
+    workload,
+};
 
-pub mod config;
+pub mod target;
 pub mod weights;
 pub mod text;
 
@@ -67,18 +69,6 @@ pub mod meter;
 pub mod model;
 pub mod generate;
 pub mod train;
-
-pub mod ledger;
-pub mod prices;
-pub mod tally;
-pub mod traffic;
-
-pub mod workload;
-pub mod analytic;
-pub mod audit;
-pub mod reconcile;
-pub mod plan;
-pub mod sweep;
 pub mod bench;
 
 pub mod report;

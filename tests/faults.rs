@@ -218,21 +218,6 @@ fn words(folder: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_analytic_side_imports_nothing_that_executes() {
-    // What stands on either side of `::`.
-    let words = words("analytic");
-    let path = |module: &str| {
-        let of = |pair: &[String]| pair[0] == module && pair[1] == "::";
-        let after = |pair: &[String]| pair[0] == "::" && pair[1] == module;
-        words.windows(2).any(|pair| of(pair) || after(pair))
-    };
-    assert!(path("ledger") && path("prices"));
-    for banned in ["ops", "model", "meter", "generate", "weights", "candle_core", "candle_nn"] {
-        assert!(!path(banned), "{banned}:: in src/analytic");
-    }
-}
-
-#[test]
 fn the_model_computes_with_metered_ops_alone() {
     let words = words("model");
     // Of candle, the model knows devices; arithmetic on a raw tensor would need its type.

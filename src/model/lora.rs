@@ -76,7 +76,7 @@ impl Adapter {
                 (a, Tensor::zeros((output, lora.rank), dtype, device)?)
             }
             AdapterSource::Peft(adapter) => {
-                let dtype = dtype.to_candle();
+                let dtype = ops::candle_dtype(dtype);
                 let a = adapter.a(layer, projection, dtype, device)?;
                 (a.into(), adapter.b(layer, projection, dtype, device)?.into())
             }

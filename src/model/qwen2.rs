@@ -80,7 +80,7 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        Ok(self.weights.tensor(name, shape, self.dtype.to_candle(), self.device)?.into())
+        Ok(self.weights.tensor(name, shape, ops::candle_dtype(self.dtype), self.device)?.into())
     }
 
     fn linear(&self, layer: usize, projection: Projection) -> Result<Linear> {

@@ -56,23 +56,22 @@ impl From<candle_core::Tensor> for Tensor {
     }
 }
 
-impl Dtype {
-    /// candle's name for it.
-    pub fn to_candle(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
-            Self::BF16 => DType::BF16,
-        }
+/// candle's name for `dtype`.
+pub fn candle_dtype(dtype: Dtype) -> DType {
+    match dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::F16 => DType::F16,
+        Dtype::BF16 => DType::BF16,
     }
+}
 
-    fn of(tensor: &candle_core::Tensor) -> Result<Self> {
-        match tensor.dtype() {
-            DType::F32 => Ok(Self::F32),
-            DType::F16 => Ok(Self::F16),
-            DType::BF16 => Ok(Self::BF16),
-            other => anyhow::bail!("no metered op computes in {other:?}"),
-        }
+/// The element type of `tensor`, where metered ops compute in it.
+fn dtype_of(tensor: &candle_core::Tensor) -> Result<Dtype> {
+    match tensor.dtype() {
+        DType::F32 => Ok(Dtype::F32),
+        DType::F16 => Ok(Dtype::F16),
+        DType::BF16 => Ok(Dtype::BF16),
+        other => anyhow::bail!("no metered op computes in {other:?}"),
     }
 }
 
@@ -82,7 +81,7 @@ impl Tensor {
     /// # Errors
     /// The device's, out of memory among them.
     pub fn zeros(shape: impl Into<Shape>, dtype: Dtype, device: &Device) -> Result<Self> {
-        Ok(candle_core::Tensor::zeros(shape, dtype.to_candle(), device)?.into())
+        Ok(candle_core::Tensor::zeros(shape, candle_dtype(dtype), device)?.into())
     }
 
     /// Host values as a tensor of `dtype`.
@@ -97,7 +96,7 @@ impl Tensor {
     ) -> Result<Self> {
         // Converted on the host, so that the device needs no cast kernel.
         let tensor = candle_core::Tensor::from_vec(values, shape.into(), &Device::Cpu)?;
-        Ok(tensor.to_dtype(dtype.to_candle())?.to_device(device)?.into())
+        Ok(tensor.to_dtype(candle_dtype(dtype))?.to_device(device)?.into())
     }
 
     /// Lengths of all dimensions.
@@ -115,7 +114,7 @@ impl Tensor {
     /// # Errors
     /// A type that no metered op computes in.
     pub fn dtype(&self) -> Result<Dtype> {
-        Dtype::of(&self.data)
+        dtype_of(&self.data)
     }
 
     /// The device it lives on.
@@ -173,7 +172,7 @@ impl Tensor {
     /// The device's.
     pub fn to_dtype(&self, dtype: Dtype) -> Result<Self> {
         let was = self.data.dtype();
-        Ok(self.laid_out(self.data.to_dtype(dtype.to_candle())?, move |dy| dy.to_dtype(was)))
+        Ok(self.laid_out(self.data.to_dtype(candle_dtype(dtype))?, move |dy| dy.to_dtype(was)))
     }
 
     /// Matrices of one width as the rows of one matrix, without a graph; `none` if there are none.

@@ -5,7 +5,7 @@ use candle_core::Device;
 use super::{
     Tensor,
     cuda::{Kernels, Turn},
-    scale,
+    dtype_of, scale,
 };
 use crate::{
     error::Result,
@@ -114,7 +114,7 @@ pub fn rotated_heads(
     let (table, factor) = (table.clone(), factor.map(Tensor::detach));
     // Both ways: what is laid out by token is turned by its position, what is laid out by head back.
     let run = move |at: At, x: &candle_core::Tensor, back: bool| {
-        let (n, dtype) = (x.elem_count() as u64, Dtype::of(x)?);
+        let (n, dtype) = (x.elem_count() as u64, dtype_of(x)?);
         if factor.is_some() {
             at.ran(Op::Scale { n }, dtype);
         }

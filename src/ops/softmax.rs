@@ -5,6 +5,7 @@ use candle_core::{D, Device};
 use super::{
     Tensor,
     by_row::{by_element, by_row, is_dense_f32_on_cpu},
+    candle_dtype,
     cuda::{Arg, Kernels},
     exp,
     gemv::dot,
@@ -100,7 +101,7 @@ impl CausalMask {
     /// The device's.
     pub fn new(seq: usize, past: usize, dtype: Dtype, device: &Device) -> Result<Self> {
         let width = past + seq;
-        let by_index = Kernels::on(device, dtype.to_candle()).is_some();
+        let by_index = Kernels::on(device, candle_dtype(dtype)).is_some();
         if by_index && Kernels::takes_rows_of(width) {
             return Ok(Self { seq, past, values: None });
         }

@@ -5,7 +5,6 @@ mod figures;
 pub mod html;
 mod memory;
 mod plan;
-mod run;
 mod sweep;
 mod table;
 mod trace;
@@ -17,9 +16,12 @@ pub use bench::{
     print_line, render_bench,
 };
 pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub use flopaudit_count::{
+    SCHEMA_VERSION,
+    run::{self, FinishedRun},
+};
 pub use memory::Memory;
 pub use plan::print_plan;
-pub use run::FinishedRun;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
 pub use trace::{TRACE_SCHEMA_VERSION, Trace};
@@ -43,9 +45,6 @@ use crate::{
     traffic::Traffic,
     workload::Workload,
 };
-
-/// Version of the JSON that [`Report`] serializes to; raised when a field changes its meaning.
-pub const SCHEMA_VERSION: u32 = 1;
 
 /// What a command found out. Counts are exact integers, some past 64 bits.
 #[derive(Debug, Clone, Serialize)]

@@ -9,7 +9,7 @@ mod products;
 use candle_core::{DType, Device};
 
 use super::{
-    RopeTable, Sampler, Tensor,
+    RopeTable, Sampler, Tensor, candle_dtype,
     choose::Choosing,
     cuda::{Arg, File, Graph, Kernels},
 };
@@ -124,7 +124,7 @@ impl Decoding {
     ) -> Result<Option<Self>> {
         let Sizes { batch, capacity, past, steps, hidden, inner, .. } = sizes;
         let Sizes { heads, kv_heads, head_dim, vocab, rank, .. } = sizes;
-        let Some(kernels) = Kernels::on(device, dtype.to_candle()) else { return Ok(None) };
+        let Some(kernels) = Kernels::on(device, candle_dtype(dtype)) else { return Ok(None) };
         let widths = [hidden, inner, vocab, heads * head_dim];
         let serves = matches!(head_dim, 8 | 64 | 128)
             && heads / kv_heads <= MOST_GROUP
@@ -137,7 +137,7 @@ impl Decoding {
         }
         let (lookers, splits) = attention_blocks(batch, heads, kv_heads, capacity);
         let zeros = |shape: (usize, usize), dtype| candle_core::Tensor::zeros(shape, dtype, device);
-        let wide = |width| zeros((batch, width), dtype.to_candle());
+        let wide = |width| zeros((batch, width), candle_dtype(dtype));
         Ok(Some(Self {
             sizes,
             choosing: Choosing::new(kernels.clone(), sampler, contexts, vocab, past, steps)?,

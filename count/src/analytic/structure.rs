@@ -6,17 +6,18 @@ use super::{closed_form, formulas, notebook, torch};
 use crate::{error::Result, tally::Tally, workload::Workload};
 
 /// A list of operations. What each of the formulas leaves out is written at its function.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Structure {
     /// As executed by this program.
     Exact,
     /// The notebook's formulas: multi-head attention, dense RoPE, no cache, backward 2 × forward.
     Notebook,
     /// Kaplan et al. 2020: 2N a token forward, 6N in training; N with embeddings.
-    #[value(name = "6nd")]
+    #[cfg_attr(feature = "clap", value(name = "6nd"))]
     SixNd,
     /// The same with N without embeddings and head.
-    #[value(name = "6nd-no-embedding")]
+    #[cfg_attr(feature = "clap", value(name = "6nd-no-embedding"))]
     SixNdNoEmbedding,
     /// PaLM (Chowdhery et al. 2022) and nanoGPT: 6N + 12·L·H·Q·T a token in training.
     Palm,

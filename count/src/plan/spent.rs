@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::{
     error::{Error, Result},
     prices::Prices,
-    report::FinishedRun,
+    run::FinishedRun,
 };
 
 /// A finished run.

@@ -446,19 +446,8 @@ impl fmt::Display for Op {
 }
 
 /// Element type that an op computed in.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    Hash,
-    PartialOrd,
-    Ord,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// IEEE single.
@@ -466,7 +455,7 @@ pub enum Dtype {
     /// IEEE half.
     F16,
     /// bfloat16.
-    #[value(name = "bf16")]
+    #[cfg_attr(feature = "clap", value(name = "bf16"))]
     BF16,
 }
 

@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::{Experiment, Plan, Spent, solve};
 use crate::{
+    SCHEMA_VERSION,
     analytic::{self, Structure},
     error::{Error, Result},
     prices::Prices,
-    report::SCHEMA_VERSION,
     workload::Workload,
 };
 

@@ -10,15 +10,15 @@ use serde::{
     },
 };
 
-use super::SCHEMA_VERSION;
 use crate::{
+    SCHEMA_VERSION,
     analytic::Structure,
     error::{Error, Result},
     prices::{Cost, Prices, Primitives},
     workload::Workload,
 };
 
-/// What a finished run says of itself: the part of [`super::Report`] that counting needs.
+/// What a finished run says of itself: the part of a report that counting needs.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct FinishedRun {
     schema_version: u32,
@@ -106,9 +106,10 @@ impl FinishedRun {
 
 /// One workload, or a list of them. A visitor, for an untagged enum would not tell which key is at
 /// fault.
-pub(super) fn one_or_many<'de, D: serde::Deserializer<'de>>(
-    d: D,
-) -> Result<Vec<Workload>, D::Error> {
+///
+/// # Errors
+/// Neither.
+pub fn one_or_many<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Vec<Workload>, D::Error> {
     struct OneOrMany;
     impl<'de> Visitor<'de> for OneOrMany {
         type Value = Vec<Workload>;

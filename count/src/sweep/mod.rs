@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use serde::{Serialize, Serializer};
 
 use crate::{
+    SCHEMA_VERSION,
     analytic::{self, Structure},
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::Dtype,
     prices::{Prices, Primitives},
-    report::SCHEMA_VERSION,
     tally::Component,
     workload::{Task, Workload},
 };

@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::ValueEnum;
-
 use super::{
     file::{ExperimentTable, Kind, PlanFile, Source},
     values::{Count, CountOrMax, Grid, Natural, Rate},
@@ -110,10 +108,12 @@ impl Plan {
             move |e: anyhow::Error| source.fail(None, key, &explain(&e).1)
         };
         let structure = match &file.structure {
-            Some(name) => Structure::from_str(name, false).map_err(|_| {
-                let known = Structure::ALL.map(Structure::name).join(", ");
-                source.fail(None, "structure", &format!("is `{name}`; known: {known}"))
-            })?,
+            Some(name) => {
+                Structure::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
+                    let known = Structure::ALL.map(Structure::name).join(", ");
+                    source.fail(None, "structure", &format!("is `{name}`; known: {known}"))
+                })?
+            }
             None => Structure::Exact,
         };
         let prices = match file.prices.as_deref() {

@@ -9,10 +9,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    SCHEMA_VERSION,
     analytic::{self, Cause, Structure},
     error::{Error, Result},
     prices::{Cost, Prices},
-    report::SCHEMA_VERSION,
     workload::Workload,
 };
 
