@@ -6,9 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Widths and counts of a Qwen2-family decoder, as its `config.json` names them.
+/// What a dense decoder is: its widths and counts, and the choices in which families differ.
+///
+/// A model's forward pass, its closed form and its predicted ledger read these fields and never
+/// the family's name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
+    /// The family, as `model_type` names it: which names tensors and keys have, and nothing else.
+    #[serde(default, rename = "model_type")]
+    pub family: Family,
     /// V: rows of the embedding and of the head.
     pub vocab_size: usize,
     /// D: width of the residual stream.
@@ -26,31 +32,152 @@ pub struct ModelConfig {
     pub head_dim: Option<usize>,
     /// Longest context that the model was made for, in tokens.
     pub max_position_embeddings: usize,
-    /// Base of the rotary frequencies.
-    #[serde(default = "default_rope_theta")]
-    pub rope_theta: f64,
     /// Added to the mean square under RMSNorm's root.
     #[serde(default = "default_rms_norm_eps")]
     pub rms_norm_eps: f64,
     /// The head is the embedding, transposed.
     #[serde(default)]
     pub tie_word_embeddings: bool,
-    /// Attention limited to a window: refused.
+    /// Rotary positions of the layers that see the whole context.
     #[serde(default)]
-    pub use_sliding_window: bool,
-    /// The MLP's activation; only `silu` exists in this family.
-    #[serde(default = "default_hidden_act")]
-    pub hidden_act: String,
+    pub rope: Rope,
+    /// Those of windowed layers; none: the same.
+    #[serde(default)]
+    pub local_rope: Option<Rope>,
+    /// Layers that see the latest tokens alone; none: every layer sees the whole context.
+    #[serde(default)]
+    pub window: Option<Window>,
+    /// Which projections have a bias.
+    #[serde(default)]
+    pub bias: Biases,
+    /// Queries and keys are normed, head by head, before they are rotated.
+    #[serde(default)]
+    pub qk_norm: bool,
+    /// A norm stands after attention and after the MLP as well as before each.
+    #[serde(default)]
+    pub sandwich_norms: bool,
+    /// A norm multiplies by 1 + gain, not by gain.
+    #[serde(default)]
+    pub unit_offset_norms: bool,
+    /// What the gate of the MLP goes through.
+    #[serde(default)]
+    pub activation: Activation,
+    /// Embedded tokens are multiplied by √D.
+    #[serde(default)]
+    pub scaled_embedding: bool,
+    /// Scores are divided by the root of this; of d where there is none.
+    #[serde(default)]
+    pub query_pre_attn_scalar: Option<f64>,
 }
 
-fn default_rope_theta() -> f64 {
-    10_000.0
+/// A family of dense decoders, as `model_type` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    /// Qwen2 and Qwen2.5: biases on q, k and v.
+    #[default]
+    Qwen2,
+    /// Llama 3, SmolLM2 and others of its shape.
+    Llama,
+    /// Mistral: Llama with windows.
+    Mistral,
+    /// Qwen3, dense: norms on q and k.
+    Qwen3,
+    /// Gemma 3, text.
+    #[serde(rename = "gemma3_text")]
+    Gemma3,
 }
+
+/// Rotary positions: which angle a pair of elements is turned by at each position.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Rope {
+    /// Base of the frequencies: pair i of d/2 turns by theta^(−2i/d) a position.
+    pub theta: f64,
+    /// What stretches them over longer contexts.
+    #[serde(default)]
+    pub scaling: RopeScaling,
+}
+
+impl Default for Rope {
+    fn default() -> Self {
+        Self { theta: 10_000.0, scaling: RopeScaling::Default }
+    }
+}
+
+/// How rotary frequencies are stretched over contexts longer than the model was first trained on.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(tag = "rope_type", rename_all = "lowercase")]
+pub enum RopeScaling {
+    /// Not at all.
+    #[default]
+    Default,
+    /// All of them by one factor (Chen et al. 2023).
+    Linear {
+        /// Frequencies are divided by it.
+        factor: f64,
+    },
+    /// Llama 3.1's: long wavelengths by a factor, short ones not, those between in proportion.
+    Llama3 {
+        /// Frequencies of long wavelengths are divided by it.
+        factor: f64,
+        /// Wavelengths above the original context over this are long.
+        low_freq_factor: f64,
+        /// Wavelengths below the original context over this are short.
+        high_freq_factor: f64,
+        /// The original context, in tokens.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (Peng et al. 2023): the same by a ramp over pairs, and all angles' cosines and sines
+    /// times one factor.
+    Yarn {
+        /// Frequencies past the ramp are divided by it.
+        factor: f64,
+        /// Turns over the original context where the ramp begins.
+        beta_fast: f64,
+        /// Turns over the original context where it ends.
+        beta_slow: f64,
+        /// The original context, in tokens.
+        original_max_position_embeddings: usize,
+        /// Factor of cosines and sines, resolved where a file leaves it to a formula.
+        attention_factor: f64,
+        /// The ramp's ends are rounded to whole pairs.
+        truncate: bool,
+    },
+}
+
+/// Sliding-window attention.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    /// W: a query sees its own token and the W − 1 before it.
+    pub width: usize,
+    /// Which layers are windowed: one answer per layer.
+    pub layers: Vec<bool>,
+}
+
+/// Which projections have a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Biases {
+    /// Queries, keys and values.
+    pub qkv: bool,
+    /// Attention's output.
+    pub o: bool,
+    /// Gate, up and down.
+    pub mlp: bool,
+}
+
+/// What the gate of the MLP goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// x / (1 + exp(−x)).
+    #[default]
+    Silu,
+    /// GELU by its tanh approximation (Hendrycks and Gimpel 2016).
+    GeluTanh,
+}
+
 fn default_rms_norm_eps() -> f64 {
     1e-6
-}
-fn default_hidden_act() -> String {
-    "silu".into()
 }
 
 /// One preset: name, D, F, L, H, K, V, tied head. Source: each checkpoint's published
@@ -241,6 +368,42 @@ impl ModelConfig {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
+    /// Whether `projection` has a bias.
+    pub fn has_bias(&self, projection: Projection) -> bool {
+        match projection {
+            Projection::QProj | Projection::KProj | Projection::VProj => self.bias.qkv,
+            Projection::OProj => self.bias.o,
+            Projection::GateProj | Projection::UpProj | Projection::DownProj => self.bias.mlp,
+        }
+    }
+
+    /// W of a windowed layer; none where `layer` sees the whole context.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        let window = self.window.as_ref()?;
+        window.layers.get(layer).copied().unwrap_or(false).then_some(window.width)
+    }
+
+    /// The rotary tables that a run makes: the global one, and that of windowed layers where it
+    /// differs.
+    pub fn ropes(&self) -> Vec<Rope> {
+        std::iter::once(self.rope).chain(self.local_rope).collect()
+    }
+
+    /// Which of [`ModelConfig::ropes`] `layer` reads.
+    pub fn rope_of(&self, layer: usize) -> usize {
+        usize::from(self.local_rope.is_some() && self.window_of(layer).is_some())
+    }
+
+    /// The factor on queries: 1/√d, or 1/√`query_pre_attn_scalar`.
+    pub fn attention_scale(&self) -> f64 {
+        self.query_pre_attn_scalar.unwrap_or(self.head_dim() as f64).sqrt().recip()
+    }
+
+    /// The factor on embedded tokens, √D, where there is one.
+    pub fn embedding_scale(&self) -> Option<f64> {
+        self.scaled_embedding.then(|| (self.hidden_size as f64).sqrt())
+    }
+
     /// H·d: width of all query heads together.
     pub fn q_width(&self) -> usize {
         self.num_attention_heads * self.head_dim()
@@ -320,11 +483,6 @@ impl Projection {
             Self::QProj | Self::KProj | Self::VProj | Self::OProj => "self_attn",
             Self::GateProj | Self::UpProj | Self::DownProj => "mlp",
         }
-    }
-
-    /// Qwen2 puts a bias on q, k and v alone.
-    pub const fn has_bias(self) -> bool {
-        matches!(self, Self::QProj | Self::KProj | Self::VProj)
     }
 
     /// (input width, output width) under `config`.
