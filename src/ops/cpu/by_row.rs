@@ -1,56 +1,52 @@
-//! Row-wise and element-wise ops: one pass over two tensors, on the CPU's threads in f32.
+//! Row-wise and element-wise ops: one pass over two tensors.
 
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use super::cuda::Kernels;
+use super::{
+    exp::{gelu, gelu_grad, silu, silu_grad},
+    widened,
+};
+use crate::ops::elementwise::Element;
 
-/// `on_cpu(a's row, b's row, out's row)` over the rows, along the last dimension, of two tensors
-/// of one shape, in f32; elsewhere `composed` of the device's own kernels. In `a`'s type.
+/// One output for each element of `a`, in its type; `b` is one element, or again and again has the
+/// shape of `a`. Both are dense f32, but for the gradients, which widen any type to it.
+pub(in crate::ops) fn map(what: Element, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let one = match b.elem_count() {
+        1 => b.flatten_all()?.to_vec1::<f32>().map(|b| b[0]).unwrap_or(f32::NAN),
+        _ => f32::NAN,
+    };
+    match what {
+        Element::Add => each(a, b, |a, b| a + b),
+        Element::Mul => each(a, b, |a, b| a * b),
+        Element::Scale => each(a, a, |a, _| a * one),
+        Element::Shift => each(a, a, |a, _| a + one),
+        Element::Silu => each(a, a, |a, _| silu(a)),
+        Element::Gelu => each(a, a, |a, _| gelu(a)),
+        Element::SiluGrad => by_row(a, b, silu_grad),
+        Element::GeluGrad => by_row(a, b, gelu_grad),
+    }
+}
+
+fn each(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Send + Sync) -> Result<Tensor> {
+    let row = |a: &[f32], b: &[f32], out: &mut [f32]| {
+        for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
+            *out = f(a, b);
+        }
+    };
+    a.apply_op2_no_bwd(b, &ByRow(row))
+}
+
+/// `f(a's row, b's row, out's row)` over the rows, along the last dimension, of two tensors of one
+/// shape and any type, widened to f32. In `a`'s type.
 pub(super) fn by_row(
     a: &Tensor,
     b: &Tensor,
-    on_cpu: impl Fn(&[f32], &[f32], &mut [f32]) + Send + Sync,
-    composed: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    f: impl Fn(&[f32], &[f32], &mut [f32]) + Send + Sync,
 ) -> Result<Tensor> {
-    let f32 = |t: &Tensor| t.to_dtype(DType::F32)?.contiguous();
-    let (wide_a, wide_b) = (f32(a)?, f32(b)?);
-    let out = match a.device().is_cpu() {
-        true => wide_a.apply_op2_no_bwd(&wide_b, &ByRow(on_cpu))?,
-        false => composed(&wide_a, &wide_b)?,
-    };
-    out.to_dtype(a.dtype())
-}
-
-/// `ours(a's element, b's element)` where both are dense f32 on the CPU and `b`, again and again,
-/// has the shape of `a`; by the kernel `name` on a GPU; else `theirs`.
-pub(super) fn by_element(
-    name: &str,
-    a: &Tensor,
-    b: &Tensor,
-    ours: impl Fn(f32, f32) -> f32 + Send + Sync,
-    theirs: impl FnOnce() -> Result<Tensor>,
-) -> Result<Tensor> {
-    let repeats = b.rank() > 0 && a.dims().ends_with(b.dims());
-    let on_cpu = |a: &[f32], b: &[f32], out: &mut [f32]| {
-        for ((out, &a), &b) in out.iter_mut().zip(a).zip(b) {
-            *out = ours(a, b);
-        }
-    };
-    if is_dense_f32_on_cpu(a) && is_dense_f32_on_cpu(b) && repeats {
-        return a.apply_op2_no_bwd(b, &ByRow(on_cpu));
-    }
-    match Kernels::of(&[a, b]).filter(|_| repeats) {
-        Some(kernels) => kernels.map(name, a, b),
-        None => theirs(),
-    }
-}
-
-/// Whether the CPU's own f32 kernels can take it.
-pub(super) fn is_dense_f32_on_cpu(t: &Tensor) -> bool {
-    t.device().is_cpu() && t.dtype() == DType::F32 && t.is_contiguous()
+    widened(a)?.apply_op2_no_bwd(&widened(b)?, &ByRow(f))?.to_dtype(a.dtype())
 }
 
 struct ByRow<F>(F);

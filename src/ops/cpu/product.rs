@@ -1,19 +1,26 @@
-//! Matrix products on the CPU in f32, by gemm's kernels.
+//! Matrix products, by gemm's kernels.
 //!
 //! Left to itself, gemm gives each thread a share once and for all and has all of them pack the
 //! same weight; pieces of the output, each packed and computed by whoever is free, are up to twice
 //! as fast. Same multiplications, same sums.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-/// a (…, m, k) · b (…, k, n), leading dimensions equal, of any layout.
-pub(super) struct Product;
+/// Whether candle would use gemm too, and not a library of the vendor's.
+const OURS: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
 
-impl Product {
-    /// Whether candle would use gemm too, and not a library of the vendor's.
-    pub(super) const SERVES: bool = !cfg!(any(feature = "mkl", feature = "accelerate"));
+/// Whether [`product`] takes both.
+pub(in crate::ops) fn serves(a: &Tensor, b: &Tensor) -> bool {
+    OURS && [a, b].iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
 }
+
+/// a (…, m, k) · b (…, k, n) in f32, leading dimensions equal, of any layout.
+pub(in crate::ops) fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.apply_op2_no_bwd(b, &Product)
+}
+
+struct Product;
 
 impl CustomOp2 for Product {
     fn name(&self) -> &'static str {
@@ -154,13 +161,13 @@ impl<'a> Matrices<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
 
     #[test]
     fn it_equals_candles_product_in_every_layout() {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap();
         let check = |a: &Tensor, b: &Tensor| {
-            let ours = a.apply_op2_no_bwd(b, &Product).unwrap();
+            let ours = product(a, b).unwrap();
             let worst = (ours - a.matmul(b).unwrap()).unwrap().abs().unwrap().flatten_all();
             let worst = worst.unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
             assert!(worst < 1e-3, "{:?} · {:?}: {worst}", a.layout(), b.layout());
@@ -174,6 +181,6 @@ mod tests {
             check(&random(&[2, 3, m, k]), &held.t().unwrap());
         }
         let unlike = (random(&[4, 3]), random(&[4, 3]));
-        assert!(unlike.0.apply_op2_no_bwd(&unlike.1, &Product).is_err());
+        assert!(product(&unlike.0, &unlike.1).is_err());
     }
 }

@@ -1,20 +1,21 @@
-//! A few rows times a weight, on the CPU.
+//! A few rows times a weight.
 //!
 //! Decoding reads every weight once for each token, so it is bound by memory: candle's general
 //! product reaches half of what two streams of dot products do, and for bf16 it first writes the
 //! whole weight out as f32. Same multiplications, same sums, another order.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
-/// x (m, k) · wᵀ for w (n, k), both dense, accumulated in f32.
-pub(super) struct Gemv;
+/// Above this many rows the arithmetic, not the memory, is the bound, and the general product wins.
+pub(in crate::ops) const MOST_ROWS: usize = 8;
 
-impl Gemv {
-    /// Above this many rows the arithmetic, not the memory, is the bound, and the general product
-    /// wins.
-    pub(super) const MOST_ROWS: usize = 8;
+/// x (m, k) · wᵀ for w (n, k), both dense f32 or bf16, accumulated in f32.
+pub(in crate::ops) fn gemv(x: &Tensor, w: &Tensor) -> Result<Tensor> {
+    x.apply_op2_no_bwd(w, &Gemv)
 }
+
+struct Gemv;
 
 impl CustomOp2 for Gemv {
     fn name(&self) -> &'static str {
@@ -97,7 +98,7 @@ fn transpose(values: Vec<f32>, m: usize, n: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{DType, Device, Tensor};
+    use candle_core::{DType, Device};
 
     #[test]
     fn it_equals_candles_product() {
@@ -107,7 +108,7 @@ mod tests {
             for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 0.1)] {
                 let (x, w) = (x.to_dtype(dtype).unwrap(), w.to_dtype(dtype).unwrap());
                 let theirs = x.matmul(&w.t().unwrap()).unwrap();
-                let ours = x.apply_op2_no_bwd(&w, &Gemv).unwrap();
+                let ours = gemv(&x, &w).unwrap();
                 let worst = (ours - theirs).unwrap().abs().unwrap().max_all().unwrap();
                 let worst = worst.to_dtype(DType::F32).unwrap().to_scalar::<f32>().unwrap();
                 assert!(worst <= tolerance * (k as f32).sqrt(), "{m} {k} {n} {dtype:?}: {worst}");
