@@ -160,7 +160,7 @@ impl List<'_> {
         }
         if full {
             ops.push((Phase::BackwardW, base, product(n, rows, k)));
-            if projection.has_bias() {
+            if model.has_bias(projection) {
                 ops.push((Phase::BackwardW, base, Op::SumRows { rows, width: n }));
             }
         }
@@ -240,7 +240,7 @@ impl List<'_> {
                 let (k, n, r) = (k as u64, n as u64, lora.rank as u64);
                 if full {
                     all.push((layer, Module::Proj(projection), k * n));
-                    all.extend(projection.has_bias().then_some((
+                    all.extend(model.has_bias(projection).then_some((
                         layer,
                         Module::Proj(projection),
                         n,

@@ -62,7 +62,7 @@ pub enum Cause {
     /// No softmax.
     Softmax,
     /// No SiLU and gate.
-    SwiGlu,
+    Glu,
     /// No residual additions.
     Residuals,
     /// No scaling and adding of adapters.
@@ -120,7 +120,7 @@ impl Cause {
             Self::ScaledQueries => "scaling of queries left out",
             Self::Mask => "causal mask left out",
             Self::Softmax => "softmax left out",
-            Self::SwiGlu => "SiLU and gate left out",
+            Self::Glu => "SiLU and gate left out",
             Self::Residuals => "residual adds left out",
             Self::LoraSums => "LoRA's scale and sum left out",
             Self::FrozenWeights => "no gradients of frozen weights",
@@ -173,7 +173,7 @@ impl Cause {
             Self::ScaledQueries => "no factor 1/sqrt(d)",
             Self::Mask => "no add of 0 or -inf to each score",
             Self::Softmax => "no exponentials, sums and divisions of the scores",
-            Self::SwiGlu => "no activation and gate of the MLP",
+            Self::Glu => "no activation and gate of the MLP",
             Self::Residuals => "no adds to the residual stream",
             Self::LoraSums => "no scale and no sum beside the adapted projections",
             Self::FrozenWeights => {

@@ -146,7 +146,7 @@ pub(super) fn layers(
     // SiLU: neg, exp, add, div; gate: mul.
     let swiglu =
         Primitives { neg: inner, exp: inner, add: inner, div: inner, mul: inner, ..zero() };
-    row(Component::SwiGlu, 2 * layers * m.passes, only(swiglu))?;
+    row(Component::Glu, 2 * layers * m.passes, only(swiglu))?;
     let sums = Primitives { add: 2 * layers * m.rows * width, ..zero() };
     row(Component::Residual, 2 * layers * m.passes, only(sums))
 }
@@ -161,10 +161,10 @@ fn norm(rows: u128, width: u128) -> Cost {
 fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost) {
     let (k, n) = projection.widths(model);
     let mut cost = product(rows, k as u128, n as u128);
-    if projection.has_bias() {
+    if model.has_bias(projection) {
         cost.other.add = rows * n as u128;
     }
-    (1 + u128::from(projection.has_bias()), cost)
+    (1 + u128::from(model.has_bias(projection)), cost)
 }
 
 /// A, B, the scale and the sum.

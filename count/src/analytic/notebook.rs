@@ -79,7 +79,7 @@ fn layer(model: &ModelConfig, rank: u128, m: &Moments) -> Vec<(Component, Cost)>
         (base(GateProj), product(t, d, f)),
         (base(UpProj), product(t, d, f)),
         (base(DownProj), product(t, f, d)),
-        (Component::SwiGlu, only(swiglu)),
+        (Component::Glu, only(swiglu)),
         (Component::Norm, norm(t, d)),
         (Component::Norm, norm(t, d)),
         (Component::Residual, only(Primitives { add: 2 * n, ..zero() })),
@@ -197,7 +197,7 @@ fn in_attention(part: Component) -> bool {
 fn in_mlp(part: Component) -> bool {
     match part {
         Component::Proj(projection) => projection.parent() == "mlp",
-        part => part == Component::SwiGlu,
+        part => part == Component::Glu,
     }
 }
 

@@ -188,7 +188,7 @@ impl List<'_> {
         let (k, n, r) = (k as u64, n as u64, lora.rank as u64);
         let base = Module::Proj(projection);
         let mut ops = vec![(base, Op::Matmul { b: 1, m: rows, k, n })];
-        if projection.has_bias() {
+        if model.has_bias(projection) {
             ops.push((base, Op::Bias { rows, width: n }));
         }
         if lora.adapts(projection) {

@@ -324,7 +324,7 @@ impl Pass<'_> {
                 },
             ),
             Term::none_of(
-                Cause::SwiGlu,
+                Cause::Glu,
                 Primitives { neg: inner, exp: inner, add: inner, div: inner, mul: inner, ..zero() },
             ),
             Term::none_of(Cause::Residuals, adds(2 * layers * m.rows * d)),

@@ -106,7 +106,7 @@ impl<'a> Training<'a> {
                 (needs.normed, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), d),
                 (needs.normed_again, Component::Norm, 1 + adapters(&[GateProj, UpProj]), d),
                 (needs.mixed, Component::Attention, adapters(&[OProj]), q),
-                (needs.inner, Component::SwiGlu, adapters(&[DownProj]), f),
+                (needs.inner, Component::Glu, adapters(&[DownProj]), f),
                 (needs.middle, Component::Residual, 1, d),
             ];
             for (_, component, sums, width) in sums.into_iter().filter(|(needed, ..)| *needed) {
@@ -139,11 +139,11 @@ impl<'a> Training<'a> {
         let n = rows * f;
         let sides = u128::from(needs.gate) + u128::from(needs.up);
         let gates = only(Primitives { mul: layers * sides * n, ..zero() });
-        self.add(Phase::BackwardX, Component::SwiGlu, layers * sides, gates)?;
+        self.add(Phase::BackwardX, Component::Glu, layers * sides, gates)?;
         if needs.gate {
             let n = layers * n;
             let silu = Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..zero() };
-            self.add(Phase::BackwardX, Component::SwiGlu, layers, only(silu))?;
+            self.add(Phase::BackwardX, Component::Glu, layers, only(silu))?;
         }
         self.norm(layers, needs.input)?;
         self.norm(layers, needs.middle)
@@ -174,7 +174,7 @@ impl<'a> Training<'a> {
         }
         if self.full {
             self.add(Phase::BackwardW, base, layers, times(layers, product(n, rows, k))?)?;
-            if projection.has_bias() {
+            if self.model.has_bias(projection) {
                 self.add(Phase::BackwardW, base, layers, adds(layers * (rows - 1) * n))?;
             }
         }
@@ -258,7 +258,7 @@ impl<'a> Training<'a> {
                 all.push((Phase::BackwardB, lora, layers, layers * n * r));
             }
             if self.full {
-                let bias = u128::from(projection.has_bias());
+                let bias = u128::from(self.model.has_bias(projection));
                 let (tensors, elements) = (layers * (1 + bias), layers * n * (k + bias));
                 all.push((Phase::BackwardW, Component::Proj(projection), tensors, elements));
             }
