@@ -24,17 +24,17 @@ impl Backend {
     }
 
     /// The same where the CPU's kernels widen any type to f32 themselves.
-    pub fn widening(tensors: &[&Tensor]) -> Self {
+    pub fn wide(tensors: &[&Tensor]) -> Self {
         match tensors.iter().all(|t| t.device().is_cpu()) {
             true => Self::Cpu,
-            false => Self::by_row(tensors),
+            false => Self::of(tensors),
         }
     }
 
-    /// The same for kernels that take the first tensor row by row, along its last dimension.
+    /// The same where a GPU's kernels take the first tensor row by row, along its last dimension.
     pub fn by_row(tensors: &[&Tensor]) -> Self {
         let width = tensors.first().and_then(|t| t.dims().last()).copied().unwrap_or(0);
-        match Self::of(tensors) {
+        match Self::wide(tensors) {
             Self::Cuda(_) if !Kernels::takes_rows_of(width) => Self::Portable,
             other => other,
         }

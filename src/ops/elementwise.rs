@@ -74,7 +74,7 @@ impl Kernel for Elementwise<'_> {
     fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
         let Self { what, a, b } = *self;
         let backend = match what {
-            Element::SiluGrad | Element::GeluGrad => Backend::widening(&[a, b]),
+            Element::SiluGrad | Element::GeluGrad => Backend::wide(&[a, b]),
             _ => Backend::of(&[a, b]),
         };
         let repeats = b.elem_count() == 1 || a.dims().ends_with(b.dims());

@@ -80,10 +80,12 @@ mod portable;
 
 pub use attend::{Attention, Masks, attend};
 pub use attention::{attention, is_one_kernel};
-pub use block::{Norm, Product, add_product, gated_products, normed_products};
+pub use block::{
+    Norm, Product, add_product, decodes, gated_products, normed_product, normed_products,
+};
 pub use cache::KvCache;
 pub use choose::Choosing;
-pub use elementwise::{Gate, add, gated, gelu, mul, scale, shift, silu};
+pub use elementwise::{add, gated, gelu, mul, scale, shift, silu};
 pub use embed::{Ids, embed};
 pub(crate) use launch::{Kernel, Launched, Nodes, Ops};
 pub use linear::{bias, linear, matmul};
@@ -138,6 +140,14 @@ impl Unshared {
     /// Another number of elements.
     pub fn reshape(self, shape: impl Into<Shape>) -> Result<Self> {
         Ok(Self(self.0.reshape(shape)?))
+    }
+
+    /// `length` entries of `dim` from `start`; the others are given up.
+    ///
+    /// # Errors
+    /// A range past the end.
+    pub fn narrow(self, dim: usize, start: usize, length: usize) -> Result<Self> {
+        Ok(Self(self.0.narrow(dim, start, length)?))
     }
 }
 
