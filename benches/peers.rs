@@ -14,7 +14,7 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     weights::{self, Checkpoint},
     workload::{Logits, Task, Workload},
 };
@@ -32,7 +32,7 @@ fn dtype() -> Dtype {
 fn ours(checkpoint: &Checkpoint) -> Qwen2 {
     let Checkpoint { config, weights, .. } = checkpoint;
     let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
-    Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn peers(c: &mut Criterion) {

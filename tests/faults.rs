@@ -10,7 +10,7 @@ use flopaudit::{
     error::Error,
     ledger::{Dtype, Key, Ledger, Module, Op, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     ops::{self, Tensor},
     prices::Prices,
     report::{Figures, Report, render},
@@ -39,7 +39,7 @@ fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledg
     let Workload { model, lora, dtype, .. } = workload();
     let weights = weights::synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora, seed: 2 };
-    let qwen = Qwen2::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
+    let qwen = Decoder::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
     let observer = RefCell::new(Faulty(Ledger::default(), fault));
     let meter = Meter::new(&observer, Phase::Setup);
     let mut cache = qwen.cache(meter, 2, 8).unwrap();

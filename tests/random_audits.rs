@@ -9,7 +9,7 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
-    model::{AdapterSource, Labelled, Qwen2, Trained},
+    model::{AdapterSource, Labelled, Decoder, Trained},
     train::{Hyper, Trainer},
     weights::synthetic,
     workload::{Logits, Sampling, Task, Workload},
@@ -65,10 +65,10 @@ fn samplings() -> impl Strategy<Value = Sampling> {
     )
 }
 
-fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Qwen2 {
+fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Decoder {
     let weights = synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
-    Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn assert_balanced(workload: &Workload, ledger: &Ledger) {
@@ -118,7 +118,7 @@ proptest! {
             kv_cache,
             eos: if eos { vec![0, 1] } else { vec![] },
             timed: false,
-            recorded: true,
+            how: How::RECORDED,
         };
         let ledger = RefCell::new(Ledger::default());
         let mut told = 0;
@@ -144,7 +144,7 @@ proptest! {
         let hyper = Hyper { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, clip: clip_at };
         let qwen = load(&model, &lora, dtype);
         let mut trainer =
-            Trainer::new(meter, qwen, trained, hyper, (batch, seq), recompute).unwrap();
+            Trainer::new(meter, qwen, trained, hyper, seq, recompute).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i % model.vocab_size) as u32).collect();
         let weights = vec![1.0 / (ids.len() * accumulate) as f32; ids.len()];
         let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };

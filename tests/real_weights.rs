@@ -14,7 +14,7 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     prices::Prices,
     weights::{self, Checkpoint},
     workload::{Logits, Sampling, Task, Workload},
@@ -23,7 +23,7 @@ use serde::Deserialize;
 use trained::{checkpoint, golden, golden_adapter};
 
 static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(checkpoint);
-static BASE: LazyLock<Qwen2> = LazyLock::new(|| load(&fresh(0)));
+static BASE: LazyLock<Decoder> = LazyLock::new(|| load(&fresh(0)));
 
 fn fresh(rank: usize) -> AdapterSource {
     let targets = [Projection::QProj, Projection::VProj];
@@ -31,7 +31,7 @@ fn fresh(rank: usize) -> AdapterSource {
     AdapterSource::Fresh { lora, seed: 1 }
 }
 
-fn load(adapters: &AdapterSource) -> Qwen2 {
+fn load(adapters: &AdapterSource) -> Decoder {
     trained::load(&CHECKPOINT, adapters)
 }
 
@@ -52,7 +52,7 @@ fn prompts() -> Vec<Prompt> {
 
 /// Logits of one sequence, a row a position, and the ledger of the pass.
 fn forward(
-    model: &Qwen2,
+    model: &Decoder,
     ids: &[u32],
     batch: usize,
     past: usize,
@@ -107,7 +107,7 @@ fn greedy_tokens_equal_pytorch_with_and_without_cache() {
 
 /// New tokens of each prompt, after an audit that must balance.
 fn run(
-    model: &Qwen2,
+    model: &Decoder,
     prompts: Vec<Vec<u32>>,
     new: usize,
     kv_cache: bool,
@@ -121,7 +121,7 @@ fn run(
         kv_cache,
         eos: vec![],
         timed: false,
-        recorded: true,
+        how: How::RECORDED,
     };
     let ledger = RefCell::new(Ledger::default());
     let out = generate(model, &request, &ledger, |_, _| Ok(())).unwrap();
@@ -193,7 +193,7 @@ fn matmul_flops(ledger: &Ledger, keep: impl Fn(&str) -> bool) -> u128 {
 fn executed_flops_equal_torch_flop_counter_mode() {
     let torch = golden("torch_flops.json");
     let lora = load(&fresh(8));
-    let cases: [(&str, &Qwen2, usize, usize, usize, Logits); 5] = [
+    let cases: [(&str, &Decoder, usize, usize, usize, Logits); 5] = [
         ("fwd_B1_T512", &BASE, 1, 512, 0, Logits::All),
         ("fwd_B1_T512_last_logits_only", &BASE, 1, 512, 0, Logits::Last),
         ("fwd_B3_T37", &BASE, 3, 37, 0, Logits::All),
@@ -311,7 +311,7 @@ fn a_zero_initialised_adapter_changes_no_bit() {
 fn a_peft_adapter_gives_pefts_loss() {
     let golden = golden("lora_grads.json");
     let ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
-    let loss = |model: &Qwen2| {
+    let loss = |model: &Decoder| {
         let (rows, _) = forward(model, &ids, 1, 0, Logits::All);
         let nll = |(row, &next): (&Vec<f32>, &u32)| logsumexp(row) - row[next as usize] as f64;
         rows.iter().zip(&ids[1..]).map(nll).sum::<f64>() / (ids.len() - 1) as f64

@@ -33,6 +33,11 @@ pub struct How {
     pub fault: Option<Fault>,
 }
 
+impl How {
+    /// From a recording.
+    pub const RECORDED: Self = Self { recorded: true, fault: None };
+}
+
 impl Decoder {
     /// A decoding of at most `steps` steps on top of what `cache` holds, the first of which feeds
     /// the last token of each of `contexts`, while `sampler` chooses. None where the device, the

@@ -8,6 +8,6 @@ mod lora;
 
 pub use context::{Cache, Context, Positions};
 pub use decoder::Decoder;
-pub use decoding::Decoding;
+pub use decoding::{Decoding, How};
 pub use gradients::{Labelled, Trained};
 pub use lora::{Adapter, AdapterSource};

@@ -11,7 +11,7 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig, Projection},
     ledger::{Dtype, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Labelled, Qwen2, Trained},
+    model::{AdapterSource, Labelled, Decoder, Trained},
     ops::Tensor,
     weights::synthetic,
 };
@@ -34,7 +34,7 @@ pub fn config(tied: bool) -> ModelConfig {
 }
 
 /// The model with every weight drawn anew, B of the adapters among them; rank 3 on `targets`.
-pub fn model(config: &ModelConfig, targets: &[Projection], trained: Trained) -> Qwen2 {
+pub fn model(config: &ModelConfig, targets: &[Projection], trained: Trained) -> Decoder {
     model_in(Dtype::F32, config, targets, trained)
 }
 
@@ -44,12 +44,12 @@ pub fn model_in(
     config: &ModelConfig,
     targets: &[Projection],
     trained: Trained,
-) -> Qwen2 {
+) -> Decoder {
     let rank = if targets.is_empty() { 0 } else { 3 };
     let lora = LoraConfig::new(config, rank, 4.5, targets).unwrap();
     let adapters = AdapterSource::Fresh { lora, seed: 0 };
     let weights = synthetic(config.clone(), 0).unwrap().weights;
-    let load = Qwen2::load(config, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(()));
+    let load = Decoder::load(config, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(()));
     let mut model = load.unwrap();
     model.train(Trained::All);
     let mut rng = StdRng::seed_from_u64(1);
@@ -110,13 +110,13 @@ impl Text {
 pub type Gradient = (String, Vec<f64>);
 
 /// The loss, and every trained parameter's gradient.
-pub fn gradients(model: &mut Qwen2, text: &Text, recompute: bool) -> (f64, Vec<Gradient>) {
+pub fn gradients(model: &mut Decoder, text: &Text, recompute: bool) -> (f64, Vec<Gradient>) {
     observed(model, text, recompute, &RefCell::new(()))
 }
 
 /// [`gradients`], with every op told to `observer`.
 pub fn observed(
-    model: &mut Qwen2,
+    model: &mut Decoder,
     text: &Text,
     recompute: bool,
     observer: &RefCell<impl Observer>,
@@ -134,7 +134,7 @@ pub fn observed(
 }
 
 /// The loss alone.
-pub fn loss(model: &Qwen2, text: &Text) -> f64 {
+pub fn loss(model: &Decoder, text: &Text) -> f64 {
     let observer = RefCell::new(());
     let meter = Meter::new(&observer, Phase::Setup);
     let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();
