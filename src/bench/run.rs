@@ -105,12 +105,12 @@ impl Runner<'_> {
         cache.set_held(past)?;
         let mut sampler = Sampler::new(Sampling::GREEDY, &vec![0; rows]);
         let fed: Vec<_> = ids.iter().map(|&id| vec![id]).collect();
-        let mut decoding = model.decoding(&mut cache, &mut sampler, &fed, 1, How::RECORDED)?;
+        let mut on_gpu = model.decoding(&mut cache, &mut sampler, &fed, 1, How::RECORDED)?;
         let timed = self.time(|| {
             let ids = Ids::Host { ids: &ids, batch: rows };
             model.device().synchronize()?;
             let start = Instant::now();
-            match &mut decoding {
+            match &mut on_gpu {
                 Some(decoding) => decoding.again(meter, &mut cache)?,
                 None => drop(model.forward(meter, ids, Context::Held(&cache), Logits::Last)?),
             }

@@ -144,9 +144,9 @@ impl Loader<'_> {
         let (config, path) = (self.config, format!("layers.{i}."));
         let wide = |module| self.norm(&path, module, config.hidden_size);
         let of_heads = |module| self.norm(&path, module, config.head_dim());
-        let head_norms = || Ok((of_heads(Module::QNorm)?, of_heads(Module::KNorm)?));
+        let head_norms = || anyhow::Ok((of_heads(Module::QNorm)?, of_heads(Module::KNorm)?));
         let sandwich = || {
-            Ok(Sandwich {
+            anyhow::Ok(Sandwich {
                 pre_feedforward_layernorm: wide(Module::PreFeedforwardLayernorm)?,
                 post_feedforward_layernorm: wide(Module::PostFeedforwardLayernorm)?,
             })

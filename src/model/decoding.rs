@@ -114,7 +114,7 @@ impl Decoding<'_> {
         let (workspace, choosing, model) = (&self.workspace, &self.choosing, self.model);
         cache.kv.check_room(cache.kv.batch(), 1)?;
         let held = cache.kv.held() as u64 + 1;
-        let mut run = |meter: Meter| -> Result<()> {
+        let run = |meter: Meter| -> Result<()> {
             let decode = meter.phase(Phase::Decode).within(workspace);
             let context = Context::Held(cache);
             let logits = model.forward(decode, choosing.ids(), context, Logits::Last)?;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Device;
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::Kernels, dtype_of, portable,
+    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::{Gate, Kernels, Map}, dtype_of, portable,
 };
 use crate::{
     config::Activation,
@@ -33,6 +33,28 @@ pub(super) enum Element {
     SiluGrad,
     /// gelu'(a) · b
     GeluGrad,
+}
+
+impl From<Element> for Map {
+    fn from(what: Element) -> Self {
+        match what {
+            Element::Add | Element::Shift => Self::Add,
+            Element::Mul | Element::Scale => Self::Mul,
+            Element::Silu => Self::Silu,
+            Element::Gelu => Self::Gelu,
+            Element::SiluGrad => Self::SiluGrad,
+            Element::GeluGrad => Self::GeluGrad,
+        }
+    }
+}
+
+impl From<Activation> for Gate {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => Self::Silu,
+            Activation::GeluTanh => Self::Gelu,
+        }
+    }
 }
 
 /// One output for each element of `a`; `b` again and again where it is smaller.

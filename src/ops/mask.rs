@@ -86,7 +86,9 @@ impl CausalMask {
         let Some(mask) = &self.values else { anyhow::bail!("a mask without values is not added") };
         self.check(&scores.0)?;
         let shape = scores.dims().to_vec();
-        let by_query = scores.reshape(((), self.seq, self.past + self.seq))?.share();
+        let (rows, width) = scores.0.rows_width()?;
+        let by_query =
+            scores.reshape((rows as usize / self.seq, self.seq, width as usize))?.share();
         let masked = at.launch(&Masked { scores: &by_query, mask })?;
         let masked = masked.made_from(at, &by_query, |_, dy| Ok(dy.clone()));
         Unshared(masked).reshape(shape)

@@ -296,6 +296,15 @@ impl Tensor {
         }
     }
 
+    /// Copies `source`, of the same shape, into this tensor's place: every tensor that shares it sees
+    /// the new elements.
+    ///
+    /// # Errors
+    /// Shapes that differ, or a layout that is not dense.
+    pub fn overwrite(&self, source: &Self) -> Result<()> {
+        Ok(self.data.slice_set(&source.data, 0, 0)?)
+    }
+
     /// All elements on the host as f32, row-major.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! A step recorded once and replayed: the launches that went into it, and CUDA's own list of what
 //! came of them.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, str::FromStr};
 
 use candle_core::Device;
 
@@ -12,6 +12,22 @@ use super::{
 use crate::{error::Result, meter::Meter};
 
 pub use super::cuda::Fault;
+
+impl FromStr for Fault {
+    type Err = String;
+
+    /// `drop:N` or `double:N`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = || format!("`{text}` is neither drop:N nor double:N");
+        let (what, which) = text.split_once(':').ok_or_else(known)?;
+        let which = which.parse().map_err(|_| known())?;
+        match what {
+            "drop" => Ok(Self::Drop(which)),
+            "double" => Ok(Self::Double(which)),
+            _ => Err(known()),
+        }
+    }
+}
 
 /// Launches recorded as one.
 pub struct Recording {

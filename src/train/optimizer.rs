@@ -209,7 +209,7 @@ impl Parameter {
     fn publish(&self, tensor: &Tensor) -> Result<()> {
         match tensor.dtype()? {
             Dtype::F32 => Ok(()),
-            narrow => tensor.write(&self.moments.master(tensor)?.to_dtype(narrow)?, 0, 0),
+            narrow => tensor.overwrite(&self.moments.master(tensor)?.to_dtype(narrow)?),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     super::{
-        Attention, Ids, KvCache, Tensor, Unshared, Workspace,
+        Attention, KvCache, Tensor, Unshared, Workspace,
         cuda::{Kernels, attend_space},
             },
     LowRank, Norm, Product,
