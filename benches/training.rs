@@ -76,7 +76,7 @@ impl Peer {
         let vars = adapters.values().flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
         let params = ParamsAdamW { lr: RATE, weight_decay: 0.01, ..Default::default() };
         let half = config.head_dim() / 2;
-        let frequency = |i| config.rope_theta.powf(-(i as f64) / half as f64) as f32;
+        let frequency = |i| config.rope.theta.powf(-(i as f64) / half as f64) as f32;
         let frequencies = Tensor::from_iter((0..half).map(frequency), cpu)?.unsqueeze(0)?;
         let positions = Tensor::arange(0f32, TOKENS as f32, cpu)?.unsqueeze(1)?;
         let angles = positions.matmul(&frequencies)?;

@@ -102,7 +102,7 @@ impl Reference {
         let (_, _, seq, d) = x.dims4()?;
         let angle = |i: usize| {
             (i / (d / 2)) as f64
-                / self.config.rope_theta.powf((i % (d / 2)) as f64 * 2.0 / d as f64)
+                / self.config.rope.theta.powf((i % (d / 2)) as f64 * 2.0 / d as f64)
         };
         let angles: Vec<f64> = (0..seq * d / 2).map(angle).collect();
         let angles = Tensor::from_vec(angles, (seq, d / 2), &Device::Cpu)?;

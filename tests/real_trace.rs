@@ -14,7 +14,7 @@ use flopaudit::{
     config::{LoraConfig, Projection},
     generate::{Request, generate},
     ledger::Ledger,
-    model::AdapterSource,
+    model::{AdapterSource, How},
     prices::Prices,
     report::{Report, Trace},
     workload::Sampling,

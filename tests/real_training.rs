@@ -88,7 +88,7 @@ fn flops(trained: Trained, rank: usize, batch: usize, seq: usize) -> u128 {
     let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
-    let positions = model.positions(meter, batch, seq).unwrap();
+    let positions = model.positions(meter, seq).unwrap();
     model.loss_and_gradients(meter, text, &positions, false).unwrap();
     Prices::matmul().flops(&ledger.into_inner().cost().unwrap()).unwrap()
 }

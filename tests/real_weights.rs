@@ -14,7 +14,8 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Decoder},
+    model::{AdapterSource, Context, Decoder, How},
+    ops::Ids,
     prices::Prices,
     weights::{self, Checkpoint},
     workload::{Logits, Sampling, Task, Workload},
@@ -61,8 +62,8 @@ fn forward(
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
     let mut cache = model.cache(meter, batch, past + ids.len() / batch).unwrap();
-    cache.set_past(past).unwrap();
-    let out = model.forward(meter.phase(Phase::Forward), ids, batch, &mut cache, logits).unwrap();
+    cache.set_held(past).unwrap();
+    let out = model.forward(meter.phase(Phase::Forward), Ids::Host { ids, batch }, Context::Cached(&mut cache), logits).unwrap();
     let vocab = model.config().vocab_size;
     let rows = out.to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
     (rows, ledger.into_inner())
@@ -276,9 +277,9 @@ fn metering_costs_under_one_percent_of_a_decode_step() {
     let mut cache = BASE.cache(meter, 1, 65).unwrap();
     let mut best = [Duration::MAX; 2];
     for _ in 0..5 {
-        cache.set_past(64).unwrap();
+        cache.set_held(64).unwrap();
         let start = Instant::now();
-        BASE.forward(meter, &[7], 1, &mut cache, Logits::Last).unwrap();
+        BASE.forward(meter, Ids::Host { ids: &[7], batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap();
         best[0] = best[0].min(start.elapsed());
     }
     let step: Vec<_> = meter_ops.borrow().iter().map(|(k, e)| (*k, e.calls / 5)).collect();

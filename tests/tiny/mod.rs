@@ -1,4 +1,4 @@
-//! A Qwen2 small enough to be differentiated by hand, whose every weight matters: in the family's
+//! A decoder small enough to be differentiated by hand, whose every weight matters: in the family's
 //! initialiser attention is next to uniform, and faults in it would not show.
 
 // Each test file uses its own part of these.
@@ -8,7 +8,7 @@ use std::cell::RefCell;
 
 use candle_core::Device;
 use flopaudit::{
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     ledger::{Dtype, Phase},
     meter::{Meter, Observer},
     model::{AdapterSource, Labelled, Decoder, Trained},
@@ -27,7 +27,7 @@ pub fn config(tied: bool) -> ModelConfig {
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: Some(4),
-        rope_theta: 100.0,
+        rope: Rope { theta: 100.0, scaling: RopeScaling::Default },
         tie_word_embeddings: tied,
         ..ModelConfig::preset("tiny").unwrap()
     }
@@ -67,7 +67,7 @@ pub fn model_in(
 pub fn write(tensor: &Tensor, values: Vec<f32>) {
     let dtype = tensor.dtype().unwrap();
     let values = Tensor::from_vec(values, tensor.dims(), dtype, &Device::Cpu).unwrap();
-    tensor.write(&values, 0, 0).unwrap();
+    tensor.overwrite(&values).unwrap();
 }
 
 /// Sequences to learn from.
@@ -122,7 +122,7 @@ pub fn observed(
     observer: &RefCell<impl Observer>,
 ) -> (f64, Vec<Gradient>) {
     let meter = Meter::new(observer, Phase::Setup);
-    let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();
+    let positions = model.positions(meter, text.ids.len() / text.batch).unwrap();
     let found = model.loss_and_gradients(meter, text.labelled(), &positions, recompute);
     let (loss, mut found) = found.unwrap();
     let gradient = |(name, _, tensor): (String, _, &mut Tensor)| {
@@ -137,7 +137,7 @@ pub fn observed(
 pub fn loss(model: &Decoder, text: &Text) -> f64 {
     let observer = RefCell::new(());
     let meter = Meter::new(&observer, Phase::Setup);
-    let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();
+    let positions = model.positions(meter, text.ids.len() / text.batch).unwrap();
     model.loss(meter, text.labelled(), &positions).unwrap()
 }
 
