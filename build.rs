@@ -1,15 +1,24 @@
 //! Compiles the CUDA kernels of `src/ops/cuda` where the feature `cuda` is on, by the `nvcc` that
 //! candle's own build finds too: to machine code for `CUDA_COMPUTE_CAP`, with PTX for newer GPUs.
 
-use std::{env, path::PathBuf, process::Command};
+use std::{env, fs, path::PathBuf, process::Command};
+
+#[macro_use]
+#[path = "src/ops/cuda/header.rs"]
+mod header;
+#[path = "src/ops/cuda/args.rs"]
+mod args;
+#[path = "src/ops/cuda/tiles.rs"]
+mod tiles;
+
+// What `args` is written in.
+use header::{Element, Read, Write};
 
 const FOLDER: &str = "src/ops/cuda";
-const KERNELS: [&str; 5] = ["attention", "choose", "decode", "products", "rows"];
+const KERNELS: [&str; 6] = ["attention", "choose", "decode", "elements", "products", "rows"];
 
 fn main() {
-    for name in ["", "/common.cuh"] {
-        println!("cargo::rerun-if-changed={FOLDER}{name}");
-    }
+    println!("cargo::rerun-if-changed={FOLDER}");
     for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "CUDA_COMPUTE_CAP"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
@@ -21,11 +30,12 @@ fn main() {
     let capability = capability.unwrap_or_else(|| "80".into());
     // Which of them may start before the one ahead has ended: those know to wait for it.
     println!("cargo::rustc-env=FLOPAUDIT_CUDA_CAPABILITY={capability}");
+    let shared = ["#pragma once\n\n", &tiles::declared(), "\n", &args::declared()].concat();
+    fs::write(format!("{out}/shared.cuh"), shared).expect("cargo's OUT_DIR can be written to");
     for name in KERNELS {
         let source = format!("{FOLDER}/{name}.cu");
-        println!("cargo::rerun-if-changed={source}");
         let status = Command::new(nvcc())
-            .args(["--fatbin", "-std=c++17", "-O3"])
+            .args(["--fatbin", "-std=c++17", "-O3", &format!("-I{out}")])
             .arg(format!("-gencode=arch=compute_{0},code=[sm_{0},compute_{0}]", capability))
             .args(["-o", &format!("{out}/{name}.fatbin"), &source])
             .status();

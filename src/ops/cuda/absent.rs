@@ -1,41 +1,54 @@
 //! What stands in for the driver in a build without CUDA.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Arg, File};
+use super::{Fault, Listed, call::File};
+use crate::{error, ops::launch::Nodes};
 
+/// There is none.
 pub(in crate::ops) enum Graph {}
 
 impl Graph {
-    pub(in crate::ops) fn record(
+    pub(in crate::ops) fn record<T>(
         _: &Device,
-        _: impl FnOnce() -> crate::error::Result<()>,
-    ) -> crate::error::Result<Self> {
+        _: Option<Fault>,
+        _: impl FnOnce() -> error::Result<T>,
+    ) -> error::Result<(Self, T)> {
         anyhow::bail!("this build has no CUDA graphs")
     }
 
-    pub(in crate::ops) fn replay(&self) -> crate::error::Result<()> {
+    pub(in crate::ops) fn nodes(&self) -> error::Result<Vec<Listed>> {
+        match *self {}
+    }
+
+    pub(in crate::ops) fn replay(&self) -> error::Result<()> {
         match *self {}
     }
 }
 
-pub(in crate::ops) fn product(
+pub(super) unsafe fn launch<A: Copy>(
     _: &Device,
-    _: (&Tensor, usize, usize),
-    _: &Tensor,
-    _: &Tensor,
-    _: bool,
+    _: &Nodes,
+    _: File,
+    function: String,
+    _: [u32; 3],
+    _: u32,
+    _: &A,
 ) -> Result<()> {
-    candle_core::bail!("this build has no cuBLAS")
+    bail!("this build has no CUDA kernel `{function}`")
 }
 
-pub(super) fn launch(
+pub(super) unsafe fn product(
     _: &Device,
-    _: File,
-    name: &str,
+    _: DType,
+    _: &Nodes,
     _: [u64; 3],
-    _: u32,
-    _: &[Arg],
+    _: [usize; 4],
+    _: bool,
 ) -> Result<()> {
-    candle_core::bail!("this build has no CUDA kernel `{name}`")
+    bail!("this build has no cuBLAS")
+}
+
+pub(super) fn address(tensor: &Tensor) -> Result<u64> {
+    bail!("this build has no GPU for {:?}", tensor.layout())
 }

@@ -1,4 +1,4 @@
-//! Launches, recordings and products through the driver and cuBLAS.
+//! Launches through the driver, and products through cuBLAS.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -12,13 +12,14 @@ use candle_core::{
         CudaStorageSlice as Slice, WrapErr,
         cudarc::{
             cublas::{result::gemm_strided_batched_ex, sys as blas},
-            driver::{CudaFunction, CudaGraph, CudaModule, CudaStream, DevicePtr, sys},
+            driver::{CudaFunction, CudaModule, CudaStream, DevicePtr, sys},
             nvrtc::Ptx,
         },
     },
 };
 
-use super::{Arg, File};
+use super::call::File;
+use crate::ops::launch::{Node, Nodes};
 
 impl File {
     /// Whether its kernels wait, by themselves, for what the one before them writes: they may
@@ -26,7 +27,7 @@ impl File {
     fn overlaps(self) -> bool {
         let waits = env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90);
         match self {
-            Self::Attention | Self::Rows => false,
+            Self::Attention | Self::Elements | Self::Rows => false,
             Self::Choose | Self::Decode | Self::Products => waits,
         }
     }
@@ -35,121 +36,37 @@ impl File {
         match self {
             Self::Attention => include_bytes!(concat!(env!("OUT_DIR"), "/attention.fatbin")),
             Self::Choose => include_bytes!(concat!(env!("OUT_DIR"), "/choose.fatbin")),
-            Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
             Self::Decode => include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin")),
+            Self::Elements => include_bytes!(concat!(env!("OUT_DIR"), "/elements.fatbin")),
             Self::Products => include_bytes!(concat!(env!("OUT_DIR"), "/products.fatbin")),
+            Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
         }
     }
 }
 
-/// Launches recorded once, to be replayed as one.
-pub(in crate::ops) struct Graph(CudaGraph);
-
-impl Graph {
-    /// Records what `run` launches on `device`; nothing of it is executed.
-    pub(in crate::ops) fn record(
-        device: &Device,
-        run: impl FnOnce() -> crate::error::Result<()>,
-    ) -> crate::error::Result<Self> {
-        let stream = device.as_cuda_device()?.cuda_stream();
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode)?;
-        let ran = run();
-        // Ended in any case: a stream left in capture is of no more use.
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = stream.end_capture(flags);
-        ran?;
-        let graph = graph?.ok_or_else(|| anyhow::anyhow!("nothing was recorded"))?;
-        Ok(Self(graph))
-    }
-
-    /// Executes it.
-    pub(in crate::ops) fn replay(&self) -> crate::error::Result<()> {
-        Ok(self.0.launch()?)
-    }
-}
-
-/// out (m, n) = x (m, k) · weightᵀ, plus what `out` held where `add` says so; rows of `out` are
-/// `stride` apart and begin `after` elements into it.
-pub(in crate::ops) fn product(
+/// Starts `function` of `file`: the one place where a kernel of ours is started, and written to
+/// `nodes`.
+///
+/// # Safety
+/// `args` is the struct that the function is declared with, and wherever it reads or writes by what
+/// is in it there are elements, which live until it has run.
+pub(super) unsafe fn launch<A: Copy>(
     device: &Device,
-    (out, after, stride): (&Tensor, usize, usize),
-    x: &Tensor,
-    weight: &Tensor,
-    add: bool,
-) -> Result<()> {
-    let cuda = device.as_cuda_device()?;
-    let stream = cuda.cuda_stream();
-    let ((m, k), n) = (x.dims2()?, weight.dim(0)?);
-    let kind = match weight.dtype() {
-        DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
-        _ => blas::cudaDataType::CUDA_R_32F,
-    };
-    let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
-    let read = |t| Ok::<_, candle_core::Error>(pointer(t, 0, &stream)? as *const c_void);
-    // cuBLAS counts by columns: the transpose of each, n × m.
-    // SAFETY: the three matrices are dense, of these sizes, and live until the product is done.
-    unsafe {
-        gemm_strided_batched_ex(
-            *cuda.cublas_handle().handle(),
-            blas::cublasOperation_t::CUBLAS_OP_T,
-            blas::cublasOperation_t::CUBLAS_OP_N,
-            n as i32,
-            m as i32,
-            k as i32,
-            (&raw const one).cast(),
-            read(weight)?,
-            kind,
-            k as i32,
-            (n * k) as i64,
-            read(x)?,
-            kind,
-            k as i32,
-            (m * k) as i64,
-            (&raw const beta).cast(),
-            pointer(out, after, &stream)? as *mut c_void,
-            kind,
-            stride as i32,
-            (m * stride) as i64,
-            1,
-            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-        .w()
-    }
-}
-
-pub(super) fn launch(
-    device: &Device,
+    nodes: &Nodes,
     file: File,
-    name: &str,
-    grid: [u64; 3],
+    function: String,
+    grid: [u32; 3],
     block: u32,
-    args: &[Arg],
+    args: &A,
 ) -> Result<()> {
     let stream = device.as_cuda_device()?.cuda_stream();
-    let function = function(&stream, file, name)?;
-    // Each argument in eight bytes of its own, of which a kernel reads as many as it declares.
-    let mut values: Vec<u64> = Vec::with_capacity(args.len());
-    for arg in args {
-        values.push(match *arg {
-            Arg::Of(tensor) => pointer(tensor, 0, &stream)?,
-            Arg::Strided(tensor) => start(tensor, 0, &stream)?,
-            Arg::After(tensor, elements) => pointer(tensor, elements, &stream)?,
-            Arg::Null => 0,
-            Arg::U64(value) => value,
-            Arg::U32(value) => value.into(),
-            Arg::F32(value) => value.to_bits().into(),
-        });
-    }
-    let mut pointers: Vec<*mut c_void> =
-        values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
+    let loaded = loaded(&stream, file, &function)?;
     let mut overlap = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: Default::default(),
         value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
     };
-    let [x, y, z] = grid.map(|n| n as u32);
+    let [x, y, z] = grid;
     let config = sys::CUlaunchConfig {
         gridDimX: x,
         gridDimY: y,
@@ -163,35 +80,96 @@ pub(super) fn launch(
         numAttrs: u32::from(file.overlaps()),
     };
     stream.context().bind_to_thread().w()?;
-    // SAFETY: the kernel declares these arguments, in this order; tensors are dense and, used on
-    // one stream alone, live until the kernel has run.
+    let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+    // SAFETY: the caller's. Tensors live until then, since one stream alone is used: what frees
+    // them comes after.
     unsafe {
-        let params = pointers.as_mut_ptr();
-        sys::cuLaunchKernelEx(&config, function.cu_function(), params, std::ptr::null_mut())
+        let params = params.as_mut_ptr();
+        sys::cuLaunchKernelEx(&config, loaded.cu_function(), params, std::ptr::null_mut())
             .result()
-            .w()
+            .w()?;
     }
+    nodes.push(Node::Ours { function, grid, block: [block, 1, 1] });
+    Ok(())
 }
 
-/// What has been loaded, by context: looking a kernel up takes the driver longer than
-/// launching it.
+/// out = x · weightᵀ, plus what `out` held where `add` says so: the one place where a product is
+/// given to cuBLAS, and written to `nodes`. The matrices are weight, x and out, by columns; the sizes
+/// n, m, k, and the elements between two of out's.
+///
+/// # Safety
+/// The matrices are of these sizes and of `dtype`, and live until the product is done.
+pub(super) unsafe fn product(
+    device: &Device,
+    dtype: DType,
+    nodes: &Nodes,
+    [weight, x, out]: [u64; 3],
+    sizes: [usize; 4],
+    add: bool,
+) -> Result<()> {
+    let handle = device.as_cuda_device()?.cublas_handle();
+    let mut counted = [0; 4];
+    for (to, size) in counted.iter_mut().zip(sizes) {
+        *to = i32::try_from(size).map_err(candle_core::Error::wrap)?;
+    }
+    let [n, m, k, stride] = counted;
+    let kind = match dtype {
+        DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
+        _ => blas::cudaDataType::CUDA_R_32F,
+    };
+    let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
+    // SAFETY: the caller's.
+    unsafe {
+        gemm_strided_batched_ex(
+            *handle.handle(),
+            blas::cublasOperation_t::CUBLAS_OP_T,
+            blas::cublasOperation_t::CUBLAS_OP_N,
+            n,
+            m,
+            k,
+            (&raw const one).cast(),
+            weight as *const c_void,
+            kind,
+            k,
+            i64::from(n) * i64::from(k),
+            x as *const c_void,
+            kind,
+            k,
+            i64::from(m) * i64::from(k),
+            (&raw const beta).cast(),
+            out as *mut c_void,
+            kind,
+            stride,
+            i64::from(m) * i64::from(stride),
+            1,
+            blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+        .w()?;
+    }
+    nodes.push(Node::Library);
+    Ok(())
+}
+
+/// What has been loaded of one context: looking a kernel up takes the driver longer than launching
+/// it.
 #[derive(Default)]
 struct Loaded {
-    modules: HashMap<(usize, File), Arc<CudaModule>>,
-    functions: HashMap<(usize, String), CudaFunction>,
+    modules: HashMap<File, Arc<CudaModule>>,
+    functions: HashMap<String, CudaFunction>,
 }
 
-static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
+/// By context.
+static LOADED: Mutex<Option<HashMap<usize, Loaded>>> = Mutex::new(None);
 
-fn function(stream: &CudaStream, file: File, name: &str) -> Result<CudaFunction> {
+fn loaded(stream: &CudaStream, file: File, name: &str) -> Result<CudaFunction> {
     let context = stream.context();
-    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    let loaded = loaded.get_or_insert_default();
-    let key = |name: &str| (context.cu_ctx() as usize, name.to_string());
-    if let Some(function) = loaded.functions.get(&key(name)) {
+    let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let loaded = all.get_or_insert_default().entry(context.cu_ctx() as usize).or_default();
+    if let Some(function) = loaded.functions.get(name) {
         return Ok(function.clone());
     }
-    let module = match loaded.modules.entry((context.cu_ctx() as usize, file)) {
+    let module = match loaded.modules.entry(file) {
         Entry::Occupied(module) => module.into_mut(),
         Entry::Vacant(free) => {
             let image = Ptx::from_binary(file.image().to_vec());
@@ -199,29 +177,29 @@ fn function(stream: &CudaStream, file: File, name: &str) -> Result<CudaFunction>
         }
     };
     let function = module.load_function(name).w()?;
-    loaded.functions.insert(key(name), function.clone());
+    loaded.functions.insert(name.to_string(), function.clone());
     Ok(function)
 }
 
-fn pointer(tensor: &Tensor, after: usize, stream: &CudaStream) -> Result<u64> {
-    match tensor.is_contiguous() {
-        true => start(tensor, after, stream),
-        false => candle_core::bail!("{:?} is not dense", tensor.layout()),
-    }
+/// Whether a kernel of ours has this name.
+pub(super) fn is_ours(name: &str) -> bool {
+    let all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    all.iter().flat_map(HashMap::values).any(|loaded| loaded.functions.contains_key(name))
 }
 
-fn start(tensor: &Tensor, after: usize, stream: &CudaStream) -> Result<u64> {
+/// Where the elements of `tensor` begin.
+pub(super) fn address(tensor: &Tensor) -> Result<u64> {
+    let stream = tensor.device().as_cuda_device()?.cuda_stream();
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cuda(storage) = &*storage else { candle_core::bail!("is not on a GPU") };
     let start = match &storage.slice {
-        Slice::F32(slice) => slice.device_ptr(stream).0,
-        Slice::F64(slice) => slice.device_ptr(stream).0,
-        Slice::BF16(slice) => slice.device_ptr(stream).0,
-        Slice::U8(slice) => slice.device_ptr(stream).0,
-        Slice::U32(slice) => slice.device_ptr(stream).0,
-        Slice::I64(slice) => slice.device_ptr(stream).0,
+        Slice::F32(slice) => slice.device_ptr(&stream).0,
+        Slice::F64(slice) => slice.device_ptr(&stream).0,
+        Slice::BF16(slice) => slice.device_ptr(&stream).0,
+        Slice::U8(slice) => slice.device_ptr(&stream).0,
+        Slice::U32(slice) => slice.device_ptr(&stream).0,
+        Slice::I64(slice) => slice.device_ptr(&stream).0,
         _ => candle_core::bail!("no kernel of ours takes {:?}", tensor.dtype()),
     };
-    let elements = layout.start_offset() + after;
-    Ok(start + (elements * tensor.dtype().size_in_bytes()) as u64)
+    Ok(start + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
 }

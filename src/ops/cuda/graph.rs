@@ -1,0 +1,217 @@
+//! Recordings: launches that are replayed as one, and listed by CUDA itself.
+
+use std::{
+    ffi::{CStr, c_char},
+    ptr::null_mut,
+    sync::Arc,
+};
+
+use anyhow::Context;
+use candle_core::{
+    Device,
+    cuda_backend::cudarc::driver::{
+        CudaStream, DriverError,
+        result::{graph as driver, stream::end_capture},
+        sys,
+    },
+};
+
+use super::{Fault, Listed, backend::is_ours, witness::in_order};
+use crate::error::Result;
+
+/// Launches recorded once, to be replayed as one.
+pub(in crate::ops) struct Graph {
+    captured: Captured,
+    executable: sys::CUgraphExec,
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has it.
+        let destroyed = unsafe { driver::exec_destroy(self.executable) };
+        self.captured.stream.context().record_err(destroyed);
+    }
+}
+
+impl Graph {
+    /// Records what `run` launches on `device`; nothing of it is executed. A `fault` is planted
+    /// before it becomes what can be replayed.
+    ///
+    /// # Errors
+    /// `run`'s, or the device's.
+    pub(in crate::ops) fn record<T>(
+        device: &Device,
+        fault: Option<Fault>,
+        run: impl FnOnce() -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let stream = device.as_cuda_device()?.cuda_stream();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode)?;
+        let ran = run();
+        // Ended in any case: a stream left in capture is of no more use.
+        let captured = Captured::end(stream);
+        let (ran, captured) = (ran?, captured?);
+        if let Some(fault) = fault {
+            captured.plant(fault)?;
+        }
+        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        // SAFETY: the graph was captured, and lives on beside what is made of it.
+        let executable = unsafe { driver::instantiate(captured.graph, flags)? };
+        Ok((Self { captured, executable }, ran))
+    }
+
+    /// CUDA's own list of what is in it, in the order of execution.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(in crate::ops) fn nodes(&self) -> Result<Vec<Listed>> {
+        self.captured.nodes()?.into_iter().map(listed).collect()
+    }
+
+    /// Executes it.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(in crate::ops) fn replay(&self) -> Result<()> {
+        let stream = &self.captured.stream;
+        stream.context().bind_to_thread()?;
+        // SAFETY: both live.
+        unsafe { driver::launch(self.executable, stream.cu_stream())? };
+        Ok(())
+    }
+}
+
+/// What a stream captured.
+struct Captured {
+    graph: sys::CUgraph,
+    stream: Arc<CudaStream>,
+}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has it.
+        self.stream.context().record_err(unsafe { driver::destroy(self.graph) });
+    }
+}
+
+type Node = sys::CUgraphNode;
+
+impl Captured {
+    fn end(stream: Arc<CudaStream>) -> Result<Self> {
+        // SAFETY: the stream is in capture.
+        let graph = unsafe { end_capture(stream.cu_stream())? };
+        anyhow::ensure!(!graph.is_null(), "nothing was recorded");
+        Ok(Self { graph, stream })
+    }
+
+    /// All nodes, in the order of execution.
+    fn nodes(&self) -> Result<Vec<Node>> {
+        let mut count = 0;
+        // SAFETY: without a place to write, the driver tells how many there are.
+        unsafe { sys::cuGraphGetNodes(self.graph, null_mut(), &raw mut count).result()? };
+        let mut nodes = vec![null_mut(); count];
+        // SAFETY: there is room for so many.
+        unsafe { sys::cuGraphGetNodes(self.graph, nodes.as_mut_ptr(), &raw mut count).result()? };
+        let index = |node: Node| nodes.iter().position(|n| *n == node);
+        let edges: Option<Vec<_>> =
+            self.edges()?.into_iter().map(|(from, to)| Some((index(from)?, index(to)?))).collect();
+        let order = edges.and_then(|edges| in_order(count, &edges));
+        let order = order.context("the edges of a CUDA graph lead nowhere")?;
+        Ok(order.into_iter().map(|i| nodes[i]).collect())
+    }
+
+    /// All edges, also such along which a kernel may start before the one ahead has ended.
+    fn edges(&self) -> Result<Vec<(Node, Node)>> {
+        let mut count = 0;
+        let ask = |from: *mut Node, to: *mut Node, data, count: *mut usize| {
+            // SAFETY: there is room for `count` of each, or none is asked for.
+            unsafe { sys::cuGraphGetEdges_v2(self.graph, from, to, data, count).result() }
+        };
+        ask(null_mut(), null_mut(), null_mut(), &raw mut count)?;
+        let (mut from, mut to) = (vec![null_mut(); count], vec![null_mut(); count]);
+        let plain = sys::CUgraphEdgeData { from_port: 0, to_port: 0, type_: 0, reserved: [0; 5] };
+        let mut data = vec![plain; count];
+        ask(from.as_mut_ptr(), to.as_mut_ptr(), data.as_mut_ptr(), &raw mut count)?;
+        Ok(from.into_iter().zip(to).collect())
+    }
+
+    /// Plants `fault`, so that whoever looks for one has one to find.
+    fn plant(&self, fault: Fault) -> Result<()> {
+        let (Fault::Drop(n) | Fault::Double(n)) = fault;
+        let mut ours = vec![];
+        for node in self.nodes()? {
+            if matches!(listed(node)?, Listed::Kernel { function, .. } if is_ours(&function)) {
+                ours.push(node);
+            }
+        }
+        let node = *ours.get(n).with_context(|| format!("no kernel {n} of {}", ours.len()))?;
+        let edges = self.edges()?;
+        let after = edges.iter().filter(|(from, _)| *from == node).map(|&(_, to)| to);
+        let before: Vec<_> = match fault {
+            Fault::Drop(_) => {
+                // SAFETY: the node is of this graph; its edges go with it.
+                unsafe { sys::cuGraphDestroyNode(node).result()? };
+                edges.iter().filter(|(_, to)| *to == node).map(|&(from, _)| from).collect()
+            }
+            Fault::Double(_) => {
+                let (params, mut copy) = (params(node)?, null_mut());
+                // SAFETY: these are the parameters of a node of this graph.
+                unsafe {
+                    sys::cuGraphAddKernelNode_v2(&raw mut copy, self.graph, &node, 1, &params)
+                        .result()?;
+                }
+                vec![copy]
+            }
+        };
+        for to in after {
+            for from in &before {
+                // SAFETY: both are nodes of this graph, and had no edge between them.
+                unsafe {
+                    sys::cuGraphAddDependencies_v2(self.graph, from, &to, null_mut(), 1)
+                        .result()?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A node as CUDA tells of it.
+fn listed(node: Node) -> Result<Listed> {
+    let mut kind = sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+    // SAFETY: the node is of a graph that lives.
+    unsafe { sys::cuGraphNodeGetType(node, &raw mut kind).result()? };
+    if kind != sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL {
+        let name = format!("{kind:?}").replace("CU_GRAPH_NODE_TYPE_", "").to_lowercase();
+        return Ok(Listed::Other(name));
+    }
+    let params = params(node)?;
+    Ok(Listed::Kernel {
+        function: name(&params)?,
+        grid: [params.gridDimX, params.gridDimY, params.gridDimZ],
+        block: [params.blockDimX, params.blockDimY, params.blockDimZ],
+    })
+}
+
+fn params(node: Node) -> Result<sys::CUDA_KERNEL_NODE_PARAMS> {
+    let mut params = std::mem::MaybeUninit::uninit();
+    // SAFETY: the node is a kernel, and the driver writes all of its parameters.
+    unsafe {
+        sys::cuGraphKernelNodeGetParams_v2(node, params.as_mut_ptr()).result()?;
+        Ok(params.assume_init())
+    }
+}
+
+/// The name of a kernel, which comes from a module or from a library.
+fn name(params: &sys::CUDA_KERNEL_NODE_PARAMS) -> Result<String, DriverError> {
+    let mut name: *const c_char = std::ptr::null();
+    // SAFETY: one of the two is a kernel's handle; its name lives as long as it.
+    unsafe {
+        match params.func.is_null() {
+            false => sys::cuFuncGetName(&raw mut name, params.func),
+            true => sys::cuKernelGetName(&raw mut name, params.kern),
+        }
+        .result()?;
+        Ok(CStr::from_ptr(name).to_string_lossy().into_owned())
+    }
+}

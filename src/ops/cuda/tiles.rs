@@ -1,0 +1,77 @@
+//! How work is cut: numbers that a kernel and what starts it must agree on. They stand here alone;
+//! `build.rs` writes them into the header that every kernel includes, lists as macros that repeat
+//! their argument for each entry.
+
+tiles! {
+    /// Threads of a block that goes element by element.
+    ELEMENT_THREADS: u32 = 256;
+    /// Elements that a thread takes at once, one or as many as 16 bytes of bf16.
+    PACKS: [[u32; 1]; 2] = [[1], [8]];
+
+    /// (elements of a pack, packs a thread, threads a row), by the most elements that they hold.
+    ROW_SHAPES: [[u32; 3]; 9] = [
+        [1, 8, 32],
+        [1, 8, 256],
+        [8, 1, 32],
+        [8, 2, 32],
+        [8, 4, 32],
+        [8, 1, 256],
+        [8, 2, 256],
+        [8, 4, 256],
+        [8, 4, 1024],
+    ];
+    /// Threads of a block whose rows have one warp each.
+    WARP_ROWS_THREADS: u32 = 128;
+    /// Threads that a row of logits has for its cross-entropy.
+    CROSS_ENTROPY_THREADS: u32 = 1024;
+
+    /// Warps of a block that attends over whole sequences.
+    ATTENTION_WARPS: u32 = 4;
+    /// (head width, tiles of 16 query rows a warp, keys of a tile)
+    ATTENTION_SHAPES: [[u32; 3]; 2] = [[64, 2, 64], [128, 1, 32]];
+
+    /// Threads of a block that attends with one token.
+    LOOKERS: u32 = 256;
+    /// (head width, query heads of one block at most): one, or what shared memory has room for.
+    ATTEND_SHAPES: [[u32; 2]; 12] = [
+        [8, 1],
+        [8, 8],
+        [16, 1],
+        [16, 8],
+        [32, 1],
+        [32, 8],
+        [64, 1],
+        [64, 8],
+        [128, 1],
+        [128, 8],
+        [256, 1],
+        [256, 4],
+    ];
+    /// Shares that the keys of one head are split into at most.
+    MOST_SPLITS: u32 = 32;
+
+    /// Threads of a block of products.
+    PROJECT_THREADS: u32 = 128;
+    /// (rows of the input at most, rows of the weight a block, packs of each under way), of products
+    /// that are written.
+    PROJECT_SHAPES: [[u32; 3]; 4] = [[1, 4, 1], [2, 4, 1], [4, 4, 1], [8, 4, 1]];
+    /// The same of products that are added to what is there.
+    PROJECT_ADD_SHAPES: [[u32; 3]; 4] = [[1, 2, 5], [2, 2, 5], [4, 2, 5], [8, 2, 5]];
+    /// The same of pairs, one of which goes through an activation.
+    PROJECT_GATED_SHAPES: [[u32; 3]; 4] = [[1, 4, 1], [2, 4, 1], [4, 4, 1], [8, 2, 1]];
+    /// Warps of a block of products by the tensor cores.
+    TILE_WARPS: u32 = 8;
+    /// Rows of the weight that it takes.
+    TILE_ROWS: u32 = 16;
+    /// Rows of the input in a tile.
+    TILE_COLUMNS: u32 = 8;
+    /// Tiles of the input that such a kernel takes at most.
+    TILES: [[u32; 1]; 3] = [[1], [2], [4]];
+
+    /// Threads of a block that looks for the largest logit.
+    CHOOSERS: u32 = 256;
+    /// Threads of a block that draws a token.
+    DRAWERS: u32 = 1024;
+    /// Blocks that draw a row's token together.
+    PEERS: u32 = 8;
+}
