@@ -52,20 +52,20 @@ tiles! {
 
     /// Threads of a block of products.
     PROJECT_THREADS: u32 = 128;
-    /// (rows of the input at most, rows of the weight a block, packs of each under way): of
-    /// products that are written,
+    /// (rows of the input at most, rows of the weight a block, packs of each under way), of products
+    /// that are written.
     PROJECT_SHAPES: [[u32; 3]; 4] = [[1, 4, 1], [2, 4, 1], [4, 4, 1], [8, 4, 1]];
-    /// that are added to what is there,
+    /// The same of products that are added to what is there.
     PROJECT_ADD_SHAPES: [[u32; 3]; 4] = [[1, 2, 5], [2, 2, 5], [4, 2, 5], [8, 2, 5]];
-    /// and of pairs, one of which goes through an activation.
+    /// The same of pairs, one of which goes through an activation.
     PROJECT_GATED_SHAPES: [[u32; 3]; 4] = [[1, 4, 1], [2, 4, 1], [4, 4, 1], [8, 2, 1]];
-    /// Warps of a block of products by the tensor cores,
+    /// Warps of a block of products by the tensor cores.
     TILE_WARPS: u32 = 8;
-    /// rows of the weight that it takes,
+    /// Rows of the weight that it takes.
     TILE_ROWS: u32 = 16;
-    /// rows of the input in a tile,
+    /// Rows of the input in a tile.
     TILE_COLUMNS: u32 = 8;
-    /// and tiles of the input.
+    /// Tiles of the input that such a kernel takes at most.
     TILES: [[u32; 1]; 3] = [[1], [2], [4]];
 
     /// Threads of a block that looks for the largest logit.
