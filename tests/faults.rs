@@ -103,7 +103,7 @@ fn an_unmetered_shortcut() {
     let skip = |key: &Key| if at(key, "layers.0.mlp", "silu") { vec![] } else { vec![*key] };
     let (keys, sums) = located(&audit(&run(skip, |_| ())));
     assert_eq!(keys, [("layers.0.mlp".into(), 1, 0)]);
-    assert_eq!(sums, ["SwiGLU"]);
+    assert_eq!(sums, ["GLU"]);
 }
 
 #[test]

@@ -65,7 +65,7 @@ fn forward(
     cache.set_held(past).unwrap();
     let out = model.forward(meter.phase(Phase::Forward), Ids::Host { ids, batch }, Context::Cached(&mut cache), logits).unwrap();
     let vocab = model.config().vocab_size;
-    let rows = out.to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+    let rows = out.share().to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
     (rows, ledger.into_inner())
 }
 
@@ -163,7 +163,7 @@ fn logits_equal_candle_transformers() {
         sliding_window: 256,
         max_window_layers: config.num_hidden_layers,
         tie_word_embeddings: config.tie_word_embeddings,
-        rope_theta: config.rope_theta,
+        rope_theta: config.rope.theta,
         rms_norm_eps: config.rms_norm_eps,
         use_sliding_window: false,
         hidden_act: candle_nn::Activation::Silu,
