@@ -41,6 +41,8 @@ struct Table<'a> {
     theta: f64,
     /// The context of the whole model.
     context: usize,
+    /// The family has a table for each kind of layers.
+    by_layers: bool,
     origin: Origin<'a>,
 }
 
@@ -62,7 +64,8 @@ pub(super) fn global(keys: &Keys, family: Family, origin: Origin) -> Result<Rope
         (None, None) => ("rope_parameters", &none),
     };
     let theta = keys.rope_theta.unwrap_or(if by_layers { 1e6 } else { 10_000.0 });
-    Table { keys: table, at, theta, context: keys.max_position_embeddings, origin }.rope()
+    Table { keys: table, at, theta, context: keys.max_position_embeddings, by_layers, origin }
+        .rope()
 }
 
 /// Those of windowed layers, where the family has them.
@@ -77,7 +80,7 @@ pub(super) fn local(keys: &Keys, family: Family, origin: Origin) -> Result<Optio
     let (at, theta) =
         ("rope_parameters.sliding_attention", keys.rope_local_base_freq.unwrap_or(10_000.0));
     let context = keys.max_position_embeddings;
-    Table { keys: table, at, theta, context, origin }.rope().map(Some)
+    Table { keys: table, at, theta, context, by_layers: true, origin }.rope().map(Some)
 }
 
 impl RopeKeys {
@@ -151,8 +154,9 @@ impl Table<'_> {
             (Some(_), None) | (None, Some(_)) | (None, None) => magnitude(1.0),
         };
         let truncate = keys.truncate.unwrap_or(true);
-        if !truncate && self.at.contains('.') {
-            let why = "is false, which transformers does not read by kind of layer";
+        if !truncate && self.by_layers {
+            let why =
+                "is false, which transformers does not read where positions are by kind of layer";
             return Err(self.refuse("truncate", why));
         }
         Ok(RopeScaling::Yarn {
