@@ -206,6 +206,11 @@ impl ModelConfig {
         window.layers.get(layer).copied().unwrap_or(false).then_some(window.width)
     }
 
+    /// How many layers are windowed.
+    pub fn windowed_layers(&self) -> usize {
+        (0..self.num_hidden_layers).filter(|layer| self.window_of(*layer).is_some()).count()
+    }
+
     /// The rotary tables that a run makes: the global one, and that of windowed layers where it
     /// differs.
     pub fn ropes(&self) -> Vec<Rope> {

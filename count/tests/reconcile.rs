@@ -1,97 +1,17 @@
 //! Every structure is the reference plus its causes, and every way from one to another sums.
 
-use std::ops::Range;
+mod random;
 
-use flopaudit::{
+use flopaudit_count::{
     analytic::{Cause, Structure, count, reference, terms},
     config::{LoraConfig, ModelConfig, Projection},
     ledger::Dtype,
     prices::{Cost, Prices},
     reconcile::{End, Side, reconcile},
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Task, Workload},
 };
 use proptest::prelude::*;
-
-prop_compose! {
-    fn models()(
-        kv in 1usize..9, group in 1usize..9, half in 1usize..65, explicit in any::<bool>(),
-        extra in 0usize..99, inner in 1usize..5000, layers in 1usize..40,
-        vocab in 2usize..160_000, tied in any::<bool>(),
-    ) -> ModelConfig {
-        let heads = kv * group;
-        let width = heads * 2 * half;
-        ModelConfig {
-            vocab_size: vocab,
-            hidden_size: if explicit { width + extra } else { width },
-            intermediate_size: inner,
-            num_hidden_layers: layers,
-            num_attention_heads: heads,
-            num_key_value_heads: kv,
-            head_dim: explicit.then_some(2 * half),
-            tie_word_embeddings: tied,
-            ..ModelConfig::preset("tiny").unwrap()
-        }
-    }
-}
-
-fn tasks() -> impl Strategy<Value = Task> {
-    const LENGTHS: Range<u64> = 1..5000;
-    let logits = prop_oneof![Just(Logits::All), Just(Logits::Last)];
-    let sampling = (
-        prop_oneof![Just(0.0), Just(0.8)],
-        proptest::option::of(1usize..100),
-        proptest::option::of(0.1f64..1.0),
-        prop_oneof![Just(1.0), Just(1.2)],
-    )
-        .prop_map(|(temperature, top_k, top_p, repeat_penalty)| match temperature {
-            0.0 => Sampling { repeat_penalty, ..Sampling::GREEDY },
-            temperature => Sampling { temperature, top_k, top_p, repeat_penalty },
-        });
-    prop_oneof![
-        (1u64..9, LENGTHS, 0u64..5000, logits)
-            .prop_map(|(batch, seq, past, logits)| { Task::Forward { batch, seq, past, logits } }),
-        (1u64..9, LENGTHS, LENGTHS, 0u64..9, any::<bool>(), sampling).prop_map(
-            |(batch, prompt_tokens, new_tokens, more, kv_cache, sampling)| Task::Generate {
-                batch,
-                prompt_tokens,
-                new_tokens,
-                max_new_tokens: new_tokens + more,
-                kv_cache,
-                sampling,
-            }
-        ),
-        (1u64..9, LENGTHS, 1u64..9, LENGTHS, any::<[bool; 3]>()).prop_map(
-            |(batch, seq, accumulate, steps, [full, recompute, clip])| Task::Train {
-                batch,
-                seq,
-                accumulate,
-                steps,
-                full,
-                recompute,
-                clip,
-            }
-        ),
-        (1u64..9, LENGTHS, 1u64..9).prop_map(|(batch, seq, passes)| Task::Evaluate {
-            batch,
-            seq,
-            passes
-        }),
-    ]
-}
-
-prop_compose! {
-    fn workloads()(model in models(), task in tasks())(
-        rank in 0usize..9, mask in 1u8..128, model in Just(model), task in Just(task),
-    ) -> Workload {
-        let targets: Vec<_> =
-            Projection::ALL.into_iter().filter(|p| mask >> (*p as u8) & 1 == 1).collect();
-        let narrowest = targets.iter().map(|t| { let (k, n) = t.widths(&model); k.min(n) }).min();
-        let frozen = matches!(task, Task::Train { full: false, .. });
-        let rank = rank.max(usize::from(frozen)).min(narrowest.unwrap());
-        let lora = LoraConfig::new(&model, rank, 8.0, &targets).unwrap();
-        Workload { model, lora, dtype: Dtype::F32, task }
-    }
-}
+use random::{LARGE, workloads};
 
 prop_compose! {
     fn price_lists()(
@@ -120,7 +40,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
 
     #[test]
-    fn every_structure_is_the_reference_and_its_terms(workload in workloads()) {
+    fn every_structure_is_the_reference_and_its_terms(workload in workloads(LARGE)) {
         let hub = parts(&reference(&workload).unwrap());
         for structure in Structure::ALL {
             let total = parts(&count(structure, &workload).unwrap().sum(|_, _| true).unwrap());
@@ -134,7 +54,7 @@ proptest! {
     }
 
     #[test]
-    fn every_way_sums(workload in workloads(), from in price_lists(), to in price_lists()) {
+    fn every_way_sums(workload in workloads(LARGE), from in price_lists(), to in price_lists()) {
         let covered = || Structure::ALL.into_iter();
         let totals: Vec<[i128; 2]> = covered()
             .map(|structure| {
@@ -158,7 +78,7 @@ proptest! {
     }
 }
 
-fn named(way: &flopaudit::reconcile::Reconciliation) -> Vec<(Cause, Side, i128)> {
+fn named(way: &flopaudit_count::reconcile::Reconciliation) -> Vec<(Cause, Side, i128)> {
     way.steps.iter().map(|s| (s.cause, s.of, s.flops)).collect()
 }
 

@@ -1,6 +1,6 @@
 //! The notebook's figures and PyTorch's, digit for digit.
 
-use flopaudit::{
+use flopaudit_count::{
     analytic::{Structure, count, notebook, terms},
     config::{LoraConfig, ModelConfig, Projection},
     ledger::Dtype,
@@ -71,6 +71,16 @@ fn the_notebooks_totals() {
     assert!(notebook_total(4, train(13_802)).0 > budget);
 }
 
+/// As C's %.3g prints it, which the notebook does.
+fn three_digits(n: u128) -> String {
+    if n < 1000 {
+        return n.to_string();
+    }
+    let text = format!("{:.2e}", n as f64);
+    let (mantissa, exponent) = text.split_once('e').unwrap();
+    format!("{}e+{exponent:0>2}", mantissa.trim_end_matches('0').trim_end_matches('.'))
+}
+
 #[test]
 fn the_notebooks_table() {
     let forward = Task::Forward { batch: 1, seq: 512, past: 0, logits: Logits::All };
@@ -80,12 +90,8 @@ fn the_notebooks_table() {
             .unwrap()
             .into_iter()
             .map(|row| {
-                let cells: Vec<_> = row
-                    .flops
-                    .into_iter()
-                    .chain([row.total])
-                    .map(flopaudit::report::three_digits)
-                    .collect();
+                let cells: Vec<_> =
+                    row.flops.into_iter().chain([row.total]).map(three_digits).collect();
                 format!("{} | {}", row.name, cells.join(" | "))
             })
             .collect::<Vec<_>>()
@@ -123,7 +129,7 @@ fn the_notebooks_table() {
 #[test]
 fn torchs_totals() {
     let golden: serde_json::Value =
-        serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
+        serde_json::from_str(include_str!("../../tests/golden/torch_flops.json")).unwrap();
     let forward = |batch, seq, past, logits| Task::Forward { batch, seq, past, logits };
     let (train, full) = (
         |full| Task::Train {
@@ -238,7 +244,7 @@ fn formulas_by_hand() {
 #[test]
 fn torchs_attention_is_its_bmm() {
     let golden: serde_json::Value =
-        serde_json::from_str(include_str!("golden/torch_flops.json")).unwrap();
+        serde_json::from_str(include_str!("../../tests/golden/torch_flops.json")).unwrap();
     let bmm = golden["cases"]["lora_r8_fwd_bwd_B2_T64"]["by_op"]["aten.bmm"].as_u64().unwrap();
     let task = Task::Train {
         batch: 2,
