@@ -14,7 +14,8 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Context, Decoder},
+    ops::{Ids, candle_dtype},
     weights::{self, Checkpoint},
     workload::{Logits, Task, Workload},
 };
@@ -29,10 +30,10 @@ fn dtype() -> Dtype {
     }
 }
 
-fn ours(checkpoint: &Checkpoint) -> Qwen2 {
+fn ours(checkpoint: &Checkpoint) -> Decoder {
     let Checkpoint { config, weights, .. } = checkpoint;
     let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
-    Qwen2::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load(config, weights, &adapters, dtype(), &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn peers(c: &mut Criterion) {
@@ -45,7 +46,7 @@ fn peers(c: &mut Criterion) {
 
     let model = ours(&checkpoint);
     let mut cache = model.cache(meter, 1, PROMPT + 1).unwrap();
-    let mut peer = candle::load(&checkpoint, dtype().to_candle()).unwrap();
+    let mut peer = candle::load(&checkpoint, candle_dtype(dtype())).unwrap();
     let prompt = Tensor::new(&ids[..], &Device::Cpu).unwrap().unsqueeze(0).unwrap();
     let next = Tensor::new(&[[1u32]], &Device::Cpu).unwrap();
 
@@ -53,8 +54,8 @@ fn peers(c: &mut Criterion) {
     group.sample_size(10).measurement_time(Duration::from_secs(30));
     group.bench_function("flopaudit", |b| {
         b.iter(|| {
-            cache.set_past(0).unwrap();
-            model.forward(meter, &ids, 1, &mut cache, Logits::Last).unwrap()
+            cache.set_held(0).unwrap();
+            model.forward(meter, Ids::Host { ids: &ids, batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap()
         })
     });
     group.bench_function("candle-transformers", |b| {
@@ -69,8 +70,8 @@ fn peers(c: &mut Criterion) {
     group.sample_size(30).measurement_time(Duration::from_secs(10));
     group.bench_function("flopaudit", |b| {
         b.iter(|| {
-            cache.set_past(PROMPT).unwrap();
-            model.forward(meter, &[1], 1, &mut cache, Logits::Last).unwrap()
+            cache.set_held(PROMPT).unwrap();
+            model.forward(meter, Ids::Host { ids: &[1], batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap()
         })
     });
     // Their cache grows by concatenation: cloned, so that each sample starts after the prompt.

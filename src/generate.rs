@@ -10,8 +10,8 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Phase},
     meter::{Meter, Observer},
-    model::Qwen2,
-    ops::Sampler,
+    model::{Cache, Context, Decoder, Decoding, How, Positions},
+    ops::{GraphView, Ids, Sampler},
     workload::{Logits, Sampling, Task, Workload},
 };
 
@@ -32,8 +32,8 @@ pub struct Request {
     pub eos: Vec<u32>,
     /// Time each op, at the price of waiting for the device around it.
     pub timed: bool,
-    /// On a GPU, record a step once and replay it.
-    pub recorded: bool,
+    /// How a GPU's steps are run.
+    pub how: How,
 }
 
 /// One finished sequence.
@@ -56,6 +56,8 @@ pub struct Generation {
     pub first_token: Duration,
     /// All later steps.
     pub decode: Duration,
+    /// A GPU's recording of a step from both sides, where there is one.
+    pub recording: Option<GraphView>,
 }
 
 /// Steps that a GPU is given at once where no token can end a sequence.
@@ -68,7 +70,7 @@ const AHEAD: usize = 16;
 /// A prompt that is empty, of another length, too long for the model or outside its vocabulary;
 /// logits that are not finite; the device's.
 pub fn generate(
-    model: &Qwen2,
+    model: &Decoder,
     request: &Request,
     observer: &RefCell<impl Observer>,
     mut on_token: impl FnMut(usize, u32) -> Result<()>,
@@ -80,7 +82,7 @@ pub fn generate(
     workload.validate()?;
 
     let meter = Meter::new(observer, Phase::Setup).timed(request.timed);
-    let mut cache = model.cache(meter, batch, length + max_new_tokens - 1)?;
+    let mut passes = Passes::new(model, meter, request, length)?;
     let mut sampler = Sampler::new(*sampling, &request.seeds);
     let mut contexts = prompts.clone();
     let mut sequences = vec![Sequence { tokens: vec![], stopped: false }; batch];
@@ -88,37 +90,9 @@ pub fn generate(
     let start = Instant::now();
     let mut first_token = Duration::ZERO;
     let mut steps = 0;
-    let mut decoder = None;
     while steps < *max_new_tokens && sequences.iter().any(|s| !s.stopped) {
-        let latest = |fed| contexts.iter().flat_map(move |c: &Vec<u32>| &c[c.len() - fed..]);
-        if steps == 1 && request.kv_cache && !request.timed {
-            let (steps, recorded) = (max_new_tokens - 1, request.recorded);
-            decoder = model.decoder(&cache, &mut sampler, &contexts, steps, recorded)?;
-        }
-        let several = match &mut decoder {
-            Some(decoder) => {
-                // Nobody asks for the tokens before the device may go on, unless one may end it.
-                let ahead = if request.eos.is_empty() { AHEAD } else { 1 };
-                let steps = ahead.min(max_new_tokens - steps);
-                decoder.next(meter, &mut cache, steps)?
-            }
-            None => {
-                let (phase, fed) = match steps {
-                    0 => (Phase::Prefill, length),
-                    _ if request.kv_cache => (Phase::Decode, 1),
-                    _ => {
-                        cache.set_past(0)?;
-                        (Phase::Decode, length + steps)
-                    }
-                };
-                let ids: Vec<u32> = latest(fed).copied().collect();
-                let meter_now = meter.phase(phase);
-                let logits = model.forward(meter_now, &ids, batch, &mut cache, Logits::Last)?;
-                let at = meter.phase(Phase::Sampling).at(Module::Sampler);
-                vec![sampler.next(at, &logits, &contexts)?]
-            }
-        };
-        for chosen in several {
+        let left = max_new_tokens - steps;
+        for chosen in passes.next(meter, request, &mut sampler, &contexts, left)? {
             steps += 1;
             if steps == 1 {
                 first_token = start.elapsed();
@@ -135,7 +109,76 @@ pub fn generate(
     }
     let decode = start.elapsed() - first_token;
     let workload = workload.with_new_tokens(steps as u64);
-    Ok(Generation { sequences, workload, first_token, decode })
+    let recording = passes.recording();
+    Ok(Generation { sequences, workload, first_token, decode, recording })
+}
+
+/// The passes of a generation.
+struct Passes<'a> {
+    model: &'a Decoder,
+    memory: Memory,
+    /// A GPU's own way of decoding, once the prompt has been fed.
+    decoding: Option<Decoding<'a>>,
+    prefilled: bool,
+}
+
+/// What passes keep from one to the next.
+enum Memory {
+    Kept(Cache),
+    /// Nothing: each runs over the whole context.
+    Nothing(Positions),
+}
+
+impl<'a> Passes<'a> {
+    fn new(model: &'a Decoder, meter: Meter, request: &Request, length: usize) -> Result<Self> {
+        let (batch, most) = (request.prompts.len(), length + request.max_new_tokens - 1);
+        let memory = match request.kv_cache {
+            true => Memory::Kept(model.cache(meter, batch, most)?),
+            false => Memory::Nothing(model.positions(meter, most)?),
+        };
+        Ok(Self { model, memory, decoding: None, prefilled: false })
+    }
+
+    /// The next tokens of all sequences, of which `left` more are wanted: one step, or as many as a
+    /// GPU is given at once.
+    fn next(
+        &mut self,
+        meter: Meter,
+        request: &Request,
+        sampler: &mut Sampler,
+        contexts: &[Vec<u32>],
+        left: usize,
+    ) -> Result<Vec<Vec<u32>>> {
+        let first = !std::mem::replace(&mut self.prefilled, true);
+        if let Memory::Kept(cache) = &mut self.memory {
+            if self.decoding.is_none() && !first && !request.timed {
+                let model = self.model;
+                self.decoding = model.decoding(cache, sampler, contexts, left, request.how)?;
+            }
+            if let Some(decoding) = &mut self.decoding {
+                // Nobody asks for the tokens before the device may go on, unless one may end it.
+                let ahead = if request.eos.is_empty() { AHEAD } else { 1 };
+                return decoding.next(meter, cache, ahead.min(left));
+            }
+        }
+        let phase = if first { Phase::Prefill } else { Phase::Decode };
+        let all = contexts.first().map_or(0, Vec::len);
+        let (context, fed) = match &mut self.memory {
+            Memory::Kept(cache) if first => (Context::Cached(cache), all),
+            Memory::Kept(cache) => (Context::Cached(cache), 1),
+            Memory::Nothing(positions) => (Context::Whole(positions), all),
+        };
+        let latest = contexts.iter().flat_map(|context| &context[context.len() - fed..]);
+        let ids: Vec<u32> = latest.copied().collect();
+        let ids = Ids::Host { ids: &ids, batch: contexts.len() };
+        let logits = self.model.forward(meter.phase(phase), ids, context, Logits::Last)?.share();
+        let at = meter.phase(Phase::Sampling).at(Module::Sampler);
+        Ok(vec![sampler.next(at, &logits, contexts)?])
+    }
+
+    fn recording(&self) -> Option<GraphView> {
+        self.decoding.as_ref().and_then(|decoding| decoding.recording().cloned())
+    }
 }
 
 impl Request {

@@ -13,7 +13,7 @@
 //! use std::cell::RefCell;
 //! use flopaudit::{
 //!     audit::Audit, config::{LoraConfig, ModelConfig}, generate::{Request, generate},
-//!     ledger::{Dtype, Ledger}, model::{AdapterSource, Qwen2}, prices::Prices, weights,
+//!     ledger::{Dtype, Ledger}, model::{AdapterSource, Decoder}, prices::Prices, weights,
 //!     workload::Sampling,
 //! };
 //!
@@ -21,7 +21,7 @@
 //! let adapters = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
 //! let device = candle_core::Device::Cpu;
 //! let (config, weights) = (&checkpoint.config, &checkpoint.weights);
-//! let model = Qwen2::load(config, weights, &adapters, Dtype::F32, &device, |_| Ok(()))?;
+//! let model = Decoder::load(config, weights, &adapters, Dtype::F32, &device, |_| Ok(()))?;
 //!
 //! let request = Request {
 //!     prompts: vec![checkpoint.text.encode("Hello")?],

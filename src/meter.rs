@@ -1,15 +1,14 @@
-//! The executed side: ops tell a [`Meter`] what they ran, observers see it.
+//! The executed side: launches tell a [`Meter`] what they ran, observers see it.
 
 use std::{
     cell::RefCell,
     time::{Duration, Instant},
 };
 
-use candle_core::Device;
-
 use crate::{
     error::Result,
-    ledger::{Dtype, Key, Ledger, Module, Op, Phase, Scope},
+    ledger::{Key, Ledger, Module, Phase, Scope},
+    ops::{Kernel, Launched, Nodes, Ops, Workspace},
 };
 
 /// Sees every op, right after it ran.
@@ -82,6 +81,8 @@ pub struct Meter<'a> {
     layer: Option<u32>,
     timed: bool,
     taped: bool,
+    workspace: Option<&'a Workspace>,
+    recording: Option<&'a RefCell<Vec<Launched>>>,
 }
 
 /// A [`Meter`] that knows its module: what ops are called with.
@@ -94,10 +95,18 @@ pub struct At<'a> {
 impl<'a> Meter<'a> {
     /// Reports to `observer`, outside all layers, without timing.
     pub fn new(observer: &'a RefCell<impl Observer>, phase: Phase) -> Self {
-        Self { listener: observer, phase, layer: None, timed: false, taped: false }
+        Self {
+            listener: observer,
+            phase,
+            layer: None,
+            timed: false,
+            taped: false,
+            workspace: None,
+            recording: None,
+        }
     }
 
-    /// Times each op, waiting for the device before and after: slower, so on request only.
+    /// Times each launch, waiting for the device before and after: slower, so on request only.
     pub fn timed(self, timed: bool) -> Self {
         Self { timed, ..self }
     }
@@ -117,6 +126,18 @@ impl<'a> Meter<'a> {
         Self { layer: Some(layer as u32), ..self }
     }
 
+    /// Has ops of one token a sequence compute several at once, into buffers of `workspace`, which
+    /// the next such ops use again.
+    pub(crate) fn within(self, workspace: &'a Workspace) -> Self {
+        Self { workspace: Some(workspace), ..self }
+    }
+
+    /// Keeps launches in `recording`, in place of reporting them: while a device records them it
+    /// executes nothing.
+    pub(crate) fn recording(self, recording: &'a RefCell<Vec<Launched>>) -> Self {
+        Self { recording: Some(recording), ..self }
+    }
+
     /// Names the module whose ops run next.
     pub fn at(self, module: Module) -> At<'a> {
         At { meter: self, module }
@@ -126,9 +147,18 @@ impl<'a> Meter<'a> {
     pub(crate) fn scope(self, scope: Scope) -> At<'a> {
         At { meter: Self { layer: scope.layer, ..self }, module: scope.module }
     }
+
+    /// Reports a recording's launches, which a device has just been given again, over `held`
+    /// tokens.
+    pub(crate) fn replayed(self, launches: &[Launched], held: u64) {
+        for (phase, scope, op, dtype) in launches.iter().flat_map(|launched| &launched.ops) {
+            let key = Key { phase: *phase, scope: *scope, op: op.over(held), dtype: *dtype };
+            self.listener.hear(&key, None);
+        }
+    }
 }
 
-impl At<'_> {
+impl<'a> At<'a> {
     /// Where in the model the op runs.
     pub(crate) fn scope(self) -> Scope {
         Scope { layer: self.meter.layer, module: self.module }
@@ -139,34 +169,41 @@ impl At<'_> {
         self.meter.taped
     }
 
-    /// Runs `kernel` and reports it as `op`.
-    pub(crate) fn run<T>(
-        self,
-        op: Op,
-        dtype: Dtype,
-        device: &Device,
-        kernel: impl FnOnce() -> candle_core::Result<T>,
-    ) -> Result<T> {
+    /// Where ops of one token a sequence put what they compute, several at once.
+    pub(crate) fn workspace(self) -> Option<&'a Workspace> {
+        self.meter.workspace
+    }
+
+    /// Executes `kernel` and reports what it computes; while a recording is made, keeps that.
+    pub(crate) fn launch<K: Kernel>(self, kernel: &K) -> Result<K::Output> {
+        let (mut ops, nodes) = (Ops::new(self), Nodes::default());
+        kernel.report(&mut ops)?;
         let (out, time) = if self.meter.timed {
-            device.synchronize()?;
+            kernel.device().synchronize()?;
             let start = Instant::now();
-            let out = kernel()?;
-            device.synchronize()?;
+            let out = kernel.run(&nodes)?;
+            kernel.device().synchronize()?;
             (out, Some(start.elapsed()))
         } else {
-            (kernel()?, None)
+            (kernel.run(&nodes)?, None)
         };
-        self.report(op, dtype, time);
+        match self.meter.recording {
+            Some(recording) => {
+                let key = |(at, op, dtype): (At, _, _)| (at.meter.phase, at.scope(), op, dtype);
+                let ops = ops.all.into_iter().map(key).collect();
+                recording.borrow_mut().push(Launched { ops, nodes: nodes.into_vec() });
+            }
+            None => {
+                // The time of a launch is its last op's: the others are part of it.
+                let last = ops.all.len().saturating_sub(1);
+                for (i, (at, op, dtype)) in ops.all.iter().enumerate() {
+                    let (phase, scope) = (at.meter.phase, at.scope());
+                    let time = time.map(|time| if i == last { time } else { Duration::ZERO });
+                    let key = Key { phase, scope, op: op.now(), dtype: *dtype };
+                    self.meter.listener.hear(&key, time);
+                }
+            }
+        }
         Ok(out)
-    }
-
-    /// Reports `op` as part of a kernel that has run, or is about to, for several ops at once.
-    pub(crate) fn ran(self, op: Op, dtype: Dtype) {
-        self.report(op, dtype, self.meter.timed.then_some(Duration::ZERO));
-    }
-
-    fn report(self, op: Op, dtype: Dtype, time: Option<Duration>) {
-        let Meter { listener, phase, .. } = self.meter;
-        listener.hear(&Key { phase, scope: self.scope(), op, dtype }, time);
     }
 }

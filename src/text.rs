@@ -1,25 +1,28 @@
 //! The text side of a checkpoint: tokenizer, end-of-sequence tokens, chat template.
 
 mod chat;
+mod gguf;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::Path,
 };
 
-use candle_core::quantized::{
-    gguf_file::{Content, Value},
-    tokenizer::TokenizerFromGguf,
-};
 use serde_json::Value as Json;
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::Tokenizer;
 
 use crate::{
     error::{Error, Result},
     target::Target,
+    weights::Metadata,
 };
 
 pub use chat::Message;
+
+/// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a checkpoint
+/// may have.
+const END_OF_TURN: [&str; 6] =
+    ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>"];
 
 /// Turns text into token ids and back as the checkpoint was trained to.
 #[derive(Debug)]
@@ -76,44 +79,25 @@ impl Text {
         Self::from_tokenizer(tokenizer, chat, eos, vocab, &file)
     }
 
-    /// Builds the tokenizer from a GGUF's metadata, whose token and merge lists it takes away.
+    /// Builds the tokenizer from a GGUF's metadata.
     ///
     /// # Errors
-    /// Metadata that does not describe a byte-level BPE tokenizer, or more tokens than the model
-    /// has.
-    pub(crate) fn from_gguf(content: &mut Content, file: &Path, vocab: usize) -> Result<Self> {
-        let user_defined = untype_user_tokens(content);
-        let mut tokenizer = Tokenizer::from_gguf(content).map_err(|e| Error::File {
-            file: file.into(),
-            why: format!("holds no usable tokenizer: {}", first_line(&e)),
-        })?;
-        let user_defined =
-            user_defined.into_iter().map(|t| AddedToken::from(t, false).normalized(false));
-        tokenizer.add_tokens(user_defined).map_err(|e| Error::File {
-            file: file.into(),
-            why: format!("holds no usable tokenizer: {}", first_line(&e)),
-        })?;
-
-        let string = |key: &str| match content.metadata.get(key) {
-            Some(Value::String(text)) => Some(text.clone()),
-            _ => None,
-        };
-        let id = |key: &str| {
-            let value = content.metadata.get(&format!("tokenizer.ggml.{key}_token_id"))?;
-            value.to_u64().ok().and_then(|id| u32::try_from(id).ok())
-        };
-        let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
-        // The metadata has room for one; a chat ends with either of these too.
-        let named = ["<|im_end|>", "<|endoftext|>"].map(|token| tokenizer.token_to_id(token));
-        let mut eos: Vec<u32> = [id("eos")].into_iter().chain(named).flatten().collect();
-        let mut seen = std::collections::HashSet::new();
-        eos.retain(|id| seen.insert(*id));
-        let chat = string("tokenizer.chat_template")
-            .map(|source| chat::Template::new(source, token(id("bos")), token(id("eos"))));
-        for list in ["tokens", "merges", "token_type", "scores"] {
-            content.metadata.remove(&format!("tokenizer.ggml.{list}"));
+    /// Metadata that does not describe a tokenizer that is supported, or more tokens than the
+    /// model has.
+    pub(crate) fn from_gguf(metadata: &Metadata, vocab: usize) -> Result<Self> {
+        let (tokenizer, roles) = gguf::tokenizer(metadata)?;
+        // A file says which token ends a text, but not always which end a turn.
+        let turns = ["eot", "eom"].map(|role| gguf::token_id(metadata, role));
+        let named = END_OF_TURN.map(|token| tokenizer.token_to_id(token));
+        let mut eos = vec![];
+        for id in [Ok(roles.eos)].into_iter().chain(turns).chain(named.map(Ok)) {
+            eos.extend(id?.filter(|id| !eos.contains(id)));
         }
-        Self::from_tokenizer(tokenizer, chat, eos, vocab, file)
+        let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
+        let chat = metadata
+            .text("tokenizer.chat_template")?
+            .map(|source| chat::Template::new(source.into(), token(roles.bos), token(roles.eos)));
+        Self::from_tokenizer(tokenizer, chat, eos, vocab, metadata.file())
     }
 
     fn from_tokenizer(
@@ -303,36 +287,6 @@ impl Stream<'_> {
         let text = self.text.decode(&self.ids, self.skip_special)?;
         Ok(text.get(self.shown..).filter(|rest| !rest.is_empty()).map(str::to_string))
     }
-}
-
-/// Takes the user-defined tokens (type 4, `<tool_call>`) and the unused ones (type 5, padding of
-/// the vocabulary) out of what candle would mark special, and returns the former: they are
-/// recognised in text but, unlike special ones, belong to it.
-fn untype_user_tokens(content: &mut Content) -> Vec<String> {
-    const NORMAL: i32 = 1;
-    const USER_DEFINED: u64 = 4;
-    const UNUSED: u64 = 5;
-    let Some(Value::Array(tokens)) = content.metadata.get("tokenizer.ggml.tokens") else {
-        return vec![];
-    };
-    let tokens = tokens.clone();
-    let Some(Value::Array(types)) = content.metadata.get_mut("tokenizer.ggml.token_type") else {
-        return vec![];
-    };
-    let mut found = vec![];
-    for (kind, token) in types.iter_mut().zip(&tokens) {
-        let number = match &*kind {
-            Value::I32(n) => u64::try_from(*n).unwrap_or(0),
-            other => other.to_u64().unwrap_or(0),
-        };
-        if let (USER_DEFINED, Value::String(text)) = (number, token) {
-            found.push(text.clone());
-        }
-        if matches!(number, USER_DEFINED | UNUSED) {
-            *kind = Value::I32(NORMAL);
-        }
-    }
-    found
 }
 
 /// The end-of-sequence ids that generation_config.json, else config.json, names.

@@ -9,7 +9,7 @@ use candle_core::{D, Device, Tensor, Var};
 use flopaudit::{
     config::{ModelConfig, Projection},
     ledger::{Dtype, Key, Ledger, Lora, Module, Op, Phase},
-    model::{Qwen2, Trained},
+    model::{Decoder, Trained},
     workload::LOSS_ROWS,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -102,7 +102,7 @@ impl Reference {
         let (_, _, seq, d) = x.dims4()?;
         let angle = |i: usize| {
             (i / (d / 2)) as f64
-                / self.config.rope_theta.powf((i % (d / 2)) as f64 * 2.0 / d as f64)
+                / self.config.rope.theta.powf((i % (d / 2)) as f64 * 2.0 / d as f64)
         };
         let angles: Vec<f64> = (0..seq * d / 2).map(angle).collect();
         let angles = Tensor::from_vec(angles, (seq, d / 2), &Device::Cpu)?;
@@ -157,7 +157,7 @@ impl Reference {
 }
 
 /// The reference with the same weights as `model`, of which `trained` are variables.
-fn reference(model: &mut Qwen2, trained: Trained) -> (Reference, Vec<(String, Var)>) {
+fn reference(model: &mut Decoder, trained: Trained) -> (Reference, Vec<(String, Var)>) {
     let (config, scaling) = (model.config().clone(), model.lora().scaling());
     let (mut weights, mut variables) = (HashMap::new(), vec![]);
     model.train(Trained::All);
@@ -229,7 +229,7 @@ fn running_layers_again_changes_no_gradient() {
 }
 
 /// Sums over sequences of one batch each.
-fn one_by_one(model: &mut Qwen2, text: &Text) -> (f64, Vec<Gradient>) {
+fn one_by_one(model: &mut Decoder, text: &Text) -> (f64, Vec<Gradient>) {
     let mut parts = text.rows().into_iter().map(|row| gradients(model, &row, false));
     let first = parts.next().unwrap();
     parts.fold(first, |(loss, mut sum), (more, gradients)| {

@@ -14,7 +14,7 @@ use flopaudit::{
     generate::{Request, Sequence, generate},
     ledger::{Dtype, Ledger, Module, Phase, Scope},
     meter::{At, Meter},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     ops::{
         self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Tensor, backward,
         sums_of_squares,
@@ -310,7 +310,7 @@ impl Run<'_> {
     fn on(&self, device: &Device, dtype: Dtype) -> (Vec<Sequence>, Ledger) {
         let checkpoint = weights::synthetic(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
         let (config, weights) = (&checkpoint.config, &checkpoint.weights);
-        let model = Qwen2::load(config, weights, self.adapters, dtype, device, |_| Ok(())).unwrap();
+        let model = Decoder::load(config, weights, self.adapters, dtype, device, |_| Ok(())).unwrap();
         let prompt = |row: usize| (0..9).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
         let request = Request {
             prompts: (0..self.batch).map(prompt).collect(),

@@ -10,8 +10,8 @@ use flopaudit::{
     error::Error,
     ledger::{Dtype, Key, Ledger, Module, Op, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
-    ops::{self, Tensor},
+    model::{AdapterSource, Context, Decoder},
+    ops::{self, Ids, Tensor},
     prices::Prices,
     report::{Figures, Report, render},
     weights,
@@ -39,13 +39,13 @@ fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledg
     let Workload { model, lora, dtype, .. } = workload();
     let weights = weights::synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora, seed: 2 };
-    let qwen = Qwen2::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
+    let qwen = Decoder::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
     let observer = RefCell::new(Faulty(Ledger::default(), fault));
     let meter = Meter::new(&observer, Phase::Setup);
     let mut cache = qwen.cache(meter, 2, 8).unwrap();
-    cache.set_past(3).unwrap();
+    cache.set_held(3).unwrap();
     let meter = meter.phase(Phase::Forward);
-    qwen.forward(meter, &[1; 10], 2, &mut cache, Logits::All).unwrap();
+    qwen.forward(meter, Ids::Host { ids: &[1; 10], batch: 2 }, Context::Cached(&mut cache), Logits::All).unwrap();
     more(meter);
     observer.into_inner().0
 }
@@ -103,7 +103,7 @@ fn an_unmetered_shortcut() {
     let skip = |key: &Key| if at(key, "layers.0.mlp", "silu") { vec![] } else { vec![*key] };
     let (keys, sums) = located(&audit(&run(skip, |_| ())));
     assert_eq!(keys, [("layers.0.mlp".into(), 1, 0)]);
-    assert_eq!(sums, ["SwiGLU"]);
+    assert_eq!(sums, ["GLU"]);
 }
 
 #[test]
@@ -231,11 +231,12 @@ fn a_token_outside_the_vocabulary_is_refused() {
     let table = Tensor::zeros((4, 2), Dtype::F32, &Device::Cpu).unwrap();
     let ledger = RefCell::new(Ledger::default());
     let at = Meter::new(&ledger, Phase::Forward).at(Module::EmbedTokens);
-    let error = ops::embed(at, &table, &[1, 4], 1).unwrap_err();
+    let embed = |ids: &[u32], batch| ops::embed(at, &table, Ids::Host { ids, batch }, None);
+    let error = embed(&[1, 4], 1).unwrap_err();
     assert_eq!(error.to_string(), "prompt: token id 4 is outside the vocabulary of 4");
     assert_eq!(Error::exit_code(&error), 2);
     assert!(
-        ops::embed(at, &table, &[], 1).is_err() && ops::embed(at, &table, &[1, 2, 3], 2).is_err()
+        embed(&[], 1).is_err() && embed(&[1, 2, 3], 2).is_err()
     );
     assert!(ledger.into_inner().is_empty());
 }

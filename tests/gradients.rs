@@ -4,10 +4,11 @@ use std::cell::RefCell;
 
 use candle_core::Device;
 use flopaudit::{
+    config::{Activation, Rope, RopeScaling},
     error::Result,
     ledger::{Dtype, Module, Phase, Scope},
     meter::{At, Meter},
-    ops::{self, CausalMask, CrossEntropy, Gradients, Losses, RopeTable, Tensor, backward},
+    ops::{self, CausalMask, CrossEntropy, Gradients, Ids, Losses, RopeTable, Tensor, backward},
 };
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -28,6 +29,8 @@ struct Case {
     run: Run,
 }
 
+const ROPE: Rope = Rope { theta: 10.0, scaling: RopeScaling::Default };
+
 /// Every differentiable op, and every layout, on inputs as long as `b`, `m`, `k` and `n` say.
 fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
     let case = |name, shapes: &[&[usize]], run: Run| {
@@ -36,17 +39,17 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
     };
     let ids: Vec<u32> = (0..b * m).map(|i| (i * i % (n + 1)) as u32).collect();
     vec![
-        case("linear", &[&[b, m, k], &[n, k]], Box::new(|at, x| ops::linear(at, &x[0], &x[1]))),
+        case("linear", &[&[b, m, k], &[n, k]], Box::new(|at, x| Ok(ops::linear(at, &x[0], &x[1])?.share()))),
         case("bias", &[&[b, m, n], &[n]], Box::new(|at, x| ops::bias(at, &x[0], &x[1]))),
         case(
             "matmul",
             &[&[b, 2, m, k], &[b, 2, k, n]],
-            Box::new(|at, x| ops::matmul(at, &x[0], &x[1])),
+            Box::new(|at, x| Ok(ops::matmul(at, &x[0], &x[1])?.share())),
         ),
         case(
             "matmul of a view",
             &[&[b, m, k], &[b, n, k]],
-            Box::new(|at, x| ops::matmul(at, &x[0], &x[1].t()?)),
+            Box::new(|at, x| Ok(ops::matmul(at, &x[0], &x[1].t()?)?.share())),
         ),
         case("add", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::add(at, &x[0], &x[1]))),
         case("mul", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::mul(at, &x[0], &x[1]))),
@@ -62,31 +65,57 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
             "rope",
             &[&[b, n, m, 2 * k]],
             Box::new(move |at, x| {
-                let table = RopeTable::new(at, m + 3, 2 * k, 10.0, Dtype::F32, &Device::Cpu)?;
+                let table = RopeTable::new(at, m + 3, 2 * k, &ROPE, Dtype::F32, &Device::Cpu)?;
                 ops::rope(at, &x[0], &table, 3)
             }),
         ),
-        case("softmax", &[&[b, m, n]], Box::new(|at, x| ops::softmax(at, x[0].clone()))),
+        case("softmax", &[&[b, m, n]], Box::new(|at, x| ops::softmax(at, x[0].copied()?))),
         case(
             "mask and softmax",
             &[&[b, m, k + m]],
             Box::new(move |at, x| {
-                let mask = CausalMask::new(m, k, Dtype::F32, &Device::Cpu)?;
-                ops::masked_softmax(at, x[0].clone(), &mask)
+                let mask = CausalMask::new(m, k, None, Dtype::F32, &Device::Cpu)?;
+                ops::masked_softmax(at, x[0].copied()?, &mask)
             }),
         ),
-        case("gated", &[&[b, m, n], &[b, m, n]], Box::new(|at, x| ops::gated(at, &x[0], &x[1]))),
+        case(
+            "softmax in a window",
+            &[&[b, m, 1 + m]],
+            Box::new(move |at, x| {
+                let mask = CausalMask::new(m, 7, Some(2), Dtype::F32, &Device::Cpu)?;
+                ops::masked_softmax(at, x[0].copied()?, &mask)
+            }),
+        ),
+        case(
+            "gated by SiLU",
+            &[&[b, m, n], &[b, m, n]],
+            Box::new(|at, x| ops::gated(at, Activation::Silu, &x[0], &x[1])),
+        ),
+        case(
+            "gated by GELU",
+            &[&[b, m, n], &[b, m, n]],
+            Box::new(|at, x| ops::gated(at, Activation::GeluTanh, &x[0], &x[1])),
+        ),
+        case("gelu", &[&[b, m, n]], Box::new(|at, x| ops::gelu(at, &x[0]))),
+        case("shift", &[&[n]], Box::new(|at, x| ops::shift(at, &x[0], &tensor(&[1.0], &[1])))),
         case(
             "rotated heads",
             &[&[b, m, n * 2 * k]],
             Box::new(move |at, x| {
-                let table = RopeTable::new(at, m + 3, 2 * k, 10.0, Dtype::F32, &Device::Cpu)?;
+                let table = RopeTable::new(at, m + 3, 2 * k, &ROPE, Dtype::F32, &Device::Cpu)?;
                 let factor = Tensor::from_vec(vec![0.5], 1, Dtype::F32, &Device::Cpu)?;
                 let turned = ops::rotated_heads(at, &x[0], n, &table, 3, Some(&factor))?;
                 ops::merge_heads(&turned)
             }),
         ),
-        case("embed", &[&[n + 1, k]], Box::new(move |at, x| ops::embed(at, &x[0], &ids, b))),
+        case(
+            "embed",
+            &[&[n + 1, k]],
+            Box::new(move |at, x| {
+                let (ids, factor) = (Ids::Host { ids: &ids, batch: b }, tensor(&[1.5], &[1]));
+                Ok(ops::embed(at, &x[0], ids, Some(&factor))?.share())
+            }),
+        ),
         case("reshape", &[&[b, m, n]], Box::new(move |_, x| x[0].reshape((n, m * b)))),
         case("transpose", &[&[b, m, n]], Box::new(|_, x| x[0].transpose(0, 2))),
         case("t", &[&[b, m, n]], Box::new(|_, x| x[0].t())),
@@ -96,9 +125,10 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
             "one input read by many",
             &[&[b, m], &[m, m]],
             Box::new(|at, x| {
-                let y = ops::linear(at, &x[0], &x[1])?;
+                let y = ops::linear(at, &x[0], &x[1])?.share();
                 let gated = ops::mul(at, &ops::silu(at, &y)?, &x[0])?;
-                ops::add(at, &ops::add(at, &gated, &y)?, &ops::linear(at, &gated, &x[1])?)
+                let again = ops::linear(at, &gated, &x[1])?.share();
+                ops::add(at, &ops::add(at, &gated, &y)?, &again)
             }),
         ),
     ]
@@ -218,7 +248,7 @@ fn cross_entropy(logits: &[f32], targets: &[u32], weights: &[f32]) -> (f64, Vec<
     let observer = RefCell::new(());
     let at = Meter::new(&observer, Phase::Loss).at(Module::Loss);
     let logits = tensor(logits, &[targets.len(), logits.len() / targets.len()]);
-    let entropy = CrossEntropy::new(at, logits, targets, weights).unwrap();
+    let entropy = CrossEntropy::new(at, logits.copied().unwrap(), targets, weights).unwrap();
     let loss = Losses::sum(&[entropy.losses(weights)]).unwrap();
     (loss, entropy.gradient(at, targets, weights).unwrap().to_vec().unwrap())
 }

@@ -22,7 +22,7 @@ const HYPER: Hyper = Hyper { betas: (0.8, 0.95), eps: 1e-4, weight_decay: 0.1, c
 
 fn trainer(meter: Meter, config: &ModelConfig, trained: Trained, hyper: Hyper) -> Trainer {
     let model = tiny::model(config, &[Projection::QProj], trained);
-    Trainer::new(meter, model, trained, hyper, (1, 4), false).unwrap()
+    Trainer::new(meter, model, trained, hyper, 4, false).unwrap()
 }
 
 /// A gradient for every trained parameter, and the same values.

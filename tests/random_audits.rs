@@ -9,7 +9,8 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
-    model::{AdapterSource, Labelled, Qwen2, Trained},
+    model::{AdapterSource, Context, Decoder, How, Labelled, Trained},
+    ops::Ids,
     train::{Hyper, Trainer},
     weights::synthetic,
     workload::{Logits, Sampling, Task, Workload},
@@ -65,10 +66,10 @@ fn samplings() -> impl Strategy<Value = Sampling> {
     )
 }
 
-fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Qwen2 {
+fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Decoder {
     let weights = synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
-    Qwen2::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn assert_balanced(workload: &Workload, ledger: &Ledger) {
@@ -93,9 +94,9 @@ proptest! {
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let mut cache = qwen.cache(meter, batch, past + seq).unwrap();
-        cache.set_past(past).unwrap();
+        cache.set_held(past).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i % model.vocab_size) as u32).collect();
-        let out = qwen.forward(meter.phase(Phase::Forward), &ids, batch, &mut cache, logits).unwrap();
+        let out = qwen.forward(meter.phase(Phase::Forward), Ids::Host { ids: &ids, batch }, Context::Cached(&mut cache), logits).unwrap();
         let rows = if all { seq } else { 1 };
         prop_assert_eq!(out.dims(), [batch, rows, model.vocab_size]);
         let (batch, seq, past) = (batch as u64, seq as u64, past as u64);
@@ -118,7 +119,7 @@ proptest! {
             kv_cache,
             eos: if eos { vec![0, 1] } else { vec![] },
             timed: false,
-            recorded: true,
+            how: How::RECORDED,
         };
         let ledger = RefCell::new(Ledger::default());
         let mut told = 0;
@@ -144,7 +145,7 @@ proptest! {
         let hyper = Hyper { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, clip: clip_at };
         let qwen = load(&model, &lora, dtype);
         let mut trainer =
-            Trainer::new(meter, qwen, trained, hyper, (batch, seq), recompute).unwrap();
+            Trainer::new(meter, qwen, trained, hyper, seq, recompute).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i % model.vocab_size) as u32).collect();
         let weights = vec![1.0 / (ids.len() * accumulate) as f32; ids.len()];
         let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
@@ -165,7 +166,7 @@ proptest! {
         let qwen = load(&model, &lora, Dtype::F32);
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
-        let positions = qwen.positions(meter, batch, seq).unwrap();
+        let positions = qwen.positions(meter, seq).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i % model.vocab_size) as u32).collect();
         let weights = vec![1.0; ids.len()];
         let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };

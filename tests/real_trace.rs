@@ -14,7 +14,7 @@ use flopaudit::{
     config::{LoraConfig, Projection},
     generate::{Request, generate},
     ledger::Ledger,
-    model::AdapterSource,
+    model::{AdapterSource, How},
     prices::Prices,
     report::{Report, Trace},
     workload::Sampling,
@@ -34,7 +34,7 @@ fn a_decode_step_of_the_trained_model() {
         kv_cache: true,
         eos: vec![],
         timed: true,
-        recorded: false,
+        how: How::RECORDED,
     };
     let prices = Prices::coursework();
     let dir = tempfile::tempdir().unwrap();

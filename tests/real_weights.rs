@@ -14,7 +14,8 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Context, Decoder, How},
+    ops::Ids,
     prices::Prices,
     weights::{self, Checkpoint},
     workload::{Logits, Sampling, Task, Workload},
@@ -23,7 +24,7 @@ use serde::Deserialize;
 use trained::{checkpoint, golden, golden_adapter};
 
 static CHECKPOINT: LazyLock<Checkpoint> = LazyLock::new(checkpoint);
-static BASE: LazyLock<Qwen2> = LazyLock::new(|| load(&fresh(0)));
+static BASE: LazyLock<Decoder> = LazyLock::new(|| load(&fresh(0)));
 
 fn fresh(rank: usize) -> AdapterSource {
     let targets = [Projection::QProj, Projection::VProj];
@@ -31,7 +32,7 @@ fn fresh(rank: usize) -> AdapterSource {
     AdapterSource::Fresh { lora, seed: 1 }
 }
 
-fn load(adapters: &AdapterSource) -> Qwen2 {
+fn load(adapters: &AdapterSource) -> Decoder {
     trained::load(&CHECKPOINT, adapters)
 }
 
@@ -52,7 +53,7 @@ fn prompts() -> Vec<Prompt> {
 
 /// Logits of one sequence, a row a position, and the ledger of the pass.
 fn forward(
-    model: &Qwen2,
+    model: &Decoder,
     ids: &[u32],
     batch: usize,
     past: usize,
@@ -61,10 +62,10 @@ fn forward(
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
     let mut cache = model.cache(meter, batch, past + ids.len() / batch).unwrap();
-    cache.set_past(past).unwrap();
-    let out = model.forward(meter.phase(Phase::Forward), ids, batch, &mut cache, logits).unwrap();
+    cache.set_held(past).unwrap();
+    let out = model.forward(meter.phase(Phase::Forward), Ids::Host { ids, batch }, Context::Cached(&mut cache), logits).unwrap();
     let vocab = model.config().vocab_size;
-    let rows = out.to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
+    let rows = out.share().to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
     (rows, ledger.into_inner())
 }
 
@@ -107,7 +108,7 @@ fn greedy_tokens_equal_pytorch_with_and_without_cache() {
 
 /// New tokens of each prompt, after an audit that must balance.
 fn run(
-    model: &Qwen2,
+    model: &Decoder,
     prompts: Vec<Vec<u32>>,
     new: usize,
     kv_cache: bool,
@@ -121,7 +122,7 @@ fn run(
         kv_cache,
         eos: vec![],
         timed: false,
-        recorded: true,
+        how: How::RECORDED,
     };
     let ledger = RefCell::new(Ledger::default());
     let out = generate(model, &request, &ledger, |_, _| Ok(())).unwrap();
@@ -162,7 +163,7 @@ fn logits_equal_candle_transformers() {
         sliding_window: 256,
         max_window_layers: config.num_hidden_layers,
         tie_word_embeddings: config.tie_word_embeddings,
-        rope_theta: config.rope_theta,
+        rope_theta: config.rope.theta,
         rms_norm_eps: config.rms_norm_eps,
         use_sliding_window: false,
         hidden_act: candle_nn::Activation::Silu,
@@ -193,7 +194,7 @@ fn matmul_flops(ledger: &Ledger, keep: impl Fn(&str) -> bool) -> u128 {
 fn executed_flops_equal_torch_flop_counter_mode() {
     let torch = golden("torch_flops.json");
     let lora = load(&fresh(8));
-    let cases: [(&str, &Qwen2, usize, usize, usize, Logits); 5] = [
+    let cases: [(&str, &Decoder, usize, usize, usize, Logits); 5] = [
         ("fwd_B1_T512", &BASE, 1, 512, 0, Logits::All),
         ("fwd_B1_T512_last_logits_only", &BASE, 1, 512, 0, Logits::Last),
         ("fwd_B3_T37", &BASE, 3, 37, 0, Logits::All),
@@ -276,9 +277,9 @@ fn metering_costs_under_one_percent_of_a_decode_step() {
     let mut cache = BASE.cache(meter, 1, 65).unwrap();
     let mut best = [Duration::MAX; 2];
     for _ in 0..5 {
-        cache.set_past(64).unwrap();
+        cache.set_held(64).unwrap();
         let start = Instant::now();
-        BASE.forward(meter, &[7], 1, &mut cache, Logits::Last).unwrap();
+        BASE.forward(meter, Ids::Host { ids: &[7], batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap();
         best[0] = best[0].min(start.elapsed());
     }
     let step: Vec<_> = meter_ops.borrow().iter().map(|(k, e)| (*k, e.calls / 5)).collect();
@@ -311,7 +312,7 @@ fn a_zero_initialised_adapter_changes_no_bit() {
 fn a_peft_adapter_gives_pefts_loss() {
     let golden = golden("lora_grads.json");
     let ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
-    let loss = |model: &Qwen2| {
+    let loss = |model: &Decoder| {
         let (rows, _) = forward(model, &ids, 1, 0, Logits::All);
         let nll = |(row, &next): (&Vec<f32>, &u32)| logsumexp(row) - row[next as usize] as f64;
         rows.iter().zip(&ids[1..]).map(nll).sum::<f64>() / (ids.len() - 1) as f64

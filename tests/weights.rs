@@ -197,7 +197,11 @@ fn gguf_metadata_is_checked() {
     let heads = "qwen2.attention.head_count";
     let text = |s: &str| Some(Value::String(s.into()));
     let cases = [
-        ("general.architecture", text("llama"), "is `llama`; only qwen2"),
+        (
+            "general.architecture",
+            text("bert"),
+            "is `bert`; supported are qwen2, llama, qwen3, gemma3",
+        ),
         ("general.architecture", None, "is missing"),
         (heads, None, "is missing"),
         (heads, text("4"), "is not a count"),
@@ -207,12 +211,20 @@ fn gguf_metadata_is_checked() {
         ("qwen2.embedding_length", Some(Value::U64(u64::MAX)), "`hidden_size` is"),
         ("qwen2.block_count", Some(Value::U32(4)), "`model.layers.3.input_layernorm.weight` is"),
         ("qwen2.rope.freq_base", text("x"), "is not a float"),
-        ("qwen2.rope.scaling.type", text("yarn"), "`yarn` RoPE scaling"),
-        ("qwen2.attention.sliding_window", Some(Value::U32(128)), "sliding-window"),
+        ("qwen2.rope.scaling.type", text("longrope"), "`longrope` RoPE scaling"),
+        (
+            "qwen2.attention.sliding_window",
+            Some(Value::U32(128)),
+            "says which layers have that window",
+        ),
         ("split.count", Some(Value::U16(2)), "merge the parts"),
         ("general.alignment", Some(Value::U32(0)), "`general.alignment` is 0"),
-        ("tokenizer.ggml.model", text("llama"), "unsupported tokenizer model `llama`"),
-        ("tokenizer.ggml.tokens", None, "holds no usable tokenizer: missing GGUF metadata key"),
+        (
+            "tokenizer.ggml.model",
+            text("bert"),
+            "`tokenizer.ggml.model` is `bert`; supported are gpt2 and llama",
+        ),
+        ("tokenizer.ggml.tokens", None, "`tokenizer.ggml.tokens` is missing"),
         ("tokenizer.ggml.merges", Some(Value::Array(vec![Value::String("a".into())])), "merge"),
     ];
     for (key, value, why) in cases {
@@ -258,7 +270,7 @@ fn an_invalid_config_is_named() {
     fs::write(&file, "{ not json").unwrap();
     assert_says(&error(dir.path()), &["config.json: not valid JSON", "line 1"]);
     let config = flopaudit::config::ModelConfig { num_attention_heads: 0, ..tiny() };
-    fs::write(&file, serde_json::to_string(&config).unwrap()).unwrap();
+    fs::write(&file, config.to_hub().to_string()).unwrap();
     assert_says(&error(dir.path()), &["config.json: `num_attention_heads` is 0"]);
 }
 

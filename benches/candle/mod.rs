@@ -25,7 +25,7 @@ pub fn load(checkpoint: &Checkpoint, dtype: DType) -> anyhow::Result<ModelForCau
         sliding_window: c.max_position_embeddings,
         max_window_layers: c.num_hidden_layers,
         tie_word_embeddings: c.tie_word_embeddings,
-        rope_theta: c.rope_theta,
+        rope_theta: c.rope.theta,
         rms_norm_eps: c.rms_norm_eps,
         use_sliding_window: false,
         hidden_act: candle_nn::Activation::Silu,

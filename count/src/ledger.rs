@@ -115,14 +115,22 @@ pub enum Module {
     Proj(Projection),
     /// The adapter beside a projection.
     Lora(Projection, Lora),
-    /// Attention between the projections: RoPE, scores, softmax, weighted values.
+    /// Norm of each head's queries.
+    QNorm,
+    /// Norm of each head's keys.
+    KNorm,
+    /// Attention between the projections: RoPE, cache, scores, softmax, weighted values.
     SelfAttn,
     /// Residual additions, in the layer itself.
     Residual,
-    /// Norm before the MLP.
+    /// Norm after attention; before the MLP where a layer has two norms.
     PostAttentionLayernorm,
-    /// SiLU and gate, between the MLP's projections.
+    /// Norm before the MLP where a layer has four norms.
+    PreFeedforwardLayernorm,
+    /// Activation and gate, between the MLP's projections.
     Mlp,
+    /// Norm after the MLP where a layer has four norms.
+    PostFeedforwardLayernorm,
     /// Final norm.
     Norm,
     /// Output head.
@@ -179,10 +187,14 @@ impl fmt::Display for Scope {
                 };
                 write!(f, "{}.{p}.{part}", p.parent())
             }
+            Module::QNorm => f.write_str("self_attn.q_norm"),
+            Module::KNorm => f.write_str("self_attn.k_norm"),
             Module::SelfAttn => f.write_str("self_attn"),
             Module::Residual => Ok(()),
             Module::PostAttentionLayernorm => f.write_str("post_attention_layernorm"),
+            Module::PreFeedforwardLayernorm => f.write_str("pre_feedforward_layernorm"),
             Module::Mlp => f.write_str("mlp"),
+            Module::PostFeedforwardLayernorm => f.write_str("post_feedforward_layernorm"),
             Module::Norm => f.write_str("norm"),
             Module::LmHead => f.write_str("lm_head"),
             Module::Sampler => f.write_str("sampler"),
@@ -234,6 +246,16 @@ pub enum Op {
         /// Elements.
         n: u64,
     },
+    /// x · Φ(x), Φ by its tanh approximation.
+    Gelu {
+        /// Elements.
+        n: u64,
+    },
+    /// 1 + gain: what a norm multiplies by where its gain is stored less 1.
+    Shift {
+        /// Elements of the gain.
+        n: u64,
+    },
     /// x / sqrt(mean(x²) + eps) · gain.
     RmsNorm {
         /// Rows.
@@ -253,7 +275,29 @@ pub enum Op {
         /// Frequencies: half a head.
         half: u64,
     },
-    /// The causal mask (0 or −∞) added to attention scores.
+    /// Rotary frequencies divided by one factor.
+    RopeLinear {
+        /// Frequencies: half a head.
+        half: u64,
+    },
+    /// Rotary frequencies stretched as Llama 3.1's.
+    RopeLlama3 {
+        /// Frequencies: half a head.
+        half: u64,
+    },
+    /// Rotary frequencies stretched as YaRN's.
+    RopeYarn {
+        /// Frequencies: half a head.
+        half: u64,
+    },
+    /// Rows of keys or values copied into the cache.
+    CacheWrite {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row: all heads together.
+        width: u64,
+    },
+    /// The mask (0 or −∞), causal or of a window too, added to attention scores.
     Mask {
         /// Rows of scores.
         rows: u64,
@@ -304,6 +348,11 @@ pub enum Op {
     },
     /// Gradient of [`Op::Silu`].
     SiluGrad {
+        /// Elements.
+        n: u64,
+    },
+    /// Gradient of [`Op::Gelu`].
+    GeluGrad {
         /// Elements.
         n: u64,
     },
@@ -383,9 +432,15 @@ impl Op {
             Self::Mul { .. } => "mul",
             Self::Scale { .. } => "scale",
             Self::Silu { .. } => "silu",
+            Self::Gelu { .. } => "gelu",
+            Self::Shift { .. } => "shift",
             Self::RmsNorm { .. } => "rms_norm",
             Self::Rope { .. } => "rope",
             Self::RopeTable { .. } => "rope_table",
+            Self::RopeLinear { .. } => "rope_linear",
+            Self::RopeLlama3 { .. } => "rope_llama3",
+            Self::RopeYarn { .. } => "rope_yarn",
+            Self::CacheWrite { .. } => "cache_write",
             Self::Mask { .. } => "mask",
             Self::Softmax { .. } => "softmax",
             Self::Embed { .. } => "embed",
@@ -394,6 +449,7 @@ impl Op {
             Self::Nucleus { .. } => "nucleus",
             Self::Draw { .. } => "draw",
             Self::SiluGrad { .. } => "silu_grad",
+            Self::GeluGrad { .. } => "gelu_grad",
             Self::RmsNormGrad { .. } => "rms_norm_grad",
             Self::GainGrad { .. } => "gain_grad",
             Self::SoftmaxGrad { .. } => "softmax_grad",
@@ -418,6 +474,9 @@ impl fmt::Display for Op {
             | Self::Scale { n }
             | Self::Silu { n }
             | Self::SiluGrad { n }
+            | Self::Gelu { n }
+            | Self::GeluGrad { n }
+            | Self::Shift { n }
             | Self::Rope { n }
             | Self::SumSquares { n }
             | Self::AdamW { n } => write!(f, "[n={n}]"),
@@ -425,7 +484,11 @@ impl fmt::Display for Op {
             Self::RopeTable { positions, half } => {
                 write!(f, "[positions={positions} half={half}]")
             }
+            Self::RopeLinear { half } | Self::RopeLlama3 { half } | Self::RopeYarn { half } => {
+                write!(f, "[half={half}]")
+            }
             Self::Bias { rows, width }
+            | Self::CacheWrite { rows, width }
             | Self::Mask { rows, width }
             | Self::RmsNorm { rows, width }
             | Self::Softmax { rows, width }
@@ -574,6 +637,9 @@ mod tests {
         assert_eq!(at(Some(3), Module::Lora(q, Lora::A)), "layers.3.self_attn.q_proj.lora_a");
         assert_eq!(at(Some(0), Module::Proj(Projection::UpProj)), "layers.0.mlp.up_proj");
         assert_eq!(at(Some(7), Module::Residual), "layers.7");
+        assert_eq!(at(Some(2), Module::QNorm), "layers.2.self_attn.q_norm");
+        let after = Module::PostFeedforwardLayernorm;
+        assert_eq!(at(Some(2), after), "layers.2.post_feedforward_layernorm");
         assert_eq!(at(None, Module::LmHead), "lm_head");
     }
 }

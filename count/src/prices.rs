@@ -137,9 +137,15 @@ impl Op {
     /// | bias, add, mask | one add an element |
     /// | mul, scale | one mul an element |
     /// | silu | x / (1 + exp(−x)): neg, exp, add, div an element |
+    /// | gelu | x / (1 + exp(x · (a + b·x²))), a = −2√(2/π), b = 0.044715·a, which is x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³))) as tanh(y) = 2/(1 + exp(−2y)) − 1: 3 muls (x·x, b·x², x·sum), 2 adds, exp, div an element |
+    /// | shift | one add an element |
     /// | rms_norm | a row: w squares, w − 1 adds, 1 div (mean), 1 add (eps), 1 sqrt, w divs, w muls (gain) |
     /// | rope | a pair: 4 muls, 1 add, 1 sub |
     /// | rope_table | a frequency theta^(−i/d): i/d, log, mul, exp, reciprocal; a position and frequency: mul, cos, sin |
+    /// | rope_linear | a frequency f: 1 div |
+    /// | rope_llama3 | a frequency f: wavelength 2π/f (div), 2 cmps, f/factor (div), smooth = (original/wavelength − low)/(high − low) (div, sub, div), (1 − smooth)·scaled + smooth·f (sub, 2 muls, add); all of it whichever of the three is kept |
+    /// | rope_yarn | a frequency f of index i: f/factor (div), ramp (i − low)/(high − low) (sub, div) clamped to 0 … 1 (2 cmps), ramp·interpolated + (1 − ramp)·f (sub, 2 muls, add) |
+    /// | cache_write | copies only |
     /// | softmax | a row: w − 1 cmps (max), w subs, w exps, w − 1 adds, w divs |
     /// | embed | copies only |
     /// | argmax | a row: w − 1 cmps |
@@ -147,6 +153,7 @@ impl Op {
     /// | nucleus | a row: w − 1 adds, 1 mul (top-p × sum), w cmps; sorting before it is data-dependent and not counted |
     /// | draw | a row: w − 1 adds, 1 mul (uniform × sum), w cmps |
     /// | silu_grad | s = 1 / (1 + exp(−x)), dy · s · (1 + x · (1 − s)): neg, exp, div, 3 adds, 3 muls an element |
+    /// | gelu_grad | s = 1 / (1 + exp(x·(a + b·x²))) with gelu's a and b, dy·s·(1 + x·(1 − s)·(−a − 3b·x²)): 8 muls (x·x, b·x², x·sum, 3b·x², x·(1 − s), that·bracket, dy·s, that·sum), 5 adds, exp, div an element |
     /// | rms_norm_grad | a row, with h = gain · dy: w muls (h), 2w muls and 2(w − 1) adds (Σ x², Σ h·x), 1 div (mean), 1 add (eps), 1 sqrt, 1 div (inverse), 2 muls and 1 div (c = inverse² · Σ h·x / w), then inverse · (h − c · x): 2w muls, w adds |
     /// | gain_grad | a row: the inverse as above (w muls, w adds, 2 divs, 1 sqrt), dy · x · inverse: 2w muls; summed over rows: (rows − 1)·w adds |
     /// | softmax_grad | a row: y · (dy − Σ y·dy): 2w muls, w − 1 adds, w subs |
@@ -174,6 +181,11 @@ impl Op {
                 let n = n.into();
                 other(Primitives { neg: n, exp: n, add: n, div: n, ..p })
             }
+            Self::Gelu { n } => {
+                let n = u128::from(n);
+                other(Primitives { mul: 3 * n, add: 2 * n, exp: n, div: n, ..p })
+            }
+            Self::Shift { n } => other(Primitives { add: n.into(), ..p }),
             Self::RmsNorm { rows, width } => {
                 let (r, w) = (u128::from(rows), u128::from(width));
                 let (mul, add, div) = (2 * r * w, r * w, r * (w + 1));
@@ -185,12 +197,21 @@ impl Op {
                 let (div, mul, trig) = (2 * h, h + t * h, 2 * t * h);
                 other(Primitives { div, mul, trig, log: h, exp: h, ..p })
             }
+            Self::RopeLinear { half } => other(Primitives { div: half.into(), ..p }),
+            Self::RopeLlama3 { half } => {
+                let h = u128::from(half);
+                other(Primitives { div: 4 * h, add: 3 * h, mul: 2 * h, cmp: 2 * h, ..p })
+            }
+            Self::RopeYarn { half } => {
+                let h = u128::from(half);
+                other(Primitives { div: 2 * h, add: 3 * h, mul: 2 * h, cmp: 2 * h, ..p })
+            }
             Self::Softmax { rows, width } => {
                 let (r, w) = (u128::from(rows), u128::from(width));
                 let (cmp, add) = (r * (w - 1), r * (2 * w - 1));
                 other(Primitives { cmp, add, exp: r * w, div: r * w, ..p })
             }
-            Self::Embed { .. } => Cost::default(),
+            Self::Embed { .. } | Self::CacheWrite { .. } => Cost::default(),
             Self::Argmax { rows, width } => {
                 other(Primitives { cmp: u128::from(rows) * (u128::from(width) - 1), ..p })
             }
@@ -205,6 +226,10 @@ impl Op {
             Self::SiluGrad { n } => {
                 let n = u128::from(n);
                 other(Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..p })
+            }
+            Self::GeluGrad { n } => {
+                let n = u128::from(n);
+                other(Primitives { mul: 8 * n, add: 5 * n, exp: n, div: n, ..p })
             }
             Self::RmsNormGrad { rows, width } => {
                 let (r, w) = (u128::from(rows), u128::from(width));
@@ -411,6 +436,15 @@ mod tests {
         // 2 frequencies: 2·2 divs, 2 logs, 2 exps, 2 muls; 3 positions: 6 muls, 12 trigs.
         let table = Op::RopeTable { positions: 3, half: 2 };
         assert_eq!(priced(&Prices::unit(), table), 4 + 2 + 2 + 2 + 6 + 12);
+        // 2 frequencies: of Llama 3's 4 divs, 3 adds and 2 muls each, of YaRN's 2, 3 and 2.
+        assert_eq!(priced(&Prices::unit(), Op::RopeLinear { half: 2 }), 2);
+        assert_eq!(priced(&Prices::unit(), Op::RopeLlama3 { half: 2 }), 2 * 9);
+        assert_eq!(priced(&Prices::unit(), Op::RopeYarn { half: 2 }), 2 * 7);
+        // 3 muls, 2 adds, exp, div; of the gradient 8, 5, 1 and 1.
+        assert_eq!(priced(&Prices::coursework(), Op::Gelu { n: 5 }), 5 * 16);
+        assert_eq!(priced(&Prices::coursework(), Op::GeluGrad { n: 5 }), 5 * 24);
+        assert_eq!(priced(&Prices::unit(), Op::Shift { n: 5 }), 5);
+        assert_eq!(Op::CacheWrite { rows: 3, width: 8 }.cost(), Cost::default());
         assert_eq!(priced(&Prices::unit(), Op::Draw { rows: 2, width: 5 }), 2 * (4 + 1));
     }
 

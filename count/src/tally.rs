@@ -16,16 +16,16 @@ pub enum Component {
     Embedding,
     /// Cosine and sine tables.
     RotaryTables,
-    /// RMSNorm before attention, before the MLP and after the last layer.
+    /// RMSNorm around attention and the MLP, of queries and keys, and after the last layer.
     Norm,
     /// A base projection with its bias.
     Proj(Projection),
     /// The adapter beside a projection.
     Lora(Projection),
-    /// RoPE, scaling, scores, mask, softmax, weighted values.
+    /// RoPE, scaling, cache, scores, mask, softmax, weighted values.
     Attention,
-    /// SiLU and gate.
-    SwiGlu,
+    /// Activation and gate of the MLP: a gated linear unit.
+    Glu,
     /// Residual additions.
     Residual,
     /// Output head.
@@ -49,7 +49,7 @@ impl fmt::Display for Component {
             Self::Proj(p) => f.pad(p.name()),
             Self::Lora(p) => f.pad(&format!("{p} LoRA")),
             Self::Attention => f.pad("attention"),
-            Self::SwiGlu => f.pad("SwiGLU"),
+            Self::Glu => f.pad("GLU"),
             Self::Residual => f.pad("residuals"),
             Self::LmHead => f.pad("lm_head"),
             Self::Sampling => f.pad("sampling"),
@@ -71,12 +71,18 @@ impl From<Module> for Component {
         match module {
             Module::EmbedTokens => Self::Embedding,
             Module::RotaryEmb => Self::RotaryTables,
-            Module::InputLayernorm | Module::PostAttentionLayernorm | Module::Norm => Self::Norm,
+            Module::InputLayernorm
+            | Module::QNorm
+            | Module::KNorm
+            | Module::PostAttentionLayernorm
+            | Module::PreFeedforwardLayernorm
+            | Module::PostFeedforwardLayernorm
+            | Module::Norm => Self::Norm,
             Module::Proj(p) => Self::Proj(p),
             Module::Lora(p, _) => Self::Lora(p),
             Module::SelfAttn => Self::Attention,
             Module::Residual => Self::Residual,
-            Module::Mlp => Self::SwiGlu,
+            Module::Mlp => Self::Glu,
             Module::LmHead => Self::LmHead,
             Module::Sampler => Self::Sampling,
             Module::Loss => Self::Loss,

@@ -4,10 +4,7 @@ use std::ops::Add;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    config::Projection,
-    ledger::{Key, Ledger, Module, Op, Phase},
-};
+use crate::ledger::{Key, Ledger, Module, Op, Phase};
 
 /// Bytes touched, each tensor once a call. Copies and changes of layout are no ops and not here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -74,12 +71,15 @@ impl Key {
     /// | op | elements |
     /// |---|---|
     /// | matmul | left b·m·k and output b·m·n are activations; right b·k·n is a weight, keys or values, or, in gradients of weights and of attention, an activation |
-    /// | bias | the vector; rows in and out; those of k and v are then written to the cache |
+    /// | bias | the vector; rows in and out |
+    /// | shift | the gain; as much out |
+    /// | cache_write | rows in; the cache's out |
     /// | rms_norm | the gain; rows in and out. Its gradient: the gain, two in, one out |
     /// | embed | rows read from the table, and given. Its gradient: rows read, table's rows read and written |
-    /// | add, mul, gradients of silu and softmax | two in, one out |
-    /// | scale, silu, rope, mask, softmax, repeat_penalty, nucleus, cross_entropy and its gradient | one in, one out; factors, tables and the mask are small and shared |
+    /// | add, mul, gradients of silu, gelu and softmax | two in, one out |
+    /// | scale, silu, gelu, rope, mask, softmax, repeat_penalty, nucleus, cross_entropy and its gradient | one in, one out; factors, tables and the mask are small and shared |
     /// | rope_table | cosines and sines out |
+    /// | rope_linear, rope_llama3, rope_yarn | frequencies in and out |
     /// | argmax, draw, sum_squares | one in |
     /// | sum_rows; gradient of a gain | rows in (two), one row out |
     /// | clip_factor | the sums |
@@ -101,17 +101,7 @@ impl Key {
                     Right::Activation => activations(right + rest),
                 }
             }
-            Op::Bias { rows, width } => {
-                use Projection::{KProj, VProj};
-                let cached = matches!(self.scope.module, Module::Proj(KProj | VProj));
-                let n = area(rows, width);
-                Traffic {
-                    weights: width.into(),
-                    kv_cache: if cached { n } else { 0 },
-                    activations: 2 * n,
-                }
-            }
-            Op::RmsNorm { rows, width } => Traffic {
+            Op::Bias { rows, width } | Op::RmsNorm { rows, width } => Traffic {
                 weights: width.into(),
                 activations: 2 * area(rows, width),
                 ..Traffic::default()
@@ -121,14 +111,25 @@ impl Key {
                 activations: 3 * area(rows, width),
                 ..Traffic::default()
             },
+            Op::Shift { n } => {
+                Traffic { weights: n.into(), activations: n.into(), ..Traffic::default() }
+            }
+            Op::CacheWrite { rows, width } => {
+                let n = area(rows, width);
+                Traffic { kv_cache: n, activations: n, ..Traffic::default() }
+            }
             Op::Embed { rows, width } => {
                 let n = area(rows, width);
                 Traffic { weights: n, activations: n, ..Traffic::default() }
             }
             Op::EmbedGrad { rows, width } => activations(3 * area(rows, width)),
-            Op::Add { n } | Op::Mul { n } | Op::SiluGrad { n } => activations(3 * u128::from(n)),
+            Op::Add { n } | Op::Mul { n } | Op::SiluGrad { n } | Op::GeluGrad { n } => {
+                activations(3 * u128::from(n))
+            }
             Op::SoftmaxGrad { rows, width } => activations(3 * area(rows, width)),
-            Op::Scale { n } | Op::Silu { n } | Op::Rope { n } => activations(2 * u128::from(n)),
+            Op::Scale { n } | Op::Silu { n } | Op::Gelu { n } | Op::Rope { n } => {
+                activations(2 * u128::from(n))
+            }
             Op::Mask { rows, width }
             | Op::Softmax { rows, width }
             | Op::RepeatPenalty { rows, width }
@@ -136,6 +137,9 @@ impl Key {
             | Op::CrossEntropy { rows, width }
             | Op::CrossEntropyGrad { rows, width } => activations(2 * area(rows, width)),
             Op::RopeTable { positions, half } => activations(2 * area(positions, half)),
+            Op::RopeLinear { half } | Op::RopeLlama3 { half } | Op::RopeYarn { half } => {
+                activations(2 * u128::from(half))
+            }
             Op::Argmax { rows, width } | Op::Draw { rows, width } => activations(area(rows, width)),
             Op::SumRows { rows, width } => activations(area(rows, width) + u128::from(width)),
             Op::GainGrad { rows, width } => activations(2 * area(rows, width) + u128::from(width)),
@@ -172,7 +176,10 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::{Dtype, Lora, Scope};
+    use crate::{
+        config::Projection,
+        ledger::{Dtype, Lora, Scope},
+    };
 
     /// (weights, cache, activations) in elements.
     fn elements(phase: Phase, module: Module, op: Op) -> [u128; 3] {
@@ -206,8 +213,9 @@ mod tests {
         let of = |module, op| elements(Phase::Decode, module, op);
         let (rows, width) = (3, 8);
         let k = Module::Proj(Projection::KProj);
-        assert_eq!(of(k, Op::Bias { rows, width }), [8, 24, 48]);
-        assert_eq!(of(Module::Proj(Projection::QProj), Op::Bias { rows, width }), [8, 0, 48]);
+        assert_eq!(of(k, Op::Bias { rows, width }), [8, 0, 48]);
+        assert_eq!(of(Module::SelfAttn, Op::CacheWrite { rows, width }), [0, 24, 24]);
+        assert_eq!(of(Module::Norm, Op::Shift { n: 8 }), [8, 0, 8]);
         assert_eq!(of(Module::Norm, Op::RmsNorm { rows, width }), [8, 0, 48]);
         assert_eq!(of(Module::EmbedTokens, Op::Embed { rows, width }), [24, 0, 24]);
         assert_eq!(of(Module::Residual, Op::Add { n: 5 }), [0, 0, 15]);

@@ -12,7 +12,8 @@ use crate::{
     generate::{Request, generate},
     ledger::{Ledger, Phase},
     meter::Meter,
-    model::{Labelled, Qwen2, Trained},
+    model::{Context, Decoder, How, Labelled, Trained},
+    ops::Ids,
     ops::Sampler,
     tally::Tally,
     train::{Hyper, Trainer},
@@ -66,7 +67,7 @@ impl Runner<'_> {
     ///
     /// # Errors
     /// A workload that the model cannot run, or the device's.
-    pub fn prefill(&self, model: &Qwen2, batch: u64, seq: u64) -> Result<Measured> {
+    pub fn prefill(&self, model: &Decoder, batch: u64, seq: u64) -> Result<Measured> {
         let mut tokens = self.tokens(model);
         let request = Request {
             prompts: (0..batch).map(|_| tokens(seq)).collect(),
@@ -76,7 +77,7 @@ impl Runner<'_> {
             kv_cache: true,
             eos: vec![],
             timed: false,
-            recorded: true,
+            how: How::RECORDED,
         };
         let ledger = RefCell::new(Ledger::default());
         let timed = self.time(|| {
@@ -94,24 +95,24 @@ impl Runner<'_> {
     ///
     /// # Errors
     /// As [`Runner::prefill`].
-    pub fn decode(&self, model: &Qwen2, batch: u64, context: u64) -> Result<Measured> {
+    pub fn decode(&self, model: &Decoder, batch: u64, context: u64) -> Result<Measured> {
         let ids = self.tokens(model)(batch);
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let (rows, past) = (batch as usize, context as usize);
         let mut cache = model.cache(meter, rows, past + 1)?;
         let meter = meter.phase(Phase::Decode);
-        cache.set_past(past)?;
+        cache.set_held(past)?;
         let mut sampler = Sampler::new(Sampling::GREEDY, &vec![0; rows]);
         let fed: Vec<_> = ids.iter().map(|&id| vec![id]).collect();
-        let mut decoder = model.decoder(&cache, &mut sampler, &fed, 1, true)?;
+        let mut on_gpu = model.decoding(&mut cache, &mut sampler, &fed, 1, How::RECORDED)?;
         let timed = self.time(|| {
-            cache.set_past(past)?;
+            let ids = Ids::Host { ids: &ids, batch: rows };
             model.device().synchronize()?;
             let start = Instant::now();
-            match &mut decoder {
-                Some(decoder) => decoder.again(meter, &cache)?,
-                None => drop(model.forward(meter, &ids, rows, &mut cache, Logits::Last)?),
+            match &mut on_gpu {
+                Some(decoding) => decoding.again(meter, &mut cache)?,
+                None => drop(model.forward(meter, ids, Context::Held(&cache), Logits::Last)?),
             }
             model.device().synchronize()?;
             Ok(start.elapsed().as_secs_f64())
@@ -137,11 +138,11 @@ impl Runner<'_> {
     /// As [`Runner::prefill`]; a model without anything to train.
     pub fn train(
         &self,
-        model: Qwen2,
+        model: Decoder,
         (batch, seq): (u64, u64),
         full: bool,
         recompute: bool,
-    ) -> Result<(Measured, Qwen2)> {
+    ) -> Result<(Measured, Decoder)> {
         let task =
             |steps| Task::Train { batch, seq, accumulate: 1, steps, full, recompute, clip: true };
         let workload = self.workload(&model, task(1));
@@ -157,8 +158,7 @@ impl Runner<'_> {
         let meter = Meter::new(&ledger, Phase::Setup);
         let trained = if full { Trained::All } else { Trained::Adapters };
         let hyper = Hyper::DEFAULT;
-        let shape = (batch as usize, seq as usize);
-        let mut trainer = Trainer::new(meter, model, trained, hyper, shape, recompute)?;
+        let mut trainer = Trainer::new(meter, model, trained, hyper, seq as usize, recompute)?;
         let device = trainer.model.device().clone();
         let timed = self.time(|| {
             device.synchronize()?;
@@ -196,13 +196,13 @@ impl Runner<'_> {
     }
 
     /// Draws so many random tokens.
-    fn tokens(&self, model: &Qwen2) -> impl FnMut(u64) -> Vec<u32> + use<> {
+    fn tokens(&self, model: &Decoder) -> impl FnMut(u64) -> Vec<u32> + use<> {
         let mut rng = StdRng::seed_from_u64(self.seed);
         let vocab = model.config().vocab_size as u32;
         move |n| (0..n).map(|_| rng.random_range(0..vocab)).collect()
     }
 
-    fn workload(&self, model: &Qwen2, task: Task) -> Workload {
+    fn workload(&self, model: &Decoder, task: Task) -> Workload {
         let (config, lora) = (model.config().clone(), model.lora().clone());
         Workload { model: config, lora, dtype: model.dtype(), task }
     }

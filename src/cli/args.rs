@@ -12,7 +12,8 @@ use crate::{
     config::{LoraConfig, ModelConfig, Projection},
     error::{Error, Result},
     ledger::{Dtype, Ledger},
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder, How},
+    ops::Fault,
     prices::Prices,
     report::{self, Figures, Report},
     target::{Target, temporary_beside},
@@ -143,9 +144,19 @@ pub struct ExecutionArgs {
     /// On a GPU, launch each decoding step anew in place of replaying a recorded CUDA graph
     #[arg(long)]
     pub no_cuda_graph: bool,
+    /// Drop or double a kernel of the recorded CUDA graph, to see that the audit finds it: drop:3
+    #[arg(long, value_name = "FAULT", hide = true, conflicts_with = "no_cuda_graph")]
+    pub plant_fault: Option<Fault>,
     /// Write every op that ran, with its calls, to FILE as JSON; `-` is stdout
     #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
+}
+
+impl ExecutionArgs {
+    /// How a GPU's decoding steps are run.
+    pub fn how(&self) -> How {
+        How { recorded: !self.no_cuda_graph, fault: self.plant_fault }
+    }
 }
 
 /// An opened file for the executed ledger, where one was asked for.
@@ -216,7 +227,7 @@ impl ExecutionArgs {
         adapters: &AdapterSource,
         device: &Device,
         interrupt: &Interrupt,
-    ) -> Result<Qwen2> {
+    ) -> Result<Decoder> {
         let Checkpoint { config, weights, .. } = checkpoint;
         let layers = config.num_hidden_layers as u64;
         let bar = bar(layers, "loading weights {bar:30} {pos}/{len} layers");
@@ -224,7 +235,7 @@ impl ExecutionArgs {
             bar.set_position(layer as u64);
             interrupt.check()
         };
-        let model = Qwen2::load(config, weights, adapters, self.dtype(), device, progress);
+        let model = Decoder::load(config, weights, adapters, self.dtype(), device, progress);
         bar.finish_and_clear();
         model
     }

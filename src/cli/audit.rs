@@ -21,7 +21,8 @@ use crate::{
     generate::{Request, generate},
     ledger::{Ledger, Phase},
     meter::{Meter, Observer},
-    model::{Labelled, Qwen2, Trained},
+    model::{Context, Decoder, Labelled, Trained},
+    ops::Ids,
     report::Report,
     train::{Hyper, Trainer, data::Batch},
     workload::{Task, Workload},
@@ -111,7 +112,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
 /// Runs `task` on random tokens, all ops told to `observer`; cached tokens before a forward pass are
 /// zeros, which cost the same.
 fn execute(
-    model: Qwen2,
+    model: Decoder,
     task: Task,
     execution: &ExecutionArgs,
     timed: bool,
@@ -125,9 +126,11 @@ fn execute(
         Task::Forward { batch, seq, past, logits } => {
             let meter = Meter::new(observer, Phase::Setup).timed(timed);
             let mut cache = model.cache(meter, batch as usize, (past + seq) as usize)?;
-            cache.set_past(past as usize)?;
+            cache.set_held(past as usize)?;
             let ids = tokens(batch * seq);
-            model.forward(meter.phase(Phase::Forward), &ids, batch as usize, &mut cache, logits)?;
+            let ids = Ids::Host { ids: &ids, batch: batch as usize };
+            let context = Context::Cached(&mut cache);
+            model.forward(meter.phase(Phase::Forward), ids, context, logits)?;
         }
         Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => {
             let request = Request {
@@ -138,7 +141,7 @@ fn execute(
                 kv_cache,
                 eos: vec![],
                 timed,
-                recorded: !execution.no_cuda_graph,
+                how: execution.how(),
             };
             generate(&model, &request, observer, |_, _| interrupt.check())?;
         }
@@ -147,7 +150,7 @@ fn execute(
             let trained = if full { Trained::All } else { Trained::Adapters };
             let hyper = Hyper { clip: clip.then_some(1.0), ..Hyper::DEFAULT };
             let shape = (batch as usize, seq as usize);
-            let mut trainer = Trainer::new(meter, model, trained, hyper, shape, recompute)?;
+            let mut trainer = Trainer::new(meter, model, trained, hyper, shape.1, recompute)?;
             for _ in 0..steps {
                 let rows = batch * accumulate;
                 let texts = tokens(rows * (seq + 1));
@@ -161,7 +164,7 @@ fn execute(
         Task::Evaluate { batch, seq, passes } => {
             let meter = Meter::new(observer, Phase::Setup).timed(timed);
             let shape = (batch as usize, seq as usize);
-            let positions = model.positions(meter, shape.0, shape.1)?;
+            let positions = model.positions(meter, shape.1)?;
             for _ in 0..passes {
                 let texts = tokens(batch * (seq + 1));
                 for text in random_batches(&texts, shape, 1) {

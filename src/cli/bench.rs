@@ -18,7 +18,7 @@ use crate::{
     config::{LoraConfig, Projection},
     error::{Error, Result},
     ledger::Dtype,
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     report, sweep,
     target::Target,
     weights::Checkpoint,
@@ -278,7 +278,7 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
         let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: grid.seed };
         let Checkpoint { config, weights, .. } = &checkpoint;
         bar.set_message("loading weights");
-        Qwen2::load(config, weights, &adapters, dtype, &opened, |_| interrupt.check())
+        Decoder::load(config, weights, &adapters, dtype, &opened, |_| interrupt.check())
     };
     let mut measure = || -> Result<()> {
         for &dtype in &plan.dtypes {
@@ -374,10 +374,10 @@ impl Unit {
     fn run(
         self,
         runner: &Runner,
-        model: Qwen2,
+        model: Decoder,
         batch: u64,
         length: u64,
-    ) -> Result<(Measured, Qwen2)> {
+    ) -> Result<(Measured, Decoder)> {
         match self {
             Self::Prefill => Ok((runner.prefill(&model, batch, length)?, model)),
             Self::Decode { .. } => Ok((runner.decode(&model, batch, length)?, model)),

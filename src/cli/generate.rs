@@ -23,7 +23,7 @@ use crate::{
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
     ledger::{Dtype, Ledger, Phase},
-    model::Qwen2,
+    model::Decoder,
     prices::Prices,
     report::{GenerationReport, Report, SequenceReport, Timings, Trace},
     tally::Tally,
@@ -206,7 +206,7 @@ impl Args {
             kv_cache: !self.no_kv_cache,
             eos: eos.clone(),
             timed: self.trace.timed(&self.execution),
-            recorded: !self.execution.no_cuda_graph,
+            how: self.execution.how(),
         };
         by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
     }
@@ -214,7 +214,7 @@ impl Args {
     /// Runs batch after batch, all ops told to `observers`.
     fn generate_all(
         &self,
-        model: &Qwen2,
+        model: &Decoder,
         text: &Text,
         requests: Vec<(Vec<usize>, Request)>,
         observers: (Ledger, Option<Trace>),

@@ -1,11 +1,11 @@
 //! The loss of labelled text, and its gradients.
 
-use super::{KvCache, Qwen2, qwen2::Parameter};
+use super::{Context, Decoder, Positions, decoder::Parameter};
 use crate::{
     error::Result,
     ledger::{Module, Phase, Scope},
     meter::Meter,
-    ops::{self, CrossEntropy, Gradients, Losses, Tensor, backward},
+    ops::{self, CrossEntropy, Gradients, Ids, Losses, Tensor, backward},
     workload::LOSS_ROWS,
 };
 
@@ -31,7 +31,13 @@ pub enum Trained {
     All,
 }
 
-impl Qwen2 {
+impl Labelled<'_> {
+    fn ids(&self) -> Ids<'_> {
+        Ids::Host { ids: self.ids, batch: self.batch }
+    }
+}
+
+impl Decoder {
     /// Has gradients computed of the parameters that `trained` says, and of no other.
     pub fn train(&mut self, trained: Trained) {
         for Parameter { scope, tensor, .. } in self.parameters() {
@@ -50,24 +56,15 @@ impl Qwen2 {
         trained.map(|Parameter { name, scope, tensor }| (name, scope, tensor)).collect()
     }
 
-    /// Rotary tables for whole sequences, of which nothing is kept.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn positions(&self, meter: Meter, batch: usize, seq: usize) -> Result<KvCache> {
-        KvCache::transient(meter, self.config(), batch, seq, self.dtype(), self.device())
-    }
-
     /// Σ weight · cross-entropy over all positions, without gradients.
     ///
     /// # Errors
-    /// An id outside the vocabulary, a batch or length that `positions` was not made for, or the
-    /// device's.
-    pub fn loss(&self, meter: Meter, text: Labelled, positions: &KvCache) -> Result<f64> {
+    /// An id outside the vocabulary, more tokens than `positions` was made for, or the device's.
+    pub fn loss(&self, meter: Meter, text: Labelled, positions: &Positions) -> Result<f64> {
         let forward = meter.phase(Phase::Forward);
-        let x = self.hidden(forward, text.ids, text.batch, positions)?; // (B, T, D)
-        let x = self.normed(forward, &x)?;
-        self.head_loss(meter, &x, text, None).map(|(loss, _)| loss)
+        let x = self.hidden(forward, text.ids(), &Context::Whole(positions))?; // (B, T, D)
+        let h = self.normed(forward, &x.share())?;
+        self.head_loss(meter, &h, text, None).map(|(loss, _)| loss)
     }
 
     /// Σ weight · cross-entropy over all positions, and its gradients towards every trained
@@ -75,30 +72,53 @@ impl Qwen2 {
     /// when its gradients are computed.
     ///
     /// # Errors
-    /// As [`Qwen2::loss`].
+    /// As [`Decoder::loss`].
     pub fn loss_and_gradients(
         &self,
         meter: Meter,
         text: Labelled,
-        positions: &KvCache,
+        positions: &Positions,
         recompute: bool,
     ) -> Result<(f64, Gradients)> {
+        let context = Context::Whole(positions);
+        match recompute {
+            false => self.keeping_activations(meter, text, &context),
+            true => self.recomputing_layers(meter, text, &context),
+        }
+    }
+
+    fn keeping_activations(
+        &self,
+        meter: Meter,
+        text: Labelled,
+        context: &Context,
+    ) -> Result<(f64, Gradients)> {
+        let forward = meter.phase(Phase::Forward).taped(true);
+        let x = self.hidden(forward, text.ids(), context)?; // (B, T, D)
+        let h = self.normed(forward, &x.share())?;
+        let mut gradients = Gradients::default();
+        let (loss, dh) = self.head_loss(meter, &h, text, Some(&mut gradients))?;
+        gradients.merge(meter, backward(meter, &h, dh)?)?;
+        Ok((loss, gradients))
+    }
+
+    fn recomputing_layers(
+        &self,
+        meter: Meter,
+        text: Labelled,
+        context: &Context,
+    ) -> Result<(f64, Gradients)> {
         let forward = meter.phase(Phase::Forward);
-        let embedded = self.embed(forward.taped(true), text.ids, text.batch)?; // (B, T, D)
-        let mask = self.mask(text.batch, embedded.dims()[1], positions)?;
-        let mut x = embedded.clone();
-        let mut inputs = vec![];
+        let embedded = self.embed(forward.taped(true), text.ids())?; // (B, T, D)
+        let masks = self.masks(&embedded, context)?;
+        let embedded = embedded.share();
+        let (mut x, mut inputs) = (embedded.clone(), vec![]);
         for (i, layer) in self.layers.iter().enumerate() {
-            if recompute {
-                x = start_of_layer(i, &x, &embedded);
-                inputs.push(x.clone());
-            }
-            let meter = forward.taped(!recompute).layer(i);
-            x = layer.forward(meter, i, &x, mask.as_ref(), positions)?;
+            x = start_of_layer(i, &x, &embedded);
+            inputs.push(x.clone());
+            x = layer.forward(forward.layer(i), i, x.copied()?, &masks, context)?.share();
         }
-        if recompute {
-            x = start_of_layer(self.layers.len(), &x, &embedded);
-        }
+        x = start_of_layer(self.layers.len(), &x, &embedded);
         let h = self.normed(forward.taped(true), &x)?;
         let mut gradients = Gradients::default();
         let (loss, dh) = self.head_loss(meter, &h, text, Some(&mut gradients))?;
@@ -106,8 +126,8 @@ impl Qwen2 {
         while let Some(input) = inputs.pop() {
             let i = inputs.len();
             let Some(dy) = gradients.take(&x) else { break };
-            let meter_again = meter.phase(Phase::Recompute).taped(true).layer(i);
-            let y = self.layers[i].forward(meter_again, i, &input, mask.as_ref(), positions)?;
+            let again = meter.phase(Phase::Recompute).taped(true).layer(i);
+            let y = self.layers[i].forward(again, i, input.copied()?, &masks, context)?.share();
             gradients.merge(meter, backward(meter, &y, dy)?)?;
             x = input;
         }
@@ -130,7 +150,7 @@ impl Qwen2 {
         let shape = h.dims().to_vec();
         let rows = shape[0] * shape[1];
         let h = h.detach().reshape((rows, shape[2]))?;
-        let head = self.head();
+        let head = self.head_weight();
         let at_loss = meter.phase(Phase::Loss).at(Module::Loss);
         let (mut losses, mut dh) = (vec![], vec![]);
         for start in (0..rows).step_by(LOSS_ROWS) {
@@ -144,10 +164,10 @@ impl Qwen2 {
             let Some(gradients) = gradients.as_deref_mut() else { continue };
             let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype())?;
             let at = |phase| meter.phase(phase).at(Module::LmHead);
-            dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?);
+            dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?.share());
             if head.needs_gradient() {
                 let dw = ops::matmul(at(Phase::BackwardW), &d.t()?, &part)?;
-                gradients.add(meter, head, dw)?;
+                gradients.add(meter, head, dw.share())?;
             }
         }
         let dh = Tensor::stacked(&dh, &h)?.reshape(shape)?;

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Lora, Module},
     meter::Meter,
-    ops::{self, LowRank, Tensor},
+    ops::{LowRank, Tensor, candle_dtype},
     weights::PeftAdapter,
 };
 
@@ -76,9 +76,9 @@ impl Adapter {
                 (a, Tensor::zeros((output, lora.rank), dtype, device)?)
             }
             AdapterSource::Peft(adapter) => {
-                let dtype = ops::candle_dtype(dtype);
+                let dtype = candle_dtype(dtype);
                 let a = adapter.a(layer, projection, dtype, device)?;
-                (a.into(), adapter.b(layer, projection, dtype, device)?.into())
+                (Tensor::of(a), Tensor::of(adapter.b(layer, projection, dtype, device)?))
             }
         };
         let scaling = Tensor::from_vec(vec![lora.scaling() as f32], 1, dtype, device)?;
@@ -90,8 +90,8 @@ impl Adapter {
         [(Lora::A, &mut self.a), (Lora::B, &mut self.b)]
     }
 
-    /// What decoding takes it for.
-    pub(super) fn low_rank<'a>(&'a self, meter: Meter<'a>) -> LowRank<'a> {
+    /// Its tensors, each accounted for at its own module.
+    pub(super) fn at<'a>(&'a self, meter: Meter<'a>) -> LowRank<'a> {
         let at = |part| meter.at(Module::Lora(self.projection, part));
         LowRank {
             a: (at(Lora::A), &self.a),
@@ -99,17 +99,5 @@ impl Adapter {
             scaling: (at(Lora::Scale), &self.scaling),
             sum: at(Lora::Sum),
         }
-    }
-
-    /// `base` (…, out) + scaling · B(A `x`), x (…, in).
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn forward(&self, meter: Meter, x: &Tensor, base: &Tensor) -> Result<Tensor> {
-        let at = |part| meter.at(Module::Lora(self.projection, part));
-        let low = ops::linear(at(Lora::A), x, &self.a)?; // (…, r)
-        let delta = ops::linear(at(Lora::B), &low, &self.b)?; // (…, out)
-        let delta = ops::scale(at(Lora::Scale), &delta, &self.scaling)?;
-        ops::add(at(Lora::Sum), base, &delta)
     }
 }

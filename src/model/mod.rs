@@ -1,13 +1,13 @@
 //! The model over metered ops: no arithmetic of its own.
 
-mod cache;
-mod decode;
+mod context;
+mod decoder;
+mod decoding;
 mod gradients;
 mod lora;
-mod qwen2;
 
-pub use cache::KvCache;
-pub use decode::Decoder;
+pub use context::{Cache, Context, Positions};
+pub use decoder::Decoder;
+pub use decoding::{Decoding, How};
 pub use gradients::{Labelled, Trained};
 pub use lora::{Adapter, AdapterSource};
-pub use qwen2::Qwen2;

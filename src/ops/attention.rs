@@ -1,9 +1,10 @@
 //! Attention between the projections: scores, mask, softmax, weighted values.
 
+use candle_core::Device;
+
 use super::{
-    CausalMask, Tensor,
-    cuda::{Arg, File, Kernels},
-    masked_softmax, matmul, merge_heads, softmax,
+    CausalMask, Kernel, Nodes, Ops, Tensor, cuda::Kernels, masked_softmax, matmul, merge_heads,
+    softmax,
 };
 use crate::{
     error::Result,
@@ -15,7 +16,7 @@ use crate::{
 /// by token, (B, T, H·d). The G = H/K query heads of one key head are rows of one product: K is
 /// never repeated. Without a mask every query sees all of S.
 ///
-/// On a GPU, in bf16 and where no gradient is wanted, one kernel runs all of it.
+/// On a GPU, in bf16 and where no gradient is wanted, one launch computes all of it.
 ///
 /// # Errors
 /// Shapes that do not fit one another.
@@ -26,8 +27,12 @@ pub fn attention(
     v: &Tensor,
     mask: Option<&CausalMask>,
 ) -> Result<Tensor> {
-    if let (Some(kernels), Some(mask)) = (kernels(at, q, k, v), mask) {
-        return fused(at, &kernels, q, k, v, mask);
+    let taped = at.is_taped() && [q, k, v].iter().any(|t| t.needs_gradient());
+    if let (false, Some(mask)) = (taped, mask)
+        && let Some(kernels) = Kernels::of(&[&q.data])
+        && Kernels::attention_serves(&q.data, &k.data, &v.data)
+    {
+        return at.launch(&InOneLaunch { kernels, q, k, v, mask });
     }
     let ((batch, heads, seq, d), kv_heads) = (q.data.dims4()?, k.dims()[1]);
     let q = q.reshape((batch, kv_heads, heads / kv_heads * seq, d))?;
@@ -36,7 +41,7 @@ pub fn attention(
         Some(mask) => masked_softmax(at, scores, mask)?,
         None => softmax(at, scores)?,
     };
-    let mixed = matmul(at, &weights, v)?; // (B, K, G·T, d)
+    let mixed = matmul(at, &weights, v)?.share(); // (B, K, G·T, d)
     merge_heads(&mixed.reshape((batch, heads, seq, d))?)
 }
 
@@ -46,60 +51,41 @@ pub fn is_one_kernel(dtype: Dtype, head_dim: usize) -> bool {
     dtype == Dtype::BF16 && matches!(head_dim, 64 | 128)
 }
 
-/// Those that take all of it at once.
-fn kernels(at: At, q: &Tensor, k: &Tensor, v: &Tensor) -> Option<Kernels> {
-    let taped = at.is_taped() && [q, k, v].iter().any(|t| t.needs_gradient());
-    // Keys and values may be the held part of a cache: dense but for what follows each head.
-    let by_head = |t: &Tensor| {
-        let (dims, stride) = (t.dims(), t.data.stride());
-        let dense = stride[3] == 1 && stride[2] == dims[3] && stride[0] == dims[1] * stride[1];
-        dense && t.data.layout().start_offset().is_multiple_of(8)
-    };
-    let serves = is_one_kernel(q.dtype().ok()?, *q.dims().last()?)
-        && q.dims()[0] <= 65_535
-        && by_head(k)
-        && by_head(v)
-        && k.data.stride() == v.data.stride();
-    Kernels::of(&[&q.data]).filter(|_| serves && !taped)
+struct InOneLaunch<'a> {
+    kernels: Kernels,
+    q: &'a Tensor, // (B, H, T, d)
+    k: &'a Tensor, // (B, K, S, d)
+    v: &'a Tensor, // (B, K, S, d)
+    mask: &'a CausalMask,
 }
 
-fn fused(
-    at: At,
-    kernels: &Kernels,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    mask: &CausalMask,
-) -> Result<Tensor> {
-    let (batch, heads, seq, d) = q.data.dims4()?;
-    let (kv_heads, held) = (k.dims()[1], k.dims()[2]);
-    let past = mask.past_of(seq, held)?;
-    let (dtype, device) = (q.dtype()?, q.device());
-    let [b, h, kv, t, s, width] = [batch, heads, kv_heads, seq, held, d].map(|n| n as u64);
-    let (rows, grouped) = (b * h * t, h / kv * t);
-    at.ran(Op::Matmul { b: b * kv, m: grouped, k: width, n: s }, dtype);
-    at.ran(Op::Mask { rows, width: s }, dtype);
-    at.ran(Op::Softmax { rows, width: s }, dtype);
-    let values = Op::Matmul { b: b * kv, m: grouped, k: s, n: width };
-    let mixed = at.run(values, dtype, device, || {
-        let out = kernels.output(&q.data)?.reshape((batch, seq, heads * d))?;
-        let args = [
-            Arg::Of(&out),
-            Arg::Of(&q.data),
-            Arg::Strided(&k.data),
-            Arg::Strided(&v.data),
-            Arg::U32(seq as u32),
-            Arg::U32(held as u32),
-            Arg::U32(past as u32),
-            Arg::U32(heads as u32),
-            Arg::U32(kv_heads as u32),
-            Arg::U64(k.data.stride()[1] as u64),
-        ];
-        // Query rows of a block: `64 · MT` in attention.cu.
-        let rows = if d == 64 { 128 } else { 64 };
-        let grid = [seq.div_ceil(rows), heads, batch].map(|n| n as u64);
-        kernels.launch(File::Attention, &format!("attention_bf16_{d}"), grid, 128, &args)?;
-        Ok(out)
-    })?;
-    Ok(mixed.into())
+impl Kernel for InOneLaunch<'_> {
+    type Output = Tensor;
+
+    fn device(&self) -> &Device {
+        self.q.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (batch, heads, seq, d) = self.q.data.dims4()?;
+        let (_, kv_heads, held, _) = self.k.data.dims4()?;
+        let fits = seq == self.mask.seq() && held == self.mask.past() + seq;
+        anyhow::ensure!(fits, "a mask of {:?} for scores ({seq}, {held})", self.mask);
+        let [b, h, kv, t, s, d] = [batch, heads, kv_heads, seq, held, d].map(|n| n as u64);
+        let (rows, grouped, dtype) = (b * h * t, h / kv * t, self.q.dtype()?);
+        for op in [
+            Op::Matmul { b: b * kv, m: grouped, k: d, n: s },
+            Op::Mask { rows, width: s },
+            Op::Softmax { rows, width: s },
+            Op::Matmul { b: b * kv, m: grouped, k: s, n: d },
+        ] {
+            ops.add(op, dtype);
+        }
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
+        let [q, k, v] = [self.q, self.k, self.v].map(|t| &t.data);
+        Ok(Tensor::of(self.kernels.attention(nodes, q, k, v, self.mask.causal())?))
+    }
 }

@@ -1,10 +1,10 @@
 //! Choosing tokens on a GPU, by the rules of [`super::sample`]: nothing but tokens goes to the host.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 
 use super::{
-    Sampler, Tensor,
-    cuda::{Arg, File, Kernels},
+    Ids, Kernel, KvCache, Nodes, Ops, Sampler, Tensor,
+    cuda::{Choose, How, Kernels},
     sample::{Rule, finite},
 };
 use crate::{
@@ -13,23 +13,15 @@ use crate::{
     meter::At,
 };
 
-/// Blocks that draw a row's token together (`PEERS` in choose.cu).
-const PEERS: usize = 8;
-
 /// The state of a choice for each row, step after step, on its device.
-pub(super) struct Choosing {
+pub struct Choosing {
     kernels: Kernels,
     rule: Rule,
-    rows: usize,
-    width: usize,
-    /// Tokens that are held before the first step.
+    /// Tokens that were held before the first step.
     first: usize,
-    /// (1, rows), the latest tokens.
-    pub ids: candle_core::Tensor,
-    /// One: tokens held, in front of the latest.
-    pub held: candle_core::Tensor,
-    chosen: candle_core::Tensor, // (steps, rows), as `ranked` in choose.cu
-    done: candle_core::Tensor,   // one, zero between launches
+    ids: candle_core::Tensor,          // (1, rows), the latest tokens
+    chosen: candle_core::Tensor,       // (steps, rows), as `ranked` in choose.cu
+    done: candle_core::Tensor,         // one, zero between launches
     seen: Option<candle_core::Tensor>, // (rows, width), 1 where seen
     means: Means,
 }
@@ -43,6 +35,12 @@ enum Means {
         probabilities: candle_core::Tensor, // (rows, width)
         uniforms: candle_core::Tensor,      // (steps, rows)
     },
+}
+
+impl std::fmt::Debug for Choosing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Choosing({:?} after {} tokens)", self.rule.sampling, self.first)
+    }
 }
 
 /// One token for each row of `logits` (…, V), where their device has kernels for it.
@@ -62,12 +60,14 @@ pub(super) fn once(
         DType::F16 => logits.data.to_dtype(DType::F32)?, // for which there are no kernels
         _ => logits.data.contiguous()?,
     };
+    let width = logits.dim(candle_core::D::Minus1)?;
+    let logits = logits.reshape(((), width))?;
     // Rows are a grid's second dimension.
     let kernels = Kernels::of(&[&logits]).filter(|_| seen.len() <= 65_535);
     let Some(kernels) = kernels else { return Ok(None) };
-    let width = logits.dim(candle_core::D::Minus1)?;
+    let held = candle_core::Tensor::zeros((1, 1), DType::U32, kernels.device())?;
     let choosing = Choosing::new(kernels, sampler, seen, width, 0, 1)?;
-    choosing.choose(at, &logits, false)?;
+    at.launch(&Chosen { choosing: &choosing, logits: &logits, held: &held })?;
     Ok(choosing.chosen(0, 1)?.pop())
 }
 
@@ -77,7 +77,7 @@ impl Choosing {
     ///
     /// # Errors
     /// The device's, out of memory among them.
-    pub fn new(
+    fn new(
         kernels: Kernels,
         sampler: &mut Sampler,
         contexts: &[Vec<u32>],
@@ -107,11 +107,8 @@ impl Choosing {
         let ids = contexts.iter().map(|c| c.last().copied().unwrap_or(0)).collect();
         Ok(Self {
             rule,
-            rows,
-            width,
             first: held,
             ids: candle_core::Tensor::from_vec(ids, (1, rows), device)?,
-            held: candle_core::Tensor::from_vec(vec![held as u32], (1, 1), device)?,
             chosen: zeros((steps.max(1), rows), DType::I64)?,
             done: zeros((1, 1), DType::U32)?,
             seen: seen.transpose()?,
@@ -120,72 +117,44 @@ impl Choosing {
         })
     }
 
-    /// A token for each row of `logits` (rows, width): the row's next input. Where a recording
-    /// stands in for the launch, it is reported alone.
+    /// The same on top of `cache`, which from here on is counted on its device; none where that has
+    /// no kernels for tensors of `dtype`.
+    ///
+    /// # Errors
+    /// The device's, out of memory among them.
+    pub fn on_top_of(
+        cache: &mut KvCache,
+        sampler: &mut Sampler,
+        contexts: &[Vec<u32>],
+        width: usize,
+        steps: usize,
+    ) -> Result<Option<Self>> {
+        let (keys, _) = cache.layer(0)?;
+        let kernels = Kernels::on(keys.device(), keys.data.dtype());
+        // Rows are a grid's second dimension, and logits are read in packs of eight.
+        let serves = contexts.len() <= 65_535 && width.is_multiple_of(8);
+        let Some(kernels) = kernels.filter(|_| serves) else { return Ok(None) };
+        cache.count_on_device()?;
+        Self::new(kernels, sampler, contexts, width, cache.held(), steps).map(Some)
+    }
+
+    /// The tokens to feed next.
+    pub fn ids(&self) -> Ids<'_> {
+        Ids::Device(&self.ids)
+    }
+
+    /// A token for each row of `logits` (rows, 1, width): the row's next input. The device counts
+    /// the one that was fed as held.
     ///
     /// # Errors
     /// The device's.
-    pub fn choose(&self, at: At, logits: &candle_core::Tensor, replaying: bool) -> Result<()> {
-        let (rows, width) = (self.rows as u64, self.width as u64);
-        if self.rule.penalizes() {
-            at.ran(Op::RepeatPenalty { rows, width }, Dtype::F32);
-        }
-        let last = match self.means {
-            Means::Largest { .. } => Op::Argmax { rows, width },
-            Means::Drawn { .. } => {
-                at.ran(Op::Scale { n: rows * width }, Dtype::F32);
-                at.ran(Op::Softmax { rows, width }, Dtype::F32);
-                let width = self.rule.fewer_than(self.width).map_or(width, |k| k as u64);
-                if self.rule.sampling.top_p.is_some() {
-                    at.ran(Op::Nucleus { rows, width }, Dtype::F32);
-                }
-                Op::Draw { rows, width }
-            }
+    pub fn choose(&self, at: At, logits: &Tensor, cache: &KvCache) -> Result<()> {
+        let Some(held) = cache.on_device() else {
+            anyhow::bail!("the device does not count what the cache holds");
         };
-        at.run(last, Dtype::F32, logits.device(), || match replaying {
-            true => Ok(()),
-            false => self.launch(logits),
-        })
-    }
-
-    fn launch(&self, logits: &candle_core::Tensor) -> candle_core::Result<()> {
-        let (less, more) = self.rule.penalties;
-        let all = [
-            Arg::Of(&self.ids),
-            Arg::Of(&self.held),
-            Arg::Of(&self.done),
-            Arg::Of(&self.chosen),
-            Arg::U32(self.first as u32),
-            Arg::U32(self.rows as u32),
-            Arg::U32(self.width as u32),
-            self.seen.as_ref().into(),
-            Arg::F32(less),
-            Arg::F32(more),
-            Arg::Of(logits),
-        ];
-        let (name, blocks, block, own) = match &self.means {
-            Means::Largest { best } => {
-                let blocks = self.width.div_ceil(256 * 8).min(528usize.div_ceil(self.rows));
-                ("choose", blocks, 256, vec![Arg::Of(best)])
-            }
-            Means::Drawn { probabilities, uniforms } => {
-                let top_k = self.rule.fewer_than(self.width).unwrap_or(0);
-                // A p that f32 has no number for still keeps the likeliest.
-                let least = f32::MIN_POSITIVE;
-                let top_p = self.rule.sampling.top_p.map_or(0.0, |p| (p as f32).max(least));
-                let own = vec![
-                    Arg::Of(probabilities),
-                    Arg::Of(uniforms),
-                    Arg::F32(self.rule.inverse_temperature),
-                    Arg::U32(top_k as u32),
-                    Arg::F32(top_p),
-                ];
-                ("draw", PEERS, 1024, own)
-            }
-        };
-        let name = format!("{name}_{}", self.kernels.suffix());
-        let grid = [blocks as u64, self.rows as u64, 1];
-        self.kernels.launch(File::Choose, &name, grid, block, &[&all[..], &own].concat())
+        let width = logits.data.dim(candle_core::D::Minus1)?;
+        let logits = logits.data.reshape(((), width))?;
+        at.launch(&Chosen { choosing: self, logits: &logits, held })
     }
 
     /// The tokens of `steps` steps after the first `done` ones, step after step.
@@ -207,6 +176,62 @@ fn unranked(key: i64) -> (f32, u32) {
     let (bits, index) = ((key >> 32) as u32, !(key as u32));
     let bits = if bits >> 31 == 1 { bits & 0x7fff_ffff } else { !bits };
     (f32::from_bits(bits), index)
+}
+
+/// A choice for each row, as one launch.
+struct Chosen<'a> {
+    choosing: &'a Choosing,
+    logits: &'a candle_core::Tensor, // (rows, width)
+    held: &'a candle_core::Tensor,   // one
+}
+
+impl Kernel for Chosen<'_> {
+    type Output = ();
+
+    fn device(&self) -> &Device {
+        self.logits.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.logits.dims2()?;
+        let (rule, fewer) = (&self.choosing.rule, self.choosing.rule.fewer_than(width));
+        let (rows, width) = (rows as u64, width as u64);
+        let mut add = |op| ops.add(op, Dtype::F32);
+        if rule.penalizes() {
+            add(Op::RepeatPenalty { rows, width });
+        }
+        match self.choosing.means {
+            Means::Largest { .. } => add(Op::Argmax { rows, width }),
+            Means::Drawn { .. } => {
+                add(Op::Scale { n: rows * width });
+                add(Op::Softmax { rows, width });
+                let width = fewer.map_or(width, |k| k as u64);
+                if rule.sampling.top_p.is_some() {
+                    add(Op::Nucleus { rows, width });
+                }
+                add(Op::Draw { rows, width });
+            }
+        }
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
+        let Choosing { kernels, rule, first, ids, chosen, done, seen, means } = self.choosing;
+        let how = match means {
+            Means::Largest { best } => How::Largest { best },
+            Means::Drawn { probabilities, uniforms } => How::Drawn {
+                probabilities,
+                uniforms,
+                inverse_temperature: rule.inverse_temperature,
+                top_k: rule.fewer_than(self.logits.dim(1)?).unwrap_or(0),
+                // A p that f32 has no number for still keeps the likeliest.
+                top_p: rule.sampling.top_p.map_or(0.0, |p| (p as f32).max(f32::MIN_POSITIVE)),
+            },
+        };
+        let (logits, held, penalties) = (self.logits, self.held, rule.penalties);
+        let (seen, first) = (seen.as_ref(), *first);
+        kernels.choose(nodes, Choose { ids, held, done, chosen, first, seen, penalties, logits, how })
+    }
 }
 
 #[cfg(test)]

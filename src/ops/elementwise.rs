@@ -2,26 +2,121 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::Device;
+
 use super::{
-    Tensor,
-    by_row::{by_element, by_row},
-    cuda::Kernels,
-    exp,
+    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::{Gate, Kernels, Map}, dtype_of, portable,
 };
-use crate::{error::Result, ledger::Op, meter::At};
+use crate::{
+    config::Activation,
+    error::Result,
+    ledger::Op,
+    meter::At,
+};
+
+/// What an element becomes, from it and one of the other side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Element {
+    /// a + b
+    Add,
+    /// a · b
+    Mul,
+    /// a · b, b being one factor for all.
+    Scale,
+    /// a + b, b being 1.
+    Shift,
+    /// silu(a)
+    Silu,
+    /// gelu(a)
+    Gelu,
+    /// silu'(a) · b
+    SiluGrad,
+    /// gelu'(a) · b
+    GeluGrad,
+}
+
+impl From<Element> for Map {
+    fn from(what: Element) -> Self {
+        match what {
+            Element::Add | Element::Shift => Self::Add,
+            Element::Mul | Element::Scale => Self::Mul,
+            Element::Silu => Self::Silu,
+            Element::Gelu => Self::Gelu,
+            Element::SiluGrad => Self::SiluGrad,
+            Element::GeluGrad => Self::GeluGrad,
+        }
+    }
+}
+
+impl From<Activation> for Gate {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => Self::Silu,
+            Activation::GeluTanh => Self::Gelu,
+        }
+    }
+}
+
+/// One output for each element of `a`; `b` again and again where it is smaller.
+struct Elementwise<'a> {
+    what: Element,
+    a: &'a candle_core::Tensor,
+    b: &'a candle_core::Tensor,
+}
+
+impl<'a> Elementwise<'a> {
+    fn new(what: Element, a: &'a Tensor, b: &'a Tensor) -> Self {
+        Self { what, a: &a.data, b: &b.data }
+    }
+}
+
+impl Kernel for Elementwise<'_> {
+    type Output = Tensor;
+
+    fn device(&self) -> &Device {
+        self.a.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let n = self.a.elem_count() as u64;
+        let op = match self.what {
+            Element::Add => Op::Add { n },
+            Element::Mul => Op::Mul { n },
+            Element::Scale => Op::Scale { n },
+            Element::Shift => Op::Shift { n },
+            Element::Silu => Op::Silu { n },
+            Element::Gelu => Op::Gelu { n },
+            Element::SiluGrad => Op::SiluGrad { n },
+            Element::GeluGrad => Op::GeluGrad { n },
+        };
+        ops.add(op, dtype_of(self.a)?);
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
+        let Self { what, a, b } = *self;
+        let backend = match what {
+            Element::SiluGrad | Element::GeluGrad => Backend::wide(&[a, b]),
+            _ => Backend::of(&[a, b]),
+        };
+        let repeats = b.elem_count() == 1 || a.dims().ends_with(b.dims());
+        Ok(Tensor::of(match backend {
+            Backend::Cpu if repeats => cpu::map(what, a, b)?,
+            Backend::Cuda(kernels) if repeats => kernels.map(nodes, what.into(), a, b)?,
+            Backend::Cpu | Backend::Cuda(_) | Backend::Portable => portable::map(what, a, b)?,
+        }))
+    }
+}
 
 /// a + b, equal shapes. Towards either side, the gradient as it is.
 ///
 /// # Errors
 /// Shapes or types that differ.
 pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let op = Op::Add { n: a.elements() as u64 };
     same_shape(a, b)?;
-    let sum = at.run(op, a.dtype()?, a.device(), || {
-        by_element("add", &a.data, &b.data, |a, b| a + b, || a.data.add(&b.data))
-    })?;
+    let sum = at.launch(&Elementwise::new(Element::Add, a, b))?;
     let same = |_: At, dy: &Tensor| Ok(dy.clone());
-    Ok(Tensor::from(sum).made_from(at, a, same).made_from(at, b, same))
+    Ok(sum.made_from(at, a, same).made_from(at, b, same))
 }
 
 /// a · b element by element, equal shapes. Towards one side, the gradient times the other.
@@ -29,17 +124,11 @@ pub fn add(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// Shapes or types that differ.
 pub fn mul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let op = Op::Mul { n: a.elements() as u64 };
     same_shape(a, b)?;
-    let product = at.run(op, a.dtype()?, a.device(), || {
-        by_element("mul", &a.data, &b.data, |a, b| a * b, || a.data.mul(&b.data))
-    })?;
+    let product = at.launch(&Elementwise::new(Element::Mul, a, b))?;
     let (to_a, to_b) = (b.detach(), a.detach());
-    Ok(Tensor::from(product).made_from(at, a, move |at, dy| mul(at, dy, &to_a)).made_from(
-        at,
-        b,
-        move |at, dy| mul(at, dy, &to_b),
-    ))
+    let product = product.made_from(at, a, move |at, dy| mul(at, dy, &to_a));
+    Ok(product.made_from(at, b, move |at, dy| mul(at, dy, &to_b)))
 }
 
 fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
@@ -54,21 +143,20 @@ fn same_shape(a: &Tensor, b: &Tensor) -> Result<()> {
 /// A factor of another type or of more elements.
 pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     anyhow::ensure!(factor.elements() == 1, "a factor has one element, not {:?}", factor.dims());
-    let op = Op::Scale { n: x.elements() as u64 };
-    // Read by the host only where that waits for nothing.
-    let known = if x.device().is_cpu() { factor.to_vec()?[0] } else { f32::NAN };
-    let scaled = at.run(op, x.dtype()?, x.device(), || {
-        let theirs = || match Kernels::of(&[&x.data, &factor.data]) {
-            Some(kernels) => kernels.map("mul", &x.data, &factor.data),
-            None => x.data.broadcast_mul(&factor.data),
-        };
-        match x.device().is_cpu() {
-            true => by_element("mul", &x.data, &x.data, |x, _| x * known, theirs),
-            false => theirs(),
-        }
-    })?;
+    let scaled = at.launch(&Elementwise::new(Element::Scale, x, factor))?;
     let factor = factor.detach();
-    Ok(Tensor::from(scaled).made_from(at, x, move |at, dy| scale(at, dy, &factor)))
+    Ok(scaled.made_from(at, x, move |at, dy| scale(at, dy, &factor)))
+}
+
+/// x + 1, `one` being a tensor of it: the gain of a norm that multiplies by 1 + gain. Towards x,
+/// the gradient as it is.
+///
+/// # Errors
+/// More than one element in `one`.
+pub fn shift(at: At, x: &Tensor, one: &Tensor) -> Result<Tensor> {
+    anyhow::ensure!(one.elements() == 1, "one has one element, not {:?}", one.dims());
+    let shifted = at.launch(&Elementwise::new(Element::Shift, x, one))?;
+    Ok(shifted.made_from(at, x, |_, dy| Ok(dy.clone())))
 }
 
 /// x / (1 + exp(−x)).
@@ -76,67 +164,155 @@ pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// The device's.
 pub fn silu(at: At, x: &Tensor) -> Result<Tensor> {
-    let op = Op::Silu { n: x.elements() as u64 };
-    let y = at.run(op, x.dtype()?, x.device(), || {
-        by_element("silu", &x.data, &x.data, |x, _| exp::silu(x), || x.data.silu())
-    })?;
-    let saved = x.detach();
-    Ok(Tensor::from(y).made_from(at, x, move |at, dy| silu_grad(at, &saved, dy)))
+    activated(at, Activation::Silu, x)
 }
 
-/// silu(gate) · up, equal shapes; on a GPU in one pass.
+/// GELU by its tanh approximation, x · (1 + tanh(u)) / 2 with u = √(2/π) · (x + 0.044715 x³), as
+/// x / (1 + exp(−2u)).
+///
+/// # Errors
+/// The device's.
+pub fn gelu(at: At, x: &Tensor) -> Result<Tensor> {
+    activated(at, Activation::GeluTanh, x)
+}
+
+/// (what it is, its gradient)
+fn elements(activation: Activation) -> (Element, Element) {
+    match activation {
+        Activation::Silu => (Element::Silu, Element::SiluGrad),
+        Activation::GeluTanh => (Element::Gelu, Element::GeluGrad),
+    }
+}
+
+fn activated(at: At, activation: Activation, x: &Tensor) -> Result<Tensor> {
+    let (what, _) = elements(activation);
+    let y = at.launch(&Elementwise::new(what, x, x))?;
+    let saved = x.detach();
+    Ok(y.made_from(at, x, move |at, dy| activation_grad(at, activation, &saved, dy)))
+}
+
+/// The derivative of the activation at `x`, times `dy`.
+fn activation_grad(at: At, activation: Activation, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let (_, gradient) = elements(activation);
+    at.launch(&Elementwise::new(gradient, x, dy))
+}
+
+/// activation(gate) · up, equal shapes; on a GPU in one launch.
 ///
 /// # Errors
 /// Shapes or types that differ.
-pub fn gated(at: At, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let Some(kernels) = Kernels::of(&[&gate.data, &up.data]) else {
-        return mul(at, &silu(at, gate)?, up);
-    };
+pub fn gated(at: At, activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     same_shape(gate, up)?;
-    let (n, dtype) = (gate.elements() as u64, gate.dtype()?);
+    let Some(kernels) = Kernels::of(&[&gate.data, &up.data]) else {
+        return mul(at, &activated(at, activation, gate)?, up);
+    };
     let keep = at.is_taped() && (gate.needs_gradient() || up.needs_gradient());
-    at.ran(Op::Silu { n }, dtype);
-    let (act, product) =
-        at.run(Op::Mul { n }, dtype, gate.device(), || kernels.gated(&gate.data, &up.data, keep))?;
-    let product = Tensor::from(product);
-    let Some(act) = act.map(Tensor::from) else { return Ok(product) };
+    let (act, product) = at.launch(&Gated { kernels, activation, gate, up, keep })?;
+    let Some(act) = act else { return Ok(product) };
     if !(gate.needs_gradient() && up.needs_gradient()) {
         let (saved, to_gate) = (gate.detach(), up.detach());
-        let to_gate = move |at: At, dy: &Tensor| silu_grad(at, &saved, &mul(at, dy, &to_gate)?);
+        let to_gate = move |at: At, dy: &Tensor| {
+            activation_grad(at, activation, &saved, &mul(at, dy, &to_gate)?)
+        };
         let product = product.made_from(at, gate, to_gate);
         return Ok(product.made_from(at, up, move |at, dy| mul(at, dy, &act)));
     }
-    // Both in one pass, when the first is asked for; the other waits here.
+    // Both gradients are one launch, made when the first is asked for; the other waits here.
     let waiting = Arc::new(Mutex::new(None));
     let (of_up, inputs) = (waiting.clone(), [gate.detach(), up.detach(), act]);
     let product = product.made_from(at, gate, move |at, dy| {
-        at.ran(Op::Mul { n }, dtype);
-        let [gate, up, act] = inputs.map(|input| input.data);
-        let (to_gate, to_up) = at.run(Op::SiluGrad { n }, dtype, dy.device(), || {
-            kernels.gated_grad(&dy.data.contiguous()?, &gate, &up, &act)
-        })?;
+        let [gate, up, act] = &inputs;
+        let (to_gate, to_up) =
+            at.launch(&GatedGrad { activation, dy: &dy.contiguous()?, gate, up, act })?;
         *waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(to_up);
-        Ok(to_gate.into())
+        Ok(to_gate)
     });
-    Ok(product.made_from(at, up, move |at, _| {
-        at.ran(Op::Mul { n }, dtype);
+    Ok(product.made_from(at, up, move |_, _| {
         let to_up = of_up.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Ok(to_up.ok_or_else(|| anyhow::anyhow!("the gate's gradient comes first"))?.into())
+        to_up.ok_or_else(|| anyhow::anyhow!("the gate's gradient comes first"))
     }))
 }
 
-/// dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x)).
-fn silu_grad(at: At, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    let op = Op::SiluGrad { n: x.elements() as u64 };
-    let dx = at.run(op, x.dtype()?, x.device(), || {
-        if let Some(kernels) = Kernels::of(&[&x.data, &dy.data]) {
-            return kernels.map("silu_grad", &x.data, &dy.data);
-        }
-        by_row(&x.data, &dy.data, exp::silu_grad, |x, dy| {
-            let s = (x.neg()?.exp()? + 1.0)?.recip()?;
-            let inner = (x.mul(&(1.0 - &s)?)? + 1.0)?;
-            dy.mul(&s)?.mul(&inner)
-        })
-    })?;
-    Ok(dx.into())
+/// activation(gate) · up, and activation(gate) where it is kept.
+struct Gated<'a> {
+    kernels: Kernels,
+    activation: Activation,
+    gate: &'a Tensor,
+    up: &'a Tensor,
+    keep: bool,
+}
+
+impl Kernel for Gated<'_> {
+    type Output = (Option<Tensor>, Tensor);
+
+    fn device(&self) -> &Device {
+        self.gate.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        report_gate(ops, self.activation, &self.gate.data)
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output> {
+        let Self { kernels, activation, gate, up, keep } = self;
+        let gate_kind = (*activation).into();
+        let (act, out) = kernels.gated(nodes, gate_kind, &gate.data, &up.data, *keep)?;
+        Ok((act.map(Tensor::of), Tensor::of(out)))
+    }
+}
+
+/// The ops of activation(gate) · up, wherever they are part of a launch.
+pub(super) fn report_gate(
+    ops: &mut Ops,
+    activation: Activation,
+    gate: &candle_core::Tensor,
+) -> Result<()> {
+    let (n, dtype) = (gate.elem_count() as u64, dtype_of(gate)?);
+    let activated = match activation {
+        Activation::Silu => Op::Silu { n },
+        Activation::GeluTanh => Op::Gelu { n },
+    };
+    ops.add(activated, dtype);
+    ops.add(Op::Mul { n }, dtype);
+    Ok(())
+}
+
+/// Towards gate and up at once: activation'(gate) · dy · up and dy · act.
+struct GatedGrad<'a> {
+    activation: Activation,
+    dy: &'a Tensor,
+    gate: &'a Tensor,
+    up: &'a Tensor,
+    act: &'a Tensor,
+}
+
+impl Kernel for GatedGrad<'_> {
+    type Output = (Tensor, Tensor);
+
+    fn device(&self) -> &Device {
+        self.gate.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (n, dtype) = (self.gate.elements() as u64, self.gate.dtype()?);
+        let derived = match self.activation {
+            Activation::Silu => Op::SiluGrad { n },
+            Activation::GeluTanh => Op::GeluGrad { n },
+        };
+        // dy · up, the derivative of the activation times that, dy · act.
+        [Op::Mul { n }, derived, Op::Mul { n }].into_iter().for_each(|op| ops.add(op, dtype));
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output> {
+        let Self { activation, dy, gate, up, act } = self;
+        let tensors = [dy, gate, up, act].map(|t| &t.data);
+        let Some(kernels) = Kernels::of(&tensors) else {
+            candle_core::bail!("a gate's gradient in one launch is for a GPU");
+        };
+        let [dy, gate, up, act] = tensors;
+        let (to_gate, to_up) =
+            kernels.gated_grad(nodes, (*activation).into(), dy, gate, up, act)?;
+        Ok((Tensor::of(to_gate), Tensor::of(to_up)))
+    }
 }

@@ -10,8 +10,11 @@
 
 use std::{cell::RefCell, fmt};
 
+use candle_core::Device;
+
 use crate::{
-    ledger::{Dtype, Key, Op},
+    error::Result,
+    ledger::{Dtype, Op, Phase, Scope},
     meter::At,
 };
 
@@ -20,8 +23,14 @@ pub(crate) trait Kernel {
     /// What comes of it.
     type Output;
 
+    /// Where it runs.
+    fn device(&self) -> &Device;
+
     /// Says which ops it computes, their dimensions being those of the tensors that it holds.
-    fn report(&self, ops: &mut Ops<'_>);
+    ///
+    /// # Errors
+    /// An element type that no op computes in.
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()>;
 
     /// Computes them. What it starts on a GPU is written to `nodes`.
     ///
@@ -30,60 +39,77 @@ pub(crate) trait Kernel {
     fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output>;
 }
 
-/// The ops of one launch.
-#[derive(Default)]
-pub(crate) struct Ops<'a>(pub(crate) Vec<(At<'a>, Reported, Dtype)>);
+/// The ops of one launch, each with where it belongs.
+pub(crate) struct Ops<'a> {
+    at: At<'a>,
+    pub(crate) all: Vec<(At<'a>, Reported, Dtype)>,
+}
 
 impl<'a> Ops<'a> {
-    /// One op, of dimensions that every execution has.
-    pub fn add(&mut self, at: At<'a>, op: Op, dtype: Dtype) {
-        self.0.push((at, Reported::Always(op), dtype));
+    /// None yet, of a launch at `at`.
+    pub(crate) fn new(at: At<'a>) -> Self {
+        Self { at, all: vec![] }
     }
 
-    /// One op that reaches over all tokens held: `op` says what it is with so many of them, the
-    /// newest one included. A device counts them itself while a recording is replayed.
-    pub fn over_held(
+    /// One op of the module that the launch is made at.
+    pub(crate) fn add(&mut self, op: Op, dtype: Dtype) {
+        self.add_at(self.at, op, dtype);
+    }
+
+    /// One op of another module that the launch computes too.
+    pub(crate) fn add_at(&mut self, at: At<'a>, op: Op, dtype: Dtype) {
+        self.all.push((at, Reported::Always(op), dtype));
+    }
+
+    /// One op that reaches over all `held` tokens, the newest one included: `op` says what it is
+    /// over so many. While a recording is replayed, the device counts them.
+    pub(crate) fn over_held(
         &mut self,
-        at: At<'a>,
-        dtype: Dtype,
+        held: u64,
         op: impl Fn(u64) -> Op + Send + Sync + 'static,
+        dtype: Dtype,
     ) {
-        self.0.push((at, Reported::OverHeld(Box::new(op)), dtype));
+        self.all.push((self.at, Reported::OverHeld(held, Box::new(op)), dtype));
     }
 }
 
 /// An op as a launch reports it.
 pub(crate) enum Reported {
-    /// With these dimensions.
+    /// With these dimensions, whenever it runs.
     Always(Op),
-    /// With those that it has over so many tokens held.
-    OverHeld(Box<dyn Fn(u64) -> Op + Send + Sync>),
+    /// With those that it has over the tokens held: so many when it was launched.
+    OverHeld(u64, Box<dyn Fn(u64) -> Op + Send + Sync>),
 }
 
 impl Reported {
-    /// The op where `held` tokens are held, the newest one included.
-    pub fn with(&self, held: u64) -> Op {
+    /// The op as it was launched.
+    pub(crate) fn now(&self) -> Op {
         match self {
             Self::Always(op) => *op,
-            Self::OverHeld(op) => op(held),
+            Self::OverHeld(held, op) => op(*held),
+        }
+    }
+
+    /// The same op where `held` tokens are held, the newest one included.
+    pub(crate) fn over(&self, held: u64) -> Op {
+        match self {
+            Self::Always(op) => *op,
+            Self::OverHeld(_, op) => op(held),
         }
     }
 }
 
 impl fmt::Debug for Reported {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Always(op) => write!(f, "{op}"),
-            Self::OverHeld(op) => write!(f, "{} over the tokens held", op(1)),
-        }
+        write!(f, "{}", self.now())
     }
 }
 
 /// A launch that went into a recording.
 #[derive(Debug, Default)]
 pub(crate) struct Launched {
-    /// What it reports, each op under a key whose dimensions are those of the recording.
-    pub ops: Vec<(Key, Reported)>,
+    /// What it reports: phase, scope, op and element type.
+    pub ops: Vec<(Phase, Scope, Reported, Dtype)>,
     /// What it started on the GPU.
     pub nodes: Vec<Node>,
 }

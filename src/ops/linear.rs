@@ -1,33 +1,83 @@
 //! Matrix products.
 
-use super::{Tensor, by_row::by_element, gemv::Gemv, product::Product};
+use candle_core::Device;
+
+use super::{Kernel, Nodes, Ops, Tensor, Unshared, backend::Backend, cpu, dtype_of};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
     meter::At,
 };
 
+/// a · b over the last two dimensions, of any layout, leading dimensions equal.
+struct MatMul<'a> {
+    a: &'a candle_core::Tensor, // (…, m, k)
+    b: &'a candle_core::Tensor, // (…, k, n)
+}
+
+impl Kernel for MatMul<'_> {
+    type Output = Unshared;
+
+    fn device(&self) -> &Device {
+        self.a.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (&[.., m, k], &[.., n]) = (self.a.dims(), self.b.dims()) else {
+            anyhow::bail!("matmul of {:?} and {:?}", self.a.dims(), self.b.dims());
+        };
+        let b = self.a.elem_count() / (m * k).max(1);
+        let op = Op::Matmul { b: b as u64, m: m as u64, k: k as u64, n: n as u64 };
+        ops.add(op, dtype_of(self.a)?);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Unshared> {
+        let product = match cpu::serves(self.a, self.b) {
+            true => cpu::product(self.a, self.b)?,
+            false => self.a.matmul(self.b)?,
+        };
+        Ok(Unshared(Tensor::of(product)))
+    }
+}
+
+/// x · wᵀ for few rows of x on the CPU, where reading the weight is all that takes time.
+struct FewRows<'a> {
+    x: &'a candle_core::Tensor,      // (m, k)
+    weight: &'a candle_core::Tensor, // (n, k)
+}
+
+impl Kernel for FewRows<'_> {
+    type Output = Unshared;
+
+    fn device(&self) -> &Device {
+        self.x.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let ((m, k), n) = (self.x.dims2()?, self.weight.dim(0)?);
+        let op = Op::Matmul { b: 1, m: m as u64, k: k as u64, n: n as u64 };
+        ops.add(op, dtype_of(self.x)?);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Unshared> {
+        Ok(Unshared(Tensor::of(cpu::gemv(self.x, self.weight)?)))
+    }
+}
+
 /// a · b over the last two dimensions, (…, m, k) · (…, k, n), leading dimensions equal. Towards a
 /// the gradient is dy · bᵀ, towards b it is aᵀ · dy.
 ///
 /// # Errors
 /// Shapes that do not multiply.
-pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (&[.., m, k], &[.., n]) = (a.dims(), b.dims()) else {
-        anyhow::bail!("matmul of {:?} and {:?}", a.dims(), b.dims());
-    };
-    let b_count = a.elements() / (m * k).max(1);
-    let op = Op::Matmul { b: b_count as u64, m: m as u64, k: k as u64, n: n as u64 };
-    let ours = Product::SERVES && a.device().is_cpu() && a.dtype()? == Dtype::F32;
-    let product = at.run(op, a.dtype()?, a.device(), || match ours {
-        true => a.data.apply_op2_no_bwd(&b.data, &Product),
-        false => a.data.matmul(&b.data),
-    })?;
+pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Unshared> {
+    let Unshared(product) = at.launch(&MatMul { a: &a.data, b: &b.data })?;
     let (to_a, to_b) = (b.detach(), a.detach());
-    Ok(Tensor::from(product).made_from(at, a, move |at, dy| matmul(at, dy, &to_a.t()?)).made_from(
-        at,
-        b,
-        move |at, dy| matmul(at, &to_b.t()?, dy),
+    let product =
+        product.made_from(at, a, move |at, dy| Ok(matmul(at, dy, &to_a.t()?)?.share()));
+    Ok(Unshared(
+        product.made_from(at, b, move |at, dy| Ok(matmul(at, &to_b.t()?, dy)?.share())),
     ))
 }
 
@@ -36,7 +86,7 @@ pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// A last dimension other than k.
-pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Unshared> {
     let (n, k) = weight.data.dims2()?;
     let rows = x.elements() / k;
     let mut shape = x.dims().to_vec();
@@ -45,21 +95,20 @@ pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     }
     let flat = x.detach().reshape((rows, k))?;
     let frozen = weight.detach();
-    let few = rows <= Gemv::MOST_ROWS && matches!(x.dtype()?, Dtype::F32 | Dtype::BF16);
+    let few = rows <= cpu::MOST_ROWS && matches!(x.dtype()?, Dtype::F32 | Dtype::BF16);
     let y = if few && x.device().is_cpu() {
-        let op = Op::Matmul { b: 1, m: rows as u64, k: k as u64, n: n as u64 };
         let dense = flat.contiguous()?;
-        let run = || dense.data.apply_op2_no_bwd(&frozen.data, &Gemv);
-        Tensor::from(at.run(op, x.dtype()?, x.device(), run)?)
+        at.launch(&FewRows { x: &dense.data, weight: &frozen.data })?
     } else {
         matmul(at, &flat, &frozen.t()?)?
     };
     let (x_shape, to_weight) = (x.data.shape().clone(), flat);
-    Ok(y.reshape(shape)?
-        .made_from(at, x, move |at, dy| {
-            matmul(at, &dy.reshape((rows, n))?, &frozen)?.reshape(x_shape)
-        })
-        .made_from(at, weight, move |at, dy| matmul(at, &dy.reshape((rows, n))?.t()?, &to_weight)))
+    let y = y.reshape(shape)?.share().made_from(at, x, move |at, dy| {
+        matmul(at, &dy.reshape((rows, n))?, &frozen)?.share().reshape(x_shape)
+    });
+    Ok(Unshared(y.made_from(at, weight, move |at, dy| {
+        Ok(matmul(at, &dy.reshape((rows, n))?.t()?, &to_weight)?.share())
+    })))
 }
 
 /// x + b, one vector (n) added to every row of (…, n). Towards b the gradient is the sum of rows.
@@ -67,18 +116,62 @@ pub fn linear(at: At, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A last dimension other than n.
 pub fn bias(at: At, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let (rows, width) = x.rows_width()?;
-    let op = Op::Bias { rows, width };
-    let y = at.run(op, x.dtype()?, x.device(), || {
-        by_element("add", &x.data, &bias.data, |x, b| x + b, || x.data.broadcast_add(&bias.data))
-    })?;
-    Ok(Tensor::from(y).made_from(at, x, |_, dy| Ok(dy.clone())).made_from(at, bias, sum_rows))
+    let y = at.launch(&Bias { x, bias })?;
+    Ok(y.made_from(at, x, |_, dy| Ok(dy.clone()))
+        .made_from(at, bias, |at, dy| at.launch(&SumRows { x: dy })))
+}
+
+/// One vector added to every row.
+struct Bias<'a> {
+    x: &'a Tensor,    // (…, n)
+    bias: &'a Tensor, // (n)
+}
+
+impl Kernel for Bias<'_> {
+    type Output = Tensor;
+
+    fn device(&self) -> &Device {
+        self.x.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.x.rows_width()?;
+        ops.add(Op::Bias { rows, width }, self.x.dtype()?);
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
+        use super::elementwise::Element;
+        let (x, bias) = (&self.x.data, &self.bias.data);
+        Ok(Tensor::of(match Backend::of(&[x, bias]) {
+            Backend::Cpu => cpu::map(Element::Add, x, bias)?,
+            Backend::Cuda(kernels) => kernels.map(nodes, Element::Add.into(), x, bias)?,
+            Backend::Portable => x.broadcast_add(bias)?,
+        }))
+    }
 }
 
 /// The sum of all rows of (…, n): (n).
-fn sum_rows(at: At, x: &Tensor) -> Result<Tensor> {
-    let (rows, width) = x.rows_width()?;
-    let op = Op::SumRows { rows, width };
-    let flat = x.reshape((rows as usize, width as usize))?;
-    Ok(at.run(op, x.dtype()?, x.device(), || flat.data.sum(0))?.into())
+struct SumRows<'a> {
+    x: &'a Tensor,
+}
+
+impl Kernel for SumRows<'_> {
+    type Output = Tensor;
+
+    fn device(&self) -> &Device {
+        self.x.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.x.rows_width()?;
+        ops.add(Op::SumRows { rows, width }, self.x.dtype()?);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Tensor> {
+        let x = &self.x.data;
+        let width = x.dim(candle_core::D::Minus1)?;
+        Ok(Tensor::of(x.reshape(((), width))?.sum(0)?))
+    }
 }

@@ -1,39 +1,106 @@
-//! The metered tensor: it has no arithmetic except the functions of this module, and each of them
-//! reports what it ran, with the dimensions of the tensors that it was given.
+//! The metered tensor: it has no arithmetic except the functions of this module, each of which
+//! executes launches ([`launch`]) and so reports what it ran, with the dimensions of the tensors
+//! that it was given.
 //!
-//! Reshapes, transposes, slices and copies do no arithmetic and are not reported.
+//! An op's file holds its shapes, its report and its gradient. Kernels are in `cpu`, in `cuda` and,
+//! for devices and element types that have none of ours, in `portable`, of candle's own; which of
+//! them runs is decided in one place, [`backend`]. What a model says in one breath (a norm and the
+//! projections that read it, attention, a gated MLP) is a function too, in `block` and `attend`: op
+//! by op, or, in decoding on a GPU, several ops in one launch.
+//!
+//! Reshapes, transposes, slices and copies do no arithmetic and are not reported; writing to the
+//! KV cache is, since it moves bytes that last.
+//!
+//! A tensor of candle's is none of these, so arithmetic on one never gets in:
+//!
+//! ```compile_fail
+//! use flopaudit::ops::Tensor;
+//! let raw = candle_core::Tensor::zeros(3, candle_core::DType::F32, &candle_core::Device::Cpu)?;
+//! let unmetered = (&raw + &raw)?;
+//! let smuggled: Tensor = unmetered.into(); // the conversion is private
+//! # anyhow::Ok(())
+//! ```
+//!
+//! Nor does one get out, or have arithmetic of its own:
+//!
+//! ```compile_fail
+//! use flopaudit::{ledger::Dtype, ops::Tensor};
+//! let x = Tensor::zeros(3, Dtype::F32, &candle_core::Device::Cpu)?;
+//! let smuggled = &x + &x; // no operator
+//! # anyhow::Ok(())
+//! ```
+//!
+//! A tensor that an op overwrites cannot be shared:
+//!
+//! ```compile_fail
+//! use flopaudit::{ledger::Dtype, ops::Tensor};
+//! let x = Tensor::zeros((2, 3), Dtype::F32, &candle_core::Device::Cpu)?;
+//! let scores = x.copied()?;
+//! let again = scores.clone(); // `Unshared` is not `Clone`
+//! # anyhow::Ok(())
+//! ```
+//!
+//! This is what the three have in common, and it compiles:
+//!
+//! ```
+//! use flopaudit::{ledger::Dtype, ops::Tensor};
+//! let x = Tensor::zeros((2, 3), Dtype::F32, &candle_core::Device::Cpu)?;
+//! let scores = x.copied()?;
+//! assert_eq!(scores.share().dims(), [2, 3]);
+//! # anyhow::Ok(())
+//! ```
 
+mod launch;
+mod backend;
+mod tape;
+mod workspace;
+
+mod attend;
 mod attention;
-mod by_row;
+mod block;
+mod cache;
 mod choose;
-mod cuda;
-mod decode;
 mod elementwise;
 mod embed;
-mod exp;
-mod gemv;
 mod linear;
 mod loss;
+mod low_rank;
+mod mask;
 mod norm;
 mod optimize;
-mod product;
+mod recording;
 mod rope;
+mod rope_table;
 mod sample;
 mod softmax;
-mod tape;
 
+mod cpu;
+mod cuda;
+mod portable;
+
+pub use attend::{Attention, Masks, attend};
 pub use attention::{attention, is_one_kernel};
-pub use decode::{Decoding, LowRank, Norm, Product, Sizes};
-pub use elementwise::{add, gated, mul, scale, silu};
-pub use embed::embed;
+pub use block::{
+    Norm, Product, add_product, decodes, gated_products, normed_product, normed_products,
+};
+pub use cache::KvCache;
+pub use choose::Choosing;
+pub use elementwise::{add, gated, gelu, mul, scale, shift, silu};
+pub use embed::{Ids, embed};
+pub(crate) use launch::{Kernel, Launched, Nodes, Ops};
 pub use linear::{bias, linear, matmul};
 pub use loss::{CrossEntropy, Losses};
+pub use low_rank::LowRank;
+pub use mask::CausalMask;
 pub use norm::rms_norm;
 pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
-pub use rope::{RopeTable, merge_heads, rope, rotated_heads, split_heads};
+pub use recording::{Fault, GraphView, Recording};
+pub use rope::{merge_heads, rope, rotated_heads, split_heads};
+pub use rope_table::RopeTable;
 pub use sample::Sampler;
-pub use softmax::{CausalMask, masked_softmax, softmax};
+pub use softmax::{masked_softmax, softmax};
 pub use tape::{Gradients, backward};
+pub use workspace::Workspace;
 
 use std::sync::Arc;
 
@@ -48,11 +115,39 @@ pub struct Tensor {
     data: candle_core::Tensor,
     /// How it was made, where a gradient of it is needed.
     node: Option<Arc<tape::Node>>,
+    /// The buffer of a workspace that it lies in: in use for as long.
+    lease: Option<workspace::Lease>,
 }
 
-impl From<candle_core::Tensor> for Tensor {
-    fn from(data: candle_core::Tensor) -> Self {
-        Self { data, node: None }
+/// A tensor that nobody else holds, so that an op may overwrite it: it cannot be cloned.
+#[derive(Debug)]
+pub struct Unshared(Tensor);
+
+impl Unshared {
+    /// The same tensor to be read by many; from now on no op overwrites it.
+    pub fn share(self) -> Tensor {
+        self.0
+    }
+
+    /// Lengths of all dimensions.
+    pub fn dims(&self) -> &[usize] {
+        self.0.dims()
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// Another number of elements.
+    pub fn reshape(self, shape: impl Into<Shape>) -> Result<Self> {
+        Ok(Self(self.0.reshape(shape)?))
+    }
+
+    /// `length` entries of `dim` from `start`; the others are given up.
+    ///
+    /// # Errors
+    /// A range past the end.
+    pub fn narrow(self, dim: usize, start: usize, length: usize) -> Result<Self> {
+        Ok(Self(self.0.narrow(dim, start, length)?))
     }
 }
 
@@ -66,7 +161,7 @@ pub fn candle_dtype(dtype: Dtype) -> DType {
 }
 
 /// The element type of `tensor`, where metered ops compute in it.
-fn dtype_of(tensor: &candle_core::Tensor) -> Result<Dtype> {
+pub(crate) fn dtype_of(tensor: &candle_core::Tensor) -> Result<Dtype> {
     match tensor.dtype() {
         DType::F32 => Ok(Dtype::F32),
         DType::F16 => Ok(Dtype::F16),
@@ -76,12 +171,25 @@ fn dtype_of(tensor: &candle_core::Tensor) -> Result<Dtype> {
 }
 
 impl Tensor {
+    /// candle's tensor as a metered one: where weights come in, and what kernels give.
+    pub(crate) fn of(data: candle_core::Tensor) -> Self {
+        Self { data, node: None, lease: None }
+    }
+
+    /// A copy of its elements that nobody else holds.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn copied(&self) -> Result<Unshared> {
+        Ok(Unshared(self.laid_out(self.data.copy()?, |dy| Ok(dy.clone()))))
+    }
+
     /// A tensor of zeros.
     ///
     /// # Errors
     /// The device's, out of memory among them.
     pub fn zeros(shape: impl Into<Shape>, dtype: Dtype, device: &Device) -> Result<Self> {
-        Ok(candle_core::Tensor::zeros(shape, candle_dtype(dtype), device)?.into())
+        Ok(Self::of(candle_core::Tensor::zeros(shape, candle_dtype(dtype), device)?))
     }
 
     /// Host values as a tensor of `dtype`.
@@ -96,7 +204,7 @@ impl Tensor {
     ) -> Result<Self> {
         // Converted on the host, so that the device needs no cast kernel.
         let tensor = candle_core::Tensor::from_vec(values, shape.into(), &Device::Cpu)?;
-        Ok(tensor.to_dtype(candle_dtype(dtype))?.to_device(device)?.into())
+        Ok(Self::of(tensor.to_dtype(candle_dtype(dtype))?.to_device(device)?))
     }
 
     /// Lengths of all dimensions.
@@ -183,17 +291,18 @@ impl Tensor {
         let parts: Vec<_> = parts.iter().map(|part| &part.data).collect();
         match parts.as_slice() {
             [] => Ok(none.detach()),
-            [one] => Ok((*one).clone().into()),
-            many => Ok(candle_core::Tensor::cat(many, 0)?.into()),
+            [one] => Ok(Self::of((*one).clone())),
+            many => Ok(Self::of(candle_core::Tensor::cat(many, 0)?)),
         }
     }
 
-    /// Copies `source` into `dim` from `offset` on, in place.
+    /// Copies `source`, of the same shape, into this tensor's place: every tensor that shares it sees
+    /// the new elements.
     ///
     /// # Errors
-    /// Shapes that do not fit, or a layout that is not dense.
-    pub fn write(&self, source: &Self, dim: usize, offset: usize) -> Result<()> {
-        Ok(self.data.slice_set(&source.data, dim, offset)?)
+    /// Shapes that differ, or a layout that is not dense.
+    pub fn overwrite(&self, source: &Self) -> Result<()> {
+        Ok(self.data.slice_set(&source.data, 0, 0)?)
     }
 
     /// All elements on the host as f32, row-major.

@@ -3,22 +3,18 @@
 //! Factors of a whole step (learning rate, bias corrections) are a few scalars that the host
 //! computes once for all elements; like loop counters they are not ops.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Storage, bail};
-use rayon::prelude::*;
+use candle_core::{DType, Device};
 
 use super::{
-    Tensor,
-    cuda::{Arg, File, Kernels},
-    gemv::dot,
+    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu,
+    cuda::{AdamWFactors, Kernels},
+    portable,
 };
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
     meter::At,
 };
-
-/// Elements that one task takes.
-const CHUNK: usize = 1 << 14;
 
 /// Σ x² of each tensor, on account of the module beside it. What a device sums is copied at once.
 ///
@@ -27,35 +23,63 @@ const CHUNK: usize = 1 << 14;
 pub fn sums_of_squares(tensors: &[(At, &Tensor)]) -> Result<Vec<f64>> {
     let all: Vec<_> = tensors.iter().map(|(_, x)| &x.data).collect();
     let Some(kernels) = Kernels::of(&all) else {
-        return tensors.iter().map(|(at, x)| sum_squares(*at, x)).collect();
+        return tensors.iter().map(|(at, x)| at.launch(&SumSquares { x })).collect();
     };
-    let device = all[0].device();
-    let sums = candle_core::Tensor::zeros(all.len(), DType::F64, device)?;
-    for (i, (at, x)) in tensors.iter().enumerate() {
-        let op = Op::SumSquares { n: x.elements() as u64 };
-        at.run(op, Dtype::F32, device, || kernels.sum_squares(&x.data, &sums, i))?;
+    let sums = candle_core::Tensor::zeros(all.len(), DType::F64, all[0].device())?;
+    for (index, (at, x)) in tensors.iter().enumerate() {
+        at.launch(&SumSquaresInto { kernels: &kernels, x, sums: &sums, index })?;
     }
     Ok(sums.to_vec1()?)
 }
 
-/// Σ x².
-fn sum_squares(at: At, x: &Tensor) -> Result<f64> {
-    let op = Op::SumSquares { n: x.elements() as u64 };
-    let wide = x.data.to_dtype(DType::F32)?.contiguous()?;
-    at.run(op, Dtype::F32, x.device(), || {
-        let (storage, layout) = wide.storage_and_layout();
-        match (&*storage, layout.contiguous_offsets()) {
-            // In f64 between chunks: a sum of many small squares in f32 would lose them.
-            (Storage::Cpu(CpuStorage::F32(x)), Some((start, end))) => {
-                let squares = |x: &[f32]| f64::from(dot(x, x, |v| v));
-                Ok(x[start..end].par_chunks(CHUNK).map(squares).collect::<Vec<_>>().iter().sum())
-            }
-            _ => {
-                drop(storage);
-                Ok(f64::from(wide.sqr()?.sum_all()?.to_scalar::<f32>()?))
-            }
+struct SumSquares<'a> {
+    x: &'a Tensor,
+}
+
+impl Kernel for SumSquares<'_> {
+    type Output = f64;
+
+    fn device(&self) -> &Device {
+        self.x.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        ops.add(Op::SumSquares { n: self.x.elements() as u64 }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<f64> {
+        let wide = self.x.data.to_dtype(DType::F32)?.contiguous()?;
+        match Backend::of(&[&wide]) {
+            Backend::Cpu => cpu::sum_squares(&wide),
+            _ => Ok(f64::from(wide.sqr()?.sum_all()?.to_scalar::<f32>()?)),
         }
-    })
+    }
+}
+
+/// The same added to one of several sums on a GPU.
+struct SumSquaresInto<'a> {
+    kernels: &'a Kernels,
+    x: &'a Tensor,
+    sums: &'a candle_core::Tensor,
+    index: usize,
+}
+
+impl Kernel for SumSquaresInto<'_> {
+    type Output = ();
+
+    fn device(&self) -> &Device {
+        self.x.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        ops.add(Op::SumSquares { n: self.x.elements() as u64 }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
+        self.kernels.sum_squares(nodes, &self.x.data, self.sums, self.index)
+    }
 }
 
 /// The norm of all gradients from their sums of squares, and the factor that brings it down to
@@ -64,11 +88,30 @@ fn sum_squares(at: At, x: &Tensor) -> Result<f64> {
 /// # Errors
 /// None of its own.
 pub fn clip_factor(at: At, sums: &[f64], most: f64) -> Result<(f64, f64)> {
-    let op = Op::ClipFactor { tensors: sums.len() as u64 };
-    at.run(op, Dtype::F32, &candle_core::Device::Cpu, || {
-        let norm = sums.iter().sum::<f64>().sqrt();
-        Ok((norm, (most / (norm + 1e-6)).min(1.0)))
-    })
+    at.launch(&ClipFactor { sums, most })
+}
+
+struct ClipFactor<'a> {
+    sums: &'a [f64],
+    most: f64,
+}
+
+impl Kernel for ClipFactor<'_> {
+    type Output = (f64, f64);
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        ops.add(Op::ClipFactor { tensors: self.sums.len() as u64 }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<(f64, f64)> {
+        let norm = self.sums.iter().sum::<f64>().sqrt();
+        Ok((norm, (self.most / (norm + 1e-6)).min(1.0)))
+    }
 }
 
 /// A parameter's f32 master and the running moments of its gradient: one tensor (3, n).
@@ -110,7 +153,7 @@ impl Moments {
     /// # Errors
     /// Another number of elements.
     pub fn master(&self, parameter: &Tensor) -> Result<Tensor> {
-        Ok(self.0.narrow(0, 0, 1)?.reshape(parameter.data.shape())?.into())
+        Ok(Tensor::of(self.0.narrow(0, 0, 1)?.reshape(parameter.data.shape())?))
     }
 }
 
@@ -137,88 +180,52 @@ impl AdamW {
     /// A gradient of another size.
     pub fn step(&self, at: At, moments: &Moments, gradient: &Tensor) -> Result<()> {
         let n = gradient.elements();
-        let op = Op::AdamW { n: n as u64 };
         let gradient = gradient.data.reshape((1, n))?.to_dtype(DType::F32)?.contiguous()?;
-        let device = gradient.device();
-        at.run(op, Dtype::F32, device, || match Kernels::of(&[&moments.0, &gradient]) {
-            _ if device.is_cpu() => moments.0.inplace_op2(&gradient, self),
-            Some(kernels) => self.on_cuda(&kernels, &moments.0, &gradient),
-            None => self.composed(&moments.0, &gradient),
-        })
+        at.launch(&Update { step: self, state: &moments.0, gradient: &gradient })
     }
 
-    fn on_cuda(
-        &self,
-        kernels: &Kernels,
-        state: &candle_core::Tensor,
-        gradient: &candle_core::Tensor,
-    ) -> candle_core::Result<()> {
-        let n = gradient.elem_count();
-        if state.elem_count() != 3 * n {
-            bail!("a gradient of {n} elements for a state of {}", state.elem_count());
+    fn factors(&self) -> AdamWFactors {
+        let Self { decay, rate, correction, betas: (b1, b2), eps } = *self;
+        AdamWFactors {
+            decay: decay as f32,
+            rate: rate as f32,
+            correction: correction as f32,
+            eps: eps as f32,
+            b1: b1 as f32,
+            b2: b2 as f32,
+            rest1: (1.0 - b1) as f32,
+            rest2: (1.0 - b2) as f32,
         }
-        let mut args = vec![Arg::Of(state), Arg::Of(gradient), Arg::U64(n as u64)];
-        let factors = [self.decay, self.rate, self.correction, self.eps];
-        let (b1, b2) = self.betas;
-        args.extend(
-            factors.into_iter().chain([b1, b2, 1.0 - b1, 1.0 - b2]).map(|x| Arg::F32(x as f32)),
-        );
-        let blocks = n.div_ceil(256).max(1) as u64;
-        kernels.launch(File::Rows, "adamw", [blocks, 1, 1], 256, &args)
-    }
-
-    fn composed(
-        &self,
-        state: &candle_core::Tensor,
-        g: &candle_core::Tensor,
-    ) -> candle_core::Result<()> {
-        let (b1, b2) = self.betas;
-        let row = |i| state.narrow(0, i, 1);
-        let m = ((row(1)? * b1)? + (g * (1.0 - b1))?)?;
-        let v = ((row(2)? * b2)? + (g.sqr()? * (1.0 - b2))?)?;
-        let denominator = ((v.sqrt()? / self.correction)? + self.eps)?;
-        let p = ((row(0)? * self.decay)? - ((&m * self.rate)? / denominator)?)?;
-        state.slice_set(&candle_core::Tensor::cat(&[p, m, v], 0)?, 0, 0)
     }
 }
 
-impl InplaceOp2 for AdamW {
-    fn name(&self) -> &'static str {
-        "adamw"
+struct Update<'a> {
+    step: &'a AdamW,
+    state: &'a candle_core::Tensor,    // (3, n)
+    gradient: &'a candle_core::Tensor, // (1, n)
+}
+
+impl Kernel for Update<'_> {
+    type Output = ();
+
+    fn device(&self) -> &Device {
+        self.state.device()
     }
 
-    fn cpu_fwd(
-        &self,
-        state: &mut CpuStorage,
-        state_layout: &Layout,
-        gradient: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<()> {
-        let ranges = (state_layout.contiguous_offsets(), layout.contiguous_offsets());
-        let (CpuStorage::F32(state), CpuStorage::F32(g), (Some(s), Some(r))) =
-            (state, gradient, ranges)
-        else {
-            bail!("takes dense f32");
-        };
-        let (state, g) = (&mut state[s.0..s.1], &g[r.0..r.1]);
-        if state.len() != 3 * g.len() {
-            bail!("a gradient of {} elements for a state of {}", g.len(), state.len());
-        }
-        let (p, moments) = state.split_at_mut(g.len());
-        let (m, v) = moments.split_at_mut(g.len());
-        let [decay, rate, correction, eps] =
-            [self.decay, self.rate, self.correction, self.eps].map(|x| x as f32);
-        let (b1, b2) = (self.betas.0 as f32, self.betas.1 as f32);
-        let (rest1, rest2) = ((1.0 - self.betas.0) as f32, (1.0 - self.betas.1) as f32);
-        let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-        let chunks = p.par_chunks_mut(CHUNK).zip(moments).zip(g.par_chunks(CHUNK));
-        chunks.for_each(|((p, (m, v)), g)| {
-            for i in 0..p.len() {
-                m[i] = b1 * m[i] + rest1 * g[i];
-                v[i] = b2 * v[i] + rest2 * g[i] * g[i];
-                p[i] = decay * p[i] - rate * m[i] / (v[i].sqrt() / correction + eps);
-            }
-        });
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (n, state) = (self.gradient.elem_count(), self.state.elem_count());
+        let fits = state == 3 * n;
+        anyhow::ensure!(fits, "a gradient of {n} elements for a state of {state}");
+        ops.add(Op::AdamW { n: n as u64 }, Dtype::F32);
         Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
+        let Self { step, state, gradient } = *self;
+        match Backend::of(&[state, gradient]) {
+            Backend::Cpu => cpu::adamw(state, gradient, &step.factors()),
+            Backend::Cuda(kernels) => kernels.adamw(nodes, state, gradient, step.factors()),
+            Backend::Portable => portable::adamw(state, gradient, step),
+        }
     }
 }

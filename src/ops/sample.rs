@@ -1,10 +1,10 @@
 //! Choosing tokens from logits. Every step is an op of fixed size, so that a sampled generation
 //! is as predictable as a greedy one: libraries stop running sums early, by the data.
 
-use candle_core::{D, DType};
+use candle_core::{D, DType, Device};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{Tensor, choose, scale, softmax};
+use super::{Kernel, Nodes, Ops, Tensor, Unshared, choose, scale, softmax};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -85,7 +85,7 @@ impl Sampler {
         if let Some(chosen) = choose::once(at, self, logits, seen)? {
             return Ok(chosen);
         }
-        let mut logits = Tensor::from(logits.data.to_dtype(DType::F32)?);
+        let mut logits = Tensor::of(logits.data.to_dtype(DType::F32)?);
         if self.rule.penalizes() {
             logits = penalize(at, &logits, seen, self.rule.penalties)?;
         }
@@ -98,36 +98,82 @@ impl Sampler {
     fn draw(&mut self, at: At, logits: &Tensor) -> Result<Vec<u32>> {
         let factor = vec![self.rule.inverse_temperature];
         let factor = Tensor::from_vec(factor, 1, Dtype::F32, logits.device())?;
-        let weights = softmax(at, scale(at, logits, &factor)?)?;
-        let (rows, width) = weights.rows_width()?;
+        let weights = softmax(at, Unshared(scale(at, logits, &factor)?))?;
+        let (_, width) = weights.rows_width()?;
         let weights = weights.to_vec()?;
         // One NaN or infinity in a row of logits makes all its weights NaN.
         let by_row = weights.chunks_exact(width as usize);
         for row in by_row.clone() {
             finite(row[0])?;
         }
-
         let fewer = self.rule.fewer_than(width as usize);
         let top_p = self.rule.sampling.top_p;
-        let mut chosen: Vec<Candidates> =
+        let mut rows: Vec<Candidates> =
             by_row.map(|row| Candidates::of(row, fewer, top_p.is_some())).collect();
-        let width = fewer.map_or(width, |k| k as u64);
-        let host = candle_core::Device::Cpu;
+        let width = rows.first().map_or(0, |row| row.0.len() as u64);
         if let Some(p) = top_p {
-            at.run(Op::Nucleus { rows, width }, Dtype::F32, &host, || {
-                chosen.iter_mut().for_each(|row| row.keep(p as f32));
-                Ok(())
-            })?;
+            rows = at.launch(&Nucleus { rows: &rows, p: p as f32 })?;
         }
         let uniforms = self.uniforms();
-        at.run(Op::Draw { rows, width }, Dtype::F32, &host, || {
-            Ok(chosen.iter().zip(uniforms).map(|(row, uniform)| row.draw(uniform)).collect())
-        })
+        at.launch(&Draw { rows: &rows, width, uniforms: &uniforms })
+    }
+}
+
+/// Keeps the fewest likeliest candidates of each row that hold `p` of its sum.
+struct Nucleus<'a> {
+    rows: &'a [Candidates],
+    p: f32,
+}
+
+impl Kernel for Nucleus<'_> {
+    type Output = Vec<Candidates>;
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let width = self.rows.first().map_or(0, |row| row.0.len() as u64);
+        ops.add(Op::Nucleus { rows: self.rows.len() as u64, width }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Vec<Candidates>> {
+        let mut rows = self.rows.to_vec();
+        rows.iter_mut().for_each(|row| row.keep(self.p));
+        Ok(rows)
+    }
+}
+
+/// One candidate of each row.
+struct Draw<'a> {
+    rows: &'a [Candidates],
+    /// Candidates of a row before any nucleus: the draw is an op of this fixed size.
+    width: u64,
+    uniforms: &'a [f32], // (rows)
+}
+
+impl Kernel for Draw<'_> {
+    type Output = Vec<u32>;
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = (self.rows.len() as u64, self.width);
+        ops.add(Op::Draw { rows, width }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Vec<u32>> {
+        Ok(self.rows.iter().zip(self.uniforms).map(|(row, &u)| row.draw(u)).collect())
     }
 }
 
 /// Tokens that a row's draw is among, with their probabilities in units of 2⁻³¹: sums of whole
 /// numbers come out the same in any order, here and on a GPU.
+#[derive(Clone)]
 struct Candidates(Vec<(u32, u64)>);
 
 impl Candidates {
@@ -174,15 +220,35 @@ impl Candidates {
 
 /// Index of the largest element of each row.
 fn argmax(at: At, logits: &Tensor) -> Result<Vec<u32>> {
-    let (rows, width) = logits.rows_width()?;
-    let flat = logits.data.reshape((rows as usize, width as usize))?;
-    let (ids, tops) = at.run(Op::Argmax { rows, width }, Dtype::F32, logits.device(), || {
+    let (ids, tops) = at.launch(&Argmax { logits })?;
+    tops.into_iter().try_for_each(finite)?;
+    Ok(ids)
+}
+
+/// (index, value) of each row's largest element.
+struct Argmax<'a> {
+    logits: &'a Tensor, // (…, V)
+}
+
+impl Kernel for Argmax<'_> {
+    type Output = (Vec<u32>, Vec<f32>);
+
+    fn device(&self) -> &Device {
+        self.logits.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.logits.rows_width()?;
+        ops.add(Op::Argmax { rows, width }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Self::Output> {
+        let flat = self.logits.data.reshape(((), self.logits.data.dim(D::Minus1)?))?;
         let ids = flat.argmax_keepdim(D::Minus1)?;
         let tops = flat.gather(&ids, 1)?.flatten_all()?.to_vec1()?;
         Ok((ids.flatten_all()?.to_vec1()?, tops))
-    })?;
-    tops.into_iter().try_for_each(finite)?;
-    Ok(ids)
+    }
 }
 
 /// Refuses a number that says that its row's logits are not finite.
@@ -194,21 +260,43 @@ pub(super) fn finite(number: f32) -> Result<()> {
 /// CTRL's repetition penalty (Keskar et al. 2019), dense: every logit is multiplied, by 1 where
 /// its token was not seen, so that the op's size does not depend on the text.
 fn penalize(at: At, logits: &Tensor, seen: &[Vec<u32>], factors: (f32, f32)) -> Result<Tensor> {
-    let (rows, width) = logits.rows_width()?;
-    let mut values = logits.to_vec()?;
-    let op = Op::RepeatPenalty { rows, width };
-    at.run(op, Dtype::F32, &candle_core::Device::Cpu, || {
-        for (row, seen) in values.chunks_exact_mut(width as usize).zip(seen) {
+    let values = at.launch(&RepeatPenalty { logits, seen, factors })?;
+    Tensor::from_vec(values, logits.data.shape().clone(), Dtype::F32, logits.device())
+}
+
+struct RepeatPenalty<'a> {
+    logits: &'a Tensor, // (…, V)
+    seen: &'a [Vec<u32>],
+    /// On positive logits of seen tokens, on others.
+    factors: (f32, f32),
+}
+
+impl Kernel for RepeatPenalty<'_> {
+    type Output = Vec<f32>;
+
+    fn device(&self) -> &Device {
+        &Device::Cpu
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.logits.rows_width()?;
+        ops.add(Op::RepeatPenalty { rows, width }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, _: &Nodes) -> candle_core::Result<Vec<f32>> {
+        let width = self.logits.data.dim(D::Minus1)?;
+        let mut values: Vec<f32> = self.logits.data.flatten_all()?.to_vec1()?;
+        for (row, seen) in values.chunks_exact_mut(width).zip(self.seen) {
             let mut is_seen = vec![false; row.len()];
             seen.iter().for_each(|&id| is_seen[id as usize] = true);
             for (logit, is_seen) in row.iter_mut().zip(is_seen) {
-                let towards_less = if *logit > 0.0 { factors.0 } else { factors.1 };
+                let towards_less = if *logit > 0.0 { self.factors.0 } else { self.factors.1 };
                 *logit *= if is_seen { towards_less } else { 1.0 };
             }
         }
-        Ok(())
-    })?;
-    Tensor::from_vec(values, logits.data.shape().clone(), Dtype::F32, logits.device())
+        Ok(values)
+    }
 }
 
 #[cfg(test)]

@@ -65,18 +65,18 @@ impl Tensor {
     /// The same elements as a trained parameter of the module at `scope`.
     pub fn parameter(&self, scope: Scope) -> Self {
         let node = Node::new(scope, phase_of_parameter(scope.module), vec![]);
-        Self { data: self.data.clone(), node: Some(node) }
+        Self { data: self.data.clone(), node: Some(node), lease: self.lease.clone() }
     }
 
     /// The same elements as an activation, made at `scope`, that a new graph starts from.
     pub fn leaf(&self, scope: Scope) -> Self {
         let node = Node::new(scope, Phase::BackwardX, vec![]);
-        Self { data: self.data.clone(), node: Some(node) }
+        Self { data: self.data.clone(), node: Some(node), lease: self.lease.clone() }
     }
 
     /// The same elements without a graph.
     pub fn detach(&self) -> Self {
-        Self::from(self.data.clone())
+        Self { data: self.data.clone(), node: None, lease: self.lease.clone() }
     }
 
     /// Whether a gradient of it would be computed.
@@ -110,10 +110,10 @@ impl Tensor {
         + 'static,
     ) -> Self {
         let node = self.node.as_ref().map(|to| {
-            let vjp: Vjp = Box::new(|_, gradient| Ok(Self::from(back(&gradient.data)?)));
+            let vjp: Vjp = Box::new(|_, gradient| Ok(Self::of(back(&gradient.data)?)));
             Node::new(to.scope, Phase::BackwardX, vec![Edge { to: to.clone(), vjp }])
         });
-        Self { data, node }
+        Self { data, node, lease: self.lease.clone() }
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     ledger::Phase,
     meter::Meter,
-    model::{Labelled, Qwen2},
+    model::{Labelled, Decoder},
     ops::Gradients,
 };
 
@@ -75,9 +75,9 @@ pub(super) fn run(
     let mut rng = StdRng::seed_from_u64(seed);
     let chosen = index::sample(&mut rng, found.len(), tensors.min(found.len()));
 
-    let shape = (texts[0].batch, texts[0].ids.len() / texts[0].batch);
-    let positions = trainer.model.positions(meter.phase(Phase::Setup), shape.0, shape.1)?;
-    let total = |model: &Qwen2| {
+    let seq = texts[0].ids.len() / texts[0].batch;
+    let positions = trainer.model.positions(meter.phase(Phase::Setup), seq)?;
+    let total = |model: &Decoder| {
         texts.iter().try_fold(0.0, |sum, t| {
             Ok::<_, anyhow::Error>(sum + model.loss(meter, *t, &positions)?)
         })

@@ -5,7 +5,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Phase},
     meter::Meter,
-    model::Qwen2,
+    model::Decoder,
     workload::{Task, Workload},
 };
 
@@ -43,7 +43,7 @@ pub fn tasks(rows: usize, seq: usize, batch: usize) -> Vec<Task> {
 /// A loss that is not finite, or the device's.
 pub fn evaluate(
     meter: Meter,
-    model: &Qwen2,
+    model: &Decoder,
     data: &Dataset,
     batch: usize,
     mut progress: impl FnMut(usize) -> Result<()>,
@@ -53,7 +53,7 @@ pub fn evaluate(
     for task in &tasks {
         let Task::Evaluate { batch, seq, passes } = *task else { continue };
         let batch = batch as usize;
-        let positions = model.positions(meter.phase(Phase::Setup), batch, seq as usize)?;
+        let positions = model.positions(meter.phase(Phase::Setup), seq as usize)?;
         for _ in 0..passes {
             let rows: Vec<usize> = (done..done + batch).collect();
             let text = data.batch(&rows);

@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Phase, Scope},
     meter::Meter,
-    model::{Qwen2, Trained},
+    model::{Decoder, Trained},
     ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sums_of_squares},
     weights::Named,
 };
@@ -32,7 +32,7 @@ impl Hyper {
 #[derive(Debug)]
 pub struct Optimizer {
     hyper: Hyper,
-    /// In the order of [`Qwen2::trained`].
+    /// In the order of [`Decoder::trained`].
     parameters: Vec<Parameter>,
     /// Updates so far.
     steps: u64,
@@ -51,7 +51,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// A model without anything to train, or a device out of memory.
-    pub fn new(model: &mut Qwen2, trained: Trained, hyper: Hyper) -> Result<Self> {
+    pub fn new(model: &mut Decoder, trained: Trained, hyper: Hyper) -> Result<Self> {
         model.train(trained);
         let in_f32 = model.dtype() == Dtype::F32;
         let mut parameters = vec![];
@@ -87,7 +87,7 @@ impl Optimizer {
     pub fn step(
         &mut self,
         meter: Meter,
-        model: &mut Qwen2,
+        model: &mut Decoder,
         mut gradients: Gradients,
         rate: f64,
     ) -> Result<(f64, Vec<f64>)> {
@@ -141,7 +141,7 @@ impl Optimizer {
     /// The device's.
     pub(super) fn nudge(
         &self,
-        model: &mut Qwen2,
+        model: &mut Decoder,
         index: usize,
         direction: &[f32],
         factor: f64,
@@ -159,7 +159,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// Another number of values.
-    pub(super) fn put_back(&self, model: &mut Qwen2, index: usize, values: &[f32]) -> Result<()> {
+    pub(super) fn put_back(&self, model: &mut Decoder, index: usize, values: &[f32]) -> Result<()> {
         let parameter = &self.parameters[index];
         parameter.moments.restore(values)?;
         parameter.publish(model.trained()[index].2)
@@ -169,7 +169,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// The device's.
-    pub fn masters(&self, model: &mut Qwen2) -> Result<Vec<Named>> {
+    pub fn masters(&self, model: &mut Decoder) -> Result<Vec<Named>> {
         let named = |(parameter, (name, _, tensor)): (&Parameter, (String, Scope, &mut Tensor))| {
             let values = parameter.moments.master(tensor)?.to_vec()?;
             Ok(Named { name, shape: tensor.dims().to_vec(), values })
@@ -191,7 +191,7 @@ impl Optimizer {
     /// A parameter that `find` does not know, or knows with another number of elements.
     pub fn restore(
         &mut self,
-        model: &mut Qwen2,
+        model: &mut Decoder,
         steps: u64,
         find: impl Fn(&str) -> Result<Vec<f32>>,
     ) -> Result<()> {
@@ -209,7 +209,7 @@ impl Parameter {
     fn publish(&self, tensor: &Tensor) -> Result<()> {
         match tensor.dtype()? {
             Dtype::F32 => Ok(()),
-            narrow => tensor.write(&self.moments.master(tensor)?.to_dtype(narrow)?, 0, 0),
+            narrow => tensor.overwrite(&self.moments.master(tensor)?.to_dtype(narrow)?),
         }
     }
 }

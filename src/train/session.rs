@@ -18,7 +18,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{Labelled, Qwen2, Trained},
+    model::{Labelled, Decoder, Trained},
     weights::Named,
     workload::{Task, Workload},
 };
@@ -114,7 +114,7 @@ impl<'a> Session<'a> {
     /// A model without anything to train, or a device out of memory.
     pub fn new(
         settings: Settings,
-        mut model: Qwen2,
+        mut model: Decoder,
         data: &'a Dataset,
         held_out: Option<&'a Dataset>,
         beside: &'a RefCell<dyn Observer + 'a>,
@@ -123,10 +123,9 @@ impl<'a> Session<'a> {
         let tables = RefCell::new((Ledger::default(), beside));
         let meter = Meter::new(&tables, Phase::Setup).timed(timed);
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
-        let shape = (settings.batch, settings.seq);
         let weights = model.fingerprint()?;
         let trainer =
-            Trainer::new(meter, model, trained, settings.hyper, shape, settings.recompute)?;
+            Trainer::new(meter, model, trained, settings.hyper, settings.seq, settings.recompute)?;
         let order = Order::new(data.rows(), settings.seed);
         let checks = settings.checks.min(trainer.optimizer.names().count());
         let settings = Settings { checks, ..settings };

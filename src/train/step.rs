@@ -5,7 +5,7 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Phase},
     meter::Meter,
-    model::{KvCache, Labelled, Qwen2, Trained},
+    model::{Decoder, Labelled, Positions, Trained},
     ops::Gradients,
 };
 
@@ -13,10 +13,10 @@ use crate::{
 #[derive(Debug)]
 pub struct Trainer {
     /// The model, at its latest update.
-    pub model: Qwen2,
+    pub model: Decoder,
     /// Its optimizer.
     pub optimizer: Optimizer,
-    positions: KvCache,
+    positions: Positions,
     recompute: bool,
 }
 
@@ -32,21 +32,20 @@ pub struct Step {
 }
 
 impl Trainer {
-    /// Prepares `model` for steps over micro-batches of `batch` × `seq` tokens. Rotary tables are
-    /// metered.
+    /// Prepares `model` for steps over sequences of `seq` tokens. Rotary tables are metered.
     ///
     /// # Errors
     /// A model without anything to train, or a device out of memory.
     pub fn new(
         meter: Meter,
-        mut model: Qwen2,
+        mut model: Decoder,
         trained: Trained,
         hyper: Hyper,
-        (batch, seq): (usize, usize),
+        seq: usize,
         recompute: bool,
     ) -> Result<Self> {
         let optimizer = Optimizer::new(&mut model, trained, hyper)?;
-        let positions = model.positions(meter.phase(Phase::Setup), batch, seq)?;
+        let positions = model.positions(meter.phase(Phase::Setup), seq)?;
         Ok(Self { model, optimizer, positions, recompute })
     }
 

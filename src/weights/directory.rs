@@ -2,7 +2,7 @@
 //! or shards with an index), tokenizer.json and what goes with it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::File,
     io::Read,
     path::{Path, PathBuf},
@@ -184,6 +184,17 @@ impl Shards {
     /// Every tensor's name, in no order.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.holder.keys().map(String::as_str)
+    }
+
+    /// The names of the tensors that are none of `names` and of consequence.
+    pub(super) fn beside<'a>(
+        &'a self,
+        names: impl Iterator<Item = &'a str>,
+    ) -> impl Iterator<Item = &'a str> {
+        // A head of its own beside a tied one is never read; frequencies are computed.
+        let idle = |name: &str| name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq");
+        let used: HashSet<&str> = names.collect();
+        self.names().filter(move |name| !used.contains(name) && !idle(name))
     }
 
     /// The shape that the header declares.

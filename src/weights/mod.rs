@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+pub(crate) use self::gguf::Metadata;
 pub use self::{
     peft::{PeftAdapter, adapter_name, save_adapter},
     save::{Named, fingerprint, read, save},
@@ -204,9 +205,20 @@ impl Weights {
         Err(Error::tensor(self.origin(name), name, why).into())
     }
 
-    /// Names the first tensor that the config asks for and the file does not hold as such.
+    /// Names the first tensor that the config asks for and the file does not hold as such, or that
+    /// the file holds and the config does not ask for: it would change what the model computes.
     fn check(&self, config: &ModelConfig) -> Result<()> {
-        tensor_shapes(config).iter().try_for_each(|(name, shape)| self.check_shape(name, shape))
+        let shapes = tensor_shapes(config);
+        shapes.iter().try_for_each(|(name, shape)| self.check_shape(name, shape))?;
+        let names = shapes.iter().map(|(name, _)| name.as_str());
+        let beside = match &self.source {
+            Source::Safetensors(shards) => shards.beside(names).min(),
+            Source::Gguf(gguf) => gguf.beside(names).min(),
+            Source::Synthetic(_) => None,
+        };
+        let Some(name) = beside else { return Ok(()) };
+        let why = "is no part of the model that the config describes";
+        Err(Error::tensor(self.origin(name), name, why).into())
     }
 }
 
@@ -218,16 +230,25 @@ pub fn tensor_shapes(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let mut all = vec![("model.embed_tokens.weight".to_string(), vec![v, d])];
     for layer in 0..config.num_hidden_layers {
         let layer = format!("model.layers.{layer}");
-        all.push((format!("{layer}.input_layernorm.weight"), vec![d]));
+        let norm = |name: &str, width| (format!("{layer}.{name}.weight"), vec![width]);
+        all.push(norm("input_layernorm", d));
         for p in Projection::ALL {
             let (k, n) = p.widths(config);
             let name = format!("{layer}.{}.{p}", p.parent());
             all.push((format!("{name}.weight"), vec![n, k]));
-            if p.has_bias() {
+            if config.has_bias(p) {
                 all.push((format!("{name}.bias"), vec![n]));
             }
         }
-        all.push((format!("{layer}.post_attention_layernorm.weight"), vec![d]));
+        if config.qk_norm {
+            let names = ["self_attn.q_norm", "self_attn.k_norm"];
+            all.extend(names.map(|name| norm(name, config.head_dim())));
+        }
+        all.push(norm("post_attention_layernorm", d));
+        if config.sandwich_norms {
+            let names = ["pre_feedforward_layernorm", "post_feedforward_layernorm"];
+            all.extend(names.map(|name| norm(name, d)));
+        }
     }
     all.push(("model.norm.weight".into(), vec![d]));
     if !config.tie_word_embeddings {
@@ -250,17 +271,56 @@ fn cause(error: &candle_core::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Biases;
 
     #[test]
     fn listed_tensors_hold_exactly_the_parameters() {
-        for name in ModelConfig::preset_names() {
-            let config = ModelConfig::preset(name).unwrap();
+        let presets = ModelConfig::preset_names().map(|name| ModelConfig::preset(name).unwrap());
+        for config in presets.chain(choices()) {
             let listed: u128 = tensor_shapes(&config)
                 .iter()
                 .map(|(_, shape)| shape.iter().product::<usize>() as u128)
                 .sum();
-            assert_eq!(listed, config.parameters(), "{name}");
+            assert_eq!(listed, config.parameters(), "{config:?}");
         }
+    }
+
+    /// A small config of every choice of tensors in which families differ.
+    fn choices() -> impl Iterator<Item = ModelConfig> {
+        (0..1 << 6).map(|bits: u32| {
+            let on = |bit: u32| bits & (1 << bit) != 0;
+            ModelConfig {
+                bias: Biases { qkv: on(0), o: on(1), mlp: on(2) },
+                qk_norm: on(3),
+                sandwich_norms: on(4),
+                tie_word_embeddings: on(5),
+                head_dim: Some(12),
+                ..ModelConfig::preset("tiny").unwrap()
+            }
+        })
+    }
+
+    #[test]
+    fn sandwiched_layers_have_four_norms() {
+        let config = ModelConfig {
+            sandwich_norms: true,
+            qk_norm: true,
+            num_hidden_layers: 1,
+            ..ModelConfig::preset("tiny").unwrap()
+        };
+        let names = tensor_shapes(&config).into_iter().map(|(name, _)| name);
+        let norms: Vec<_> = names.filter(|name| name.ends_with("norm.weight")).collect();
+        let layer = "model.layers.0.";
+        let expected = [
+            "input_layernorm",
+            "self_attn.q_norm",
+            "self_attn.k_norm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ]
+        .map(|name| format!("{layer}{name}.weight"));
+        assert_eq!(norms, [&expected[..], &["model.norm.weight".into()]].concat());
     }
 
     #[test]

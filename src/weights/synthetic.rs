@@ -2,7 +2,7 @@
 //!
 //! Each value is a hash of (seed, tensor name, index) alone, so neither the order of loading nor
 //! the number of threads changes it. The distribution is a sum of four uniforms, close to a
-//! normal one of standard deviation 0.02, the family's initialiser; norm gains are 1.
+//! normal one of standard deviation 0.02, the families' initialiser; a norm multiplies by 1.
 
 use std::{collections::HashMap, path::Path};
 
@@ -24,6 +24,8 @@ const CHUNK: usize = 1 << 16;
 #[derive(Debug)]
 pub(super) struct Synthetic {
     seed: u64,
+    /// Of every norm: 1, or the 0 that a norm adds 1 to.
+    gain: f32,
     shapes: HashMap<String, Vec<usize>>,
 }
 
@@ -72,8 +74,9 @@ fn parse(spec: &str) -> Result<(&str, u64)> {
 pub fn synthetic(config: ModelConfig, seed: u64) -> Result<Checkpoint> {
     config.validate("synthetic")?;
     let shapes = tensor_shapes(&config).into_iter().collect();
+    let gain = if config.unit_offset_norms { 0.0 } else { 1.0 };
     Ok(Checkpoint {
-        weights: Weights { source: Source::Synthetic(Synthetic { seed, shapes }) },
+        weights: Weights { source: Source::Synthetic(Synthetic { seed, gain, shapes }) },
         text: Text::bytes(config.vocab_size),
         name: format!("synthetic, seed {seed}"),
         origin: format!("synthetic, seed {seed} (random weights)"),
@@ -95,7 +98,7 @@ impl Synthetic {
             Error::tensor("synthetic", name, format!("of shape {shape:?} does not fit the memory"))
         })?;
         if name.ends_with("norm.weight") {
-            values.resize(n, 1.0);
+            values.resize(n, self.gain);
         } else {
             let key = key(self.seed, name);
             values.resize(n, 0.0);
@@ -166,16 +169,21 @@ mod tests {
     }
 
     #[test]
-    fn tensors_are_reproducible_and_gains_are_one() {
-        let load = |seed, name: &str, shape: &[usize]| {
-            let checkpoint = synthetic(ModelConfig::preset("tiny").unwrap(), seed).unwrap();
-            let tensor = checkpoint.weights.tensor(name, shape, DType::F32, &Device::Cpu).unwrap();
+    fn tensors_are_reproducible_and_norms_multiply_by_one() {
+        let values = |config, seed, name: &str, shape: &[usize]| {
+            let weights = synthetic(config, seed).unwrap().weights;
+            let tensor = weights.tensor(name, shape, DType::F32, &Device::Cpu).unwrap();
             tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap()
         };
+        let tiny = ModelConfig::preset("tiny").unwrap();
+        let load = |seed, name: &str, shape: &[usize]| values(tiny.clone(), seed, name, shape);
         let embedding = "model.embed_tokens.weight";
         assert_eq!(load(3, embedding, &[320, 32]), load(3, embedding, &[320, 32]));
         assert_ne!(load(3, embedding, &[320, 32]), load(4, embedding, &[320, 32]));
-        assert_eq!(load(3, "model.norm.weight", &[32]), vec![1.0; 32]);
+        let norm = "model.norm.weight";
+        assert_eq!(load(3, norm, &[32]), vec![1.0; 32]);
+        let offset = ModelConfig { unit_offset_norms: true, ..tiny.clone() };
+        assert_eq!(values(offset, 3, norm, &[32]), vec![0.0; 32]);
         let bias = load(3, "model.layers.0.self_attn.q_proj.bias", &[32]);
         assert!(bias.iter().any(|x| *x != 0.0));
     }

@@ -15,7 +15,7 @@ use candle_core::{
     },
 };
 use flopaudit::{
-    config::ModelConfig,
+    config::{Family, ModelConfig},
     weights::{self, Checkpoint},
 };
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -46,7 +46,7 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 
 /// config.json and a byte-level tokenizer.json with two special tokens.
 pub fn write_text_side(dir: &Path, config: &ModelConfig) {
-    fs::write(dir.join("config.json"), serde_json::to_string(config).unwrap()).unwrap();
+    fs::write(dir.join("config.json"), config.to_hub().to_string()).unwrap();
     let vocab: BTreeMap<String, usize> = alphabet().into_iter().zip(0..).collect();
     let special = |id, content| {
         serde_json::json!({
@@ -111,23 +111,50 @@ pub type Metadata = BTreeMap<String, Value>;
 
 /// What llama.cpp writes for a model of `config`, with a byte-level tokenizer.
 pub fn metadata(config: &ModelConfig) -> Metadata {
+    let count = |n: usize| Value::U32(n as u32);
+    let float = |x: f64| Value::F32(x as f32);
+    let architecture = match config.family {
+        Family::Qwen2 => "qwen2",
+        Family::Llama | Family::Mistral => "llama",
+        Family::Qwen3 => "qwen3",
+        Family::Gemma3 => "gemma3",
+    };
+    let mut keys = vec![
+        ("embedding_length", count(config.hidden_size)),
+        ("block_count", count(config.num_hidden_layers)),
+        ("feed_forward_length", count(config.intermediate_size)),
+        ("attention.head_count", count(config.num_attention_heads)),
+        ("attention.head_count_kv", count(config.num_key_value_heads)),
+        ("context_length", count(config.max_position_embeddings)),
+        ("rope.freq_base", float(config.rope.theta)),
+        ("attention.layer_norm_rms_epsilon", float(config.rms_norm_eps)),
+    ];
+    if let Some(width) = config.head_dim {
+        let lengths = ["attention.key_length", "attention.value_length", "rope.dimension_count"];
+        keys.extend(lengths.map(|key| (key, count(width))));
+    }
+    if let Some(window) = &config.window {
+        let layers = window.layers.iter().copied().map(Value::Bool).collect();
+        keys.push(("attention.sliding_window", count(window.width)));
+        keys.push(("attention.sliding_window_pattern", Value::Array(layers)));
+    }
+    if let Some(rope) = &config.local_rope {
+        keys.push(("rope.freq_base_swa", float(rope.theta)));
+    }
+    let keys = keys.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value));
+    let named = ("general.architecture".to_string(), Value::String(architecture.into()));
+    keys.chain([named]).chain(text_metadata()).collect()
+}
+
+/// The tokenizer and chat template of [`write_text_side`], and two tokens more.
+fn text_metadata() -> Metadata {
     let mut tokens = alphabet();
     let added = ["<|im_start|>", "<|im_end|>", "<tool_call>", "[PAD259]"];
     let types = [vec![1; 256], vec![3, 3, 4, 5]].concat();
     tokens.extend(added.map(String::from));
-    let count = |n: usize| Value::U32(n as u32);
     let strings = |list: Vec<String>| Value::Array(list.into_iter().map(Value::String).collect());
     let text = |s: &str| Value::String(s.into());
     [
-        ("general.architecture", text("qwen2")),
-        ("qwen2.embedding_length", count(config.hidden_size)),
-        ("qwen2.block_count", count(config.num_hidden_layers)),
-        ("qwen2.feed_forward_length", count(config.intermediate_size)),
-        ("qwen2.attention.head_count", count(config.num_attention_heads)),
-        ("qwen2.attention.head_count_kv", count(config.num_key_value_heads)),
-        ("qwen2.context_length", count(config.max_position_embeddings)),
-        ("qwen2.rope.freq_base", Value::F32(config.rope_theta as f32)),
-        ("qwen2.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
         ("tokenizer.ggml.model", text("gpt2")),
         ("tokenizer.ggml.pre", text("qwen2")),
         ("tokenizer.ggml.tokens", strings(tokens)),
@@ -140,15 +167,18 @@ pub fn metadata(config: &ModelConfig) -> Metadata {
     .into()
 }
 
-/// The Hugging Face name of a tensor, as llama.cpp renames it.
-fn gguf_name(name: &str) -> String {
+/// The Hugging Face name of a tensor, as llama.cpp renames it in a model of `architecture`.
+fn gguf_name(name: &str, architecture: &str) -> String {
+    let after_attention = if architecture == "gemma3" { "post_attention_norm" } else { "ffn_norm" };
     let pairs = [
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),
         ("lm_head", "output"),
         ("model.layers", "blk"),
         ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
+        ("post_attention_layernorm", after_attention),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
         ("self_attn.o_proj", "attn_output"),
         ("self_attn.", "attn_"),
         ("mlp.", "ffn_"),
@@ -157,13 +187,36 @@ fn gguf_name(name: &str) -> String {
     pairs.iter().fold(name.to_string(), |name, (from, to)| name.replace(from, to))
 }
 
+/// A tensor as llama.cpp stores it: Llama's rows of q and k with the halves of a head in turn,
+/// Gemma's gains plus 1.
+fn stored(name: &str, tensor: &Tensor, metadata: &Metadata, architecture: &str) -> Tensor {
+    let heads = [("q_proj.", "head_count"), ("k_proj.", "head_count_kv")]
+        .into_iter()
+        .find(|(projection, _)| name.contains(projection))
+        .map(|(_, key)| metadata[&format!("{architecture}.attention.{key}")].to_u32().unwrap());
+    match (architecture, heads) {
+        ("llama", Some(heads)) => {
+            let (heads, rows) = (heads as usize, tensor.dims()[0]);
+            let halves = tensor.reshape((heads, 2, rows / heads / 2, ())).unwrap();
+            halves.transpose(1, 2).unwrap().contiguous().unwrap().reshape(tensor.shape()).unwrap()
+        }
+        ("gemma3", _) if name.ends_with("norm.weight") => (tensor + 1.0).unwrap(),
+        _ => tensor.clone(),
+    }
+}
+
 pub fn write_gguf(file: &Path, metadata: &Metadata, tensors: &Tensors, dtype: GgmlDType) {
+    let architecture = match metadata.get("general.architecture") {
+        Some(Value::String(name)) => name,
+        _ => "",
+    };
     let mut quantized: Vec<(String, QTensor)> = tensors
         .iter()
         .map(|(name, tensor)| {
+            let tensor = stored(name, tensor, metadata, architecture);
             let whole = tensor.dims().last().is_some_and(|n| n % dtype.block_size() == 0);
             let dtype = if tensor.rank() == 2 && whole { dtype } else { GgmlDType::F32 };
-            (gguf_name(name), QTensor::quantize(tensor, dtype).unwrap())
+            (gguf_name(name, architecture), QTensor::quantize(&tensor, dtype).unwrap())
         })
         .collect();
     quantized.sort_by(|a, b| a.0.cmp(&b.0));

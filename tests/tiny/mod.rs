@@ -1,4 +1,4 @@
-//! A Qwen2 small enough to be differentiated by hand, whose every weight matters: in the family's
+//! A decoder small enough to be differentiated by hand, whose every weight matters: in the family's
 //! initialiser attention is next to uniform, and faults in it would not show.
 
 // Each test file uses its own part of these.
@@ -8,10 +8,10 @@ use std::cell::RefCell;
 
 use candle_core::Device;
 use flopaudit::{
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     ledger::{Dtype, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Labelled, Qwen2, Trained},
+    model::{AdapterSource, Labelled, Decoder, Trained},
     ops::Tensor,
     weights::synthetic,
 };
@@ -27,14 +27,14 @@ pub fn config(tied: bool) -> ModelConfig {
         num_attention_heads: 4,
         num_key_value_heads: 2,
         head_dim: Some(4),
-        rope_theta: 100.0,
+        rope: Rope { theta: 100.0, scaling: RopeScaling::Default },
         tie_word_embeddings: tied,
         ..ModelConfig::preset("tiny").unwrap()
     }
 }
 
 /// The model with every weight drawn anew, B of the adapters among them; rank 3 on `targets`.
-pub fn model(config: &ModelConfig, targets: &[Projection], trained: Trained) -> Qwen2 {
+pub fn model(config: &ModelConfig, targets: &[Projection], trained: Trained) -> Decoder {
     model_in(Dtype::F32, config, targets, trained)
 }
 
@@ -44,12 +44,12 @@ pub fn model_in(
     config: &ModelConfig,
     targets: &[Projection],
     trained: Trained,
-) -> Qwen2 {
+) -> Decoder {
     let rank = if targets.is_empty() { 0 } else { 3 };
     let lora = LoraConfig::new(config, rank, 4.5, targets).unwrap();
     let adapters = AdapterSource::Fresh { lora, seed: 0 };
     let weights = synthetic(config.clone(), 0).unwrap().weights;
-    let load = Qwen2::load(config, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(()));
+    let load = Decoder::load(config, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(()));
     let mut model = load.unwrap();
     model.train(Trained::All);
     let mut rng = StdRng::seed_from_u64(1);
@@ -67,7 +67,7 @@ pub fn model_in(
 pub fn write(tensor: &Tensor, values: Vec<f32>) {
     let dtype = tensor.dtype().unwrap();
     let values = Tensor::from_vec(values, tensor.dims(), dtype, &Device::Cpu).unwrap();
-    tensor.write(&values, 0, 0).unwrap();
+    tensor.overwrite(&values).unwrap();
 }
 
 /// Sequences to learn from.
@@ -110,19 +110,19 @@ impl Text {
 pub type Gradient = (String, Vec<f64>);
 
 /// The loss, and every trained parameter's gradient.
-pub fn gradients(model: &mut Qwen2, text: &Text, recompute: bool) -> (f64, Vec<Gradient>) {
+pub fn gradients(model: &mut Decoder, text: &Text, recompute: bool) -> (f64, Vec<Gradient>) {
     observed(model, text, recompute, &RefCell::new(()))
 }
 
 /// [`gradients`], with every op told to `observer`.
 pub fn observed(
-    model: &mut Qwen2,
+    model: &mut Decoder,
     text: &Text,
     recompute: bool,
     observer: &RefCell<impl Observer>,
 ) -> (f64, Vec<Gradient>) {
     let meter = Meter::new(observer, Phase::Setup);
-    let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();
+    let positions = model.positions(meter, text.ids.len() / text.batch).unwrap();
     let found = model.loss_and_gradients(meter, text.labelled(), &positions, recompute);
     let (loss, mut found) = found.unwrap();
     let gradient = |(name, _, tensor): (String, _, &mut Tensor)| {
@@ -134,10 +134,10 @@ pub fn observed(
 }
 
 /// The loss alone.
-pub fn loss(model: &Qwen2, text: &Text) -> f64 {
+pub fn loss(model: &Decoder, text: &Text) -> f64 {
     let observer = RefCell::new(());
     let meter = Meter::new(&observer, Phase::Setup);
-    let positions = model.positions(meter, text.batch, text.ids.len() / text.batch).unwrap();
+    let positions = model.positions(meter, text.ids.len() / text.batch).unwrap();
     model.loss(meter, text.labelled(), &positions).unwrap()
 }
 

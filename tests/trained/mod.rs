@@ -9,7 +9,7 @@ use candle_core::Device;
 use flopaudit::{
     config::Projection,
     ledger::Dtype,
-    model::{AdapterSource, Qwen2},
+    model::{AdapterSource, Decoder},
     weights::{self, Checkpoint, PeftAdapter},
 };
 use serde_json::Value;
@@ -21,9 +21,9 @@ pub fn checkpoint() -> Checkpoint {
     weights::open(path.to_str()).unwrap()
 }
 
-pub fn load(checkpoint: &Checkpoint, adapters: &AdapterSource) -> Qwen2 {
+pub fn load(checkpoint: &Checkpoint, adapters: &AdapterSource) -> Decoder {
     let Checkpoint { config, weights, .. } = checkpoint;
-    Qwen2::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load(config, weights, adapters, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 pub fn golden(name: &str) -> Value {

@@ -27,6 +27,10 @@ pub enum Cause {
     Epsilon,
     /// A bias on the head.
     HeadBias,
+    /// Biases on q, k and v that there are not.
+    AssumedBiases,
+    /// SiLU where there is GELU.
+    Gelu,
     /// Adapters elsewhere than they are.
     LoraTargets,
     /// The value adapter as wide as the hidden state.
@@ -45,12 +49,22 @@ pub enum Cause {
     Scores,
     /// Half of the attention scores.
     MaskedHalf,
+    /// Windowed layers as if they saw everything.
+    Windows,
     /// No adapters.
     LoraProducts,
     /// No bias adds.
     Biases,
-    /// No norms.
+    /// No scaling of the embedding.
+    EmbeddingScale,
+    /// No norms before attention, the MLP and the head.
     Norms,
+    /// No norms after attention and the MLP.
+    OuterNorms,
+    /// No norms of q and k.
+    HeadNorms,
+    /// No 1 added to norms' gains.
+    GainOffset,
     /// No rotation.
     Rotation,
     /// No cosines and sines.
@@ -61,8 +75,8 @@ pub enum Cause {
     Mask,
     /// No softmax.
     Softmax,
-    /// No SiLU and gate.
-    SwiGlu,
+    /// No activation and gate.
+    Glu,
     /// No residual additions.
     Residuals,
     /// No scaling and adding of adapters.
@@ -103,6 +117,8 @@ impl Cause {
             Self::SiluSign => "SiLU without its sign change",
             Self::Epsilon => "RMSNorm without epsilon",
             Self::HeadBias => "a bias on the head",
+            Self::AssumedBiases => "biases assumed on q, k and v",
+            Self::Gelu => "SiLU in place of GELU",
             Self::LoraTargets => "LoRA on q and v whatever is adapted",
             Self::LoraWidth => "LoRA on v as wide as the model",
             Self::Sampling => "choice of tokens",
@@ -112,15 +128,20 @@ impl Cause {
             Self::Head => "head not in N",
             Self::Scores => "attention scores left out",
             Self::MaskedHalf => "masked half of attention left out",
+            Self::Windows => "whole context, not windows",
             Self::LoraProducts => "LoRA left out",
             Self::Biases => "bias adds left out",
+            Self::EmbeddingScale => "scaling of the embedding left out",
             Self::Norms => "norms left out",
+            Self::OuterNorms => "norms after attention and MLP left out",
+            Self::HeadNorms => "norms of q and k left out",
+            Self::GainOffset => "1 added to gains left out",
             Self::Rotation => "RoPE left out",
             Self::RotaryTables => "rotary tables left out",
             Self::ScaledQueries => "scaling of queries left out",
             Self::Mask => "causal mask left out",
             Self::Softmax => "softmax left out",
-            Self::SwiGlu => "SiLU and gate left out",
+            Self::Glu => "activation and gate left out",
             Self::Residuals => "residual adds left out",
             Self::LoraSums => "LoRA's scale and sum left out",
             Self::FrozenWeights => "no gradients of frozen weights",
@@ -154,6 +175,8 @@ impl Cause {
             Self::SiluSign => "x / (1 + exp(-x)) without negating x",
             Self::Epsilon => "no add of epsilon under each root",
             Self::HeadBias => "an add a logit; the head has no bias",
+            Self::AssumedBiases => "an add for each element of q, k and v; this model has none there",
+            Self::Gelu => "x / (1 + exp(-x)) without its sign change; GELU takes a cubic of x for -x",
             Self::LoraTargets => "adapters counted on q and v; others are adapted",
             Self::LoraWidth => "v's adapter D wide in its output; it is K*d wide",
             Self::Sampling => {
@@ -165,15 +188,22 @@ impl Cause {
             Self::Head => "the head goes with the embeddings; it is a product of D x V",
             Self::Scores => "no q*k and no weighted values, which grow with the context",
             Self::MaskedHalf => "half of the T x T scores; kernels without causal skipping compute all",
+            Self::Windows => {
+                "every layer scores all of its context; windowed layers read the latest keys alone"
+            }
             Self::LoraProducts => "no A and B products",
-            Self::Biases => "no adds of q, k and v biases",
+            Self::Biases => "no adds of the projections' biases",
+            Self::EmbeddingScale => "no factor sqrt(D) on embedded tokens",
             Self::Norms => "no squares, roots, divisions and gains of RMSNorm",
+            Self::OuterNorms => "two norms a layer; this model has four",
+            Self::HeadNorms => "no RMSNorm of each head's queries and keys",
+            Self::GainOffset => "gains as they are stored; norms multiply by 1 + gain",
             Self::Rotation => "no rotation of q and k",
             Self::RotaryTables => "no cosines and sines of the positions, computed once",
             Self::ScaledQueries => "no factor 1/sqrt(d)",
             Self::Mask => "no add of 0 or -inf to each score",
             Self::Softmax => "no exponentials, sums and divisions of the scores",
-            Self::SwiGlu => "no activation and gate of the MLP",
+            Self::Glu => "no activation and gate of the MLP",
             Self::Residuals => "no adds to the residual stream",
             Self::LoraSums => "no scale and no sum beside the adapted projections",
             Self::FrozenWeights => {

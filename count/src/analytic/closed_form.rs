@@ -1,17 +1,17 @@
 //! Closed forms: the cost of a workload as a polynomial in its lengths.
 //!
 //! Every op of a decoder pass costs a linear combination of three monomials: 1, the rows B·T, and
-//! the scores B·T·S (S = past + T), for mask and head over the rows that they see. So a pass, and
-//! any number of passes, is described by the sums of these monomials ([`Moments`]), and those have
-//! closed forms.
+//! the scores B·T·S (S = past + T, or as much of it as a window sees), for mask and head over the
+//! rows that they see. So a pass, and any number of passes, is described by the sums of these
+//! monomials ([`Moments`]), and those have closed forms.
 
 use super::{
-    moments::Moments,
+    moments::{Moments, Scores},
     pieces::{only, product, times, zero},
     training::Training,
 };
 use crate::{
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{Activation, LoraConfig, ModelConfig, Projection, RopeScaling},
     error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
@@ -28,7 +28,7 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
     let Workload { model, lora, .. } = workload;
     let mut tally = Tally::default();
     setup(&mut tally, model, workload.positions())?;
-    let phases = Moments::of(&workload.task);
+    let phases = Moments::of(&workload.task, model);
     match workload.task {
         Task::Forward { .. } | Task::Generate { .. } => {
             for (phase, moments) in phases {
@@ -71,20 +71,34 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
 }
 
 /// Tables of cos and sin: per frequency a power (div, log, mul, exp) and a reciprocal; per
-/// position and frequency one mul and two trigs.
+/// position and frequency one mul and two trigs. Where frequencies are stretched, each costs so
+/// much more; YaRN's factor is a mul for each cosine and sine besides.
 pub(super) fn setup(tally: &mut Tally, model: &ModelConfig, positions: u64) -> Result<()> {
     let half = model.head_dim() as u128 / 2;
     let angles = u128::from(positions) * half;
-    let other = Primitives {
-        div: 2 * half,
-        log: half,
-        exp: half,
-        mul: half + angles,
-        trig: 2 * angles,
-        ..Primitives::default()
-    };
-    let cost = Cost { other, ..Cost::default() };
-    tally.add(Phase::Setup, Component::RotaryTables, Sum { calls: 1, cost })
+    for rope in model.ropes() {
+        // Calls beside the table's own, and of each frequency divs, adds, muls and cmps; muls of
+        // each angle.
+        let (calls, [div, add, mul, cmp], scale) = match rope.scaling {
+            RopeScaling::Default => (0, [0; 4], 0),
+            RopeScaling::Linear { .. } => (1, [1, 0, 0, 0], 0),
+            RopeScaling::Llama3 { .. } => (1, [4, 3, 2, 2], 0),
+            RopeScaling::Yarn { .. } => (2, [2, 3, 2, 2], 2),
+        };
+        let cost = only(Primitives {
+            div: (2 + div) * half,
+            add: add * half,
+            log: half,
+            exp: half,
+            mul: (1 + mul) * half + (1 + scale) * angles,
+            trig: 2 * angles,
+            cmp: cmp * half,
+            ..zero()
+        });
+        let sum = Sum { calls: 1 + calls, cost };
+        tally.add(Phase::Setup, Component::RotaryTables, sum)?;
+    }
+    Ok(())
 }
 
 /// All passes of a phase.
@@ -113,9 +127,11 @@ fn body(
     m: &Moments,
 ) -> Result<()> {
     layers(tally, phase, model, lora, m)?;
-    let (calls, cost) = (m.passes, norm(m.head_rows, model.hidden_size as u128));
-    tally.add(phase, Component::Embedding, Sum { calls, cost: Cost::default() })?;
-    tally.add(phase, Component::Norm, Sum { calls, cost })
+    let (scaled, width) = (u128::from(model.scaled_embedding), model.hidden_size as u128);
+    let embedding = Primitives { mul: scaled * m.rows * width, ..zero() };
+    let embedding = Sum { calls: m.passes * (1 + scaled), cost: only(embedding) };
+    tally.add(phase, Component::Embedding, embedding)?;
+    tally.add(phase, Component::Norm, norms(model, m.passes, m.head_rows, width))
 }
 
 /// The layers alone.
@@ -129,9 +145,12 @@ pub(super) fn layers(
     m.check(model)?;
     let layers = model.num_hidden_layers as u128;
     let width = model.hidden_size as u128;
+    for (of_layer, rows, width) in layer_norms(model) {
+        let norms = norms(model, layers * of_layer * m.passes, layers * rows * m.rows, width);
+        tally.add(phase, Component::Norm, norms)?;
+    }
     let mut row = |component, calls, cost| tally.add(phase, component, Sum { calls, cost });
 
-    row(Component::Norm, 2 * layers * m.passes, norm(2 * layers * m.rows, width))?;
     for projection in Projection::ALL {
         let (calls, cost) = base(projection, model, m.rows);
         row(Component::Proj(projection), layers * m.passes * calls, times(layers, cost)?)?;
@@ -140,15 +159,33 @@ pub(super) fn layers(
             row(Component::Lora(projection), layers * m.passes * 4, times(layers, cost)?)?;
         }
     }
-    let calls = layers * (6 * m.passes + m.masked_passes);
-    row(Component::Attention, calls, times(layers, attention(model, m))?)?;
+    // Two rotations, a scaling, two products and a softmax; a mask, and keys and values written.
+    let calls = layers * (6 * m.passes + m.masked_passes + 2 * m.cached_passes);
+    row(Component::Attention, calls, attention(model, m))?;
     let inner = layers * m.rows * model.intermediate_size as u128;
-    // SiLU: neg, exp, add, div; gate: mul.
-    let swiglu =
-        Primitives { neg: inner, exp: inner, add: inner, div: inner, mul: inner, ..zero() };
-    row(Component::SwiGlu, 2 * layers * m.passes, only(swiglu))?;
+    let mut glu = activation(model.activation, inner);
+    glu.mul += inner;
+    row(Component::Glu, 2 * layers * m.passes, only(glu))?;
     let sums = Primitives { add: 2 * layers * m.rows * width, ..zero() };
     row(Component::Residual, 2 * layers * m.passes, only(sums))
+}
+
+/// A layer's norms by their width: how many there are, and how many rows they have of each of the
+/// layer's. Queries and keys have a row a head.
+pub(super) fn layer_norms(model: &ModelConfig) -> Vec<(u128, u128, u128)> {
+    let stream = if model.sandwich_norms { 4 } else { 2 };
+    let heads = (model.num_attention_heads + model.num_key_value_heads) as u128;
+    let of_stream = (stream, stream, model.hidden_size as u128);
+    let of_heads = (2, heads, model.head_dim() as u128);
+    if model.qk_norm { vec![of_stream, of_heads] } else { vec![of_stream] }
+}
+
+/// `calls` norms over `rows` rows in all; where a gain is stored less 1, each first adds it.
+fn norms(model: &ModelConfig, calls: u128, rows: u128, width: u128) -> Sum {
+    let shifts = if model.unit_offset_norms { calls } else { 0 };
+    let mut cost = norm(rows, width);
+    cost.other.add += shifts * width;
+    Sum { calls: calls + shifts, cost }
 }
 
 /// Norms: w squares and w gains, w − 1 adds and one for eps, w + 1 divs, one root a row.
@@ -161,10 +198,10 @@ fn norm(rows: u128, width: u128) -> Cost {
 fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost) {
     let (k, n) = projection.widths(model);
     let mut cost = product(rows, k as u128, n as u128);
-    if projection.has_bias() {
+    if model.has_bias(projection) {
         cost.other.add = rows * n as u128;
     }
-    (1 + u128::from(projection.has_bias()), cost)
+    (1 + u128::from(model.has_bias(projection)), cost)
 }
 
 /// A, B, the scale and the sum.
@@ -180,17 +217,28 @@ pub(super) fn adapter(
     Cost { macs: rows * r * (k + n), outputs: rows * (r + n), other }
 }
 
-/// Attention of one layer. H·d columns of q and K·d of k are rotated (2 muls and an add each), q
+/// The activation of a layer's gate, of `n` elements. SiLU: neg, exp, add, div. GELU as
+/// x / (1 + exp(x·(a + b·x²))): 3 muls, 2 adds, exp, div.
+pub(super) fn activation(activation: Activation, n: u128) -> Primitives {
+    match activation {
+        Activation::Silu => Primitives { neg: n, exp: n, add: n, div: n, ..zero() },
+        Activation::GeluTanh => Primitives { mul: 3 * n, add: 2 * n, exp: n, div: n, ..zero() },
+    }
+}
+
+/// Attention of all layers. H·d columns of q and K·d of k are rotated (2 muls and an add each), q
 /// is scaled; per head and score: d macs for q·k, d for the values, one mask add, and softmax's
 /// sub, exp, div, with one cmp and one add less than scores in each row.
 fn attention(model: &ModelConfig, m: &Moments) -> Cost {
     let (h, d) = (model.num_attention_heads as u128, model.head_dim() as u128);
-    let q = m.rows * h * d;
-    let rotated = q + m.rows * model.kv_width() as u128;
-    let (scores, rows) = (h * m.scores, h * m.rows);
+    let rows = model.num_hidden_layers as u128 * m.rows;
+    let q = rows * h * d;
+    let rotated = q + rows * model.kv_width() as u128;
+    let Scores { all, masked } = m.scores(model);
+    let (scores, rows) = (h * all, h * rows);
     let other = Primitives {
         mul: 2 * rotated + q,
-        add: rotated + h * m.masked_scores + (2 * scores - rows),
+        add: rotated + h * masked + (2 * scores - rows),
         cmp: scores - rows,
         exp: scores,
         div: scores,

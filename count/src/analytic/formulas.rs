@@ -46,13 +46,14 @@ pub(super) fn six_nd_no_embedding(workload: &Workload) -> Result<Tally> {
 ///
 /// Source: Chowdhery et al. 2022, *PaLM* (arXiv 2204.02311), appendix B; `estimate_mfu` in
 /// karpathy/nanoGPT's model.py (N with the tied embedding). T is each pass's own context. Leaves
-/// out what [`six_nd`] does, except attention's scores, which it counts whole: no causal saving.
+/// out what [`six_nd`] does, except attention's scores, which it counts whole: no causal saving, no
+/// windows.
 pub(super) fn palm(workload: &Workload) -> Result<Tally> {
     let (n, model) = (workload.model.parameters(), &workload.model);
     passes(workload, |m| {
         vec![
             (Component::Parameters, n * m.rows),
-            (Component::Attention, attention(model, m.scores)),
+            (Component::Attention, attention(model, m.whole.all)),
         ]
     })
 }
@@ -61,11 +62,11 @@ pub(super) fn palm(workload: &Workload) -> Result<Tally> {
 ///
 /// Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, as `num_floating_point_operations`
 /// in NVIDIA/Megatron-LM's megatron/training/training.py adapts it to grouped-query attention and
-/// SwiGLU, in the earlier versions that take attention whole. The vocabulary is not padded. Leaves
+/// SwiGLU, in the earlier versions that take attention whole, windows or not. The vocabulary is not padded. Leaves
 /// out adapters, frozen weights and everything that is no matmul; counts logits of every position.
 pub(super) fn megatron(workload: &Workload) -> Result<Tally> {
     let model = &workload.model;
-    passes(workload, |m| matmuls(model, m, attention(model, m.scores)))
+    passes(workload, |m| matmuls(model, m, attention(model, m.whole.all)))
 }
 
 /// [`megatron`] with "only half of the attention matrix", as later versions of that function count:
@@ -76,7 +77,7 @@ pub(super) fn megatron_causal(workload: &Workload) -> Result<Tally> {
     // Two products of H·d a score, so that half of the squares is H·d for each of them.
     let hidden =
         |m: &Moments| m.squares * model.q_width() as u128 * model.num_hidden_layers as u128;
-    passes(workload, |m| matmuls(model, m, attention(model, m.scores) - hidden(m)))
+    passes(workload, |m| matmuls(model, m, attention(model, m.whole.all) - hidden(m)))
 }
 
 /// 6 · tokens · parameters without embeddings.
@@ -127,7 +128,7 @@ fn matmuls(model: &ModelConfig, m: &Moments, attention: u128) -> Forward {
 fn passes(workload: &Workload, forward: impl Fn(&Moments) -> Forward) -> Result<Tally> {
     let (task, mut tally) = (&workload.task, Tally::default());
     let runs = micro_steps(task);
-    for (phase, moments) in Moments::of(task) {
+    for (phase, moments) in Moments::of(task, &workload.model) {
         if moments.passes == 0 {
             continue;
         }

@@ -7,12 +7,10 @@
 //! `meter`, or the audit would compare a thing with itself; a test reads the imports.
 
 mod moments;
-mod needs;
 mod pieces;
 
 mod closed_form;
 mod training;
-mod backward;
 mod predict;
 
 mod formulas;

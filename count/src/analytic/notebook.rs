@@ -3,9 +3,10 @@
 //! It writes T, D, H, d, F, V, L and r, and these assumptions: keys and values are as wide as the
 //! hidden state (multi-head attention), and so are the queries; RoPE is a dense D × D product;
 //! scores are divided by √d; softmax subtracts no maximum; nothing is masked and nothing cached;
-//! every position gets logits, with a bias; RMSNorm adds no epsilon; LoRA sits on q and v,
-//! whatever the targets are, from a rank above 0; a training step is three forward passes; loss
-//! and optimizer are free.
+//! every position gets logits, with a bias; q, k and v have biases and no norms; a layer has two
+//! norms; RMSNorm adds no epsilon; the MLP's activation is SiLU; LoRA sits on q and v, whatever the
+//! targets are, from a rank above 0; a training step is three forward passes; loss and optimizer
+//! are free.
 
 use super::{
     moments::Moments,
@@ -26,7 +27,7 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
     let Workload { model, lora, task, .. } = workload;
     let mut tally = Tally::default();
     let runs = micro_steps(task);
-    for (phase, moments) in Moments::without_cache(task) {
+    for (phase, moments) in Moments::without_cache(task, model) {
         if moments.passes == 0 {
             continue;
         }
@@ -79,7 +80,7 @@ fn layer(model: &ModelConfig, rank: u128, m: &Moments) -> Vec<(Component, Cost)>
         (base(GateProj), product(t, d, f)),
         (base(UpProj), product(t, d, f)),
         (base(DownProj), product(t, f, d)),
-        (Component::SwiGlu, only(swiglu)),
+        (Component::Glu, only(swiglu)),
         (Component::Norm, norm(t, d)),
         (Component::Norm, norm(t, d)),
         (Component::Residual, only(Primitives { add: 2 * n, ..zero() })),
@@ -162,7 +163,7 @@ pub fn table(workload: &Workload, prices: &Prices) -> Result<Option<Vec<TableRow
     }
     let rank = lora.rank as u128;
     let mut rows = vec![];
-    for (_, m) in Moments::without_cache(task) {
+    for (_, m) in Moments::without_cache(task, model) {
         m.check(model)?;
         let layer = layer(model, rank, &m);
         let mut row = |name: &str, parts: &[(Component, Cost)], keep: fn(Component) -> bool| {
@@ -197,7 +198,7 @@ fn in_attention(part: Component) -> bool {
 fn in_mlp(part: Component) -> bool {
     match part {
         Component::Proj(projection) => projection.parent() == "mlp",
-        part => part == Component::SwiGlu,
+        part => part == Component::Glu,
     }
 }
 

@@ -38,26 +38,27 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
         Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => (false, false),
     };
     let runs = micro_steps(task);
-    let upper = model.num_hidden_layers as u128 - 1;
-    for (phase, moments) in Moments::of(task) {
+    for (phase, moments) in Moments::of(task, model) {
         if moments.passes == 0 {
             continue;
         }
         moments.check(model)?;
-        // The embedding's output needs a gradient only where the embedding is trained; whatever is
-        // trained in the lowest layer, its output does.
-        let lowest = layer(model, lora, &moments, full, full);
-        let others = layer(model, lora, &moments, full, true);
         let head = Product {
             component: Component::LmHead,
             macs: moments.head_rows * model.hidden_size as u128 * model.vocab_size as u128,
             left: true,
             right: full,
         };
-        let products = lowest.into_iter().map(|p| (1, p));
-        let products = products.chain(others.into_iter().map(|p| (upper, p))).chain([(1, head)]);
-        for (layers, product) in products {
-            let one = times(runs, times(layers, macs(product.macs))?)?;
+        let mut products = vec![head];
+        for index in 0..model.num_hidden_layers {
+            let scores = model.window_of(index).map_or(moments.whole, |_| moments.windowed);
+            // The embedding's output needs a gradient only where the embedding is trained;
+            // whatever is trained in the lowest layer, its output does.
+            let input = full || index > 0;
+            products.extend(layer(model, lora, [moments.rows, scores.all], full, input));
+        }
+        for product in products {
+            let one = times(runs, macs(product.macs))?;
             tally.add(phase, product.component, Sum { calls: 0, cost: one })?;
             if trains {
                 let gradients = u128::from(product.left) + u128::from(product.right);
@@ -69,21 +70,21 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
     Ok(tally)
 }
 
-/// The products of one layer whose input needs a gradient or not.
+/// The products of one layer over so many rows and scores, whose input needs a gradient or not.
 fn layer(
     model: &ModelConfig,
     lora: &LoraConfig,
-    m: &Moments,
+    [rows, scores]: [u128; 2],
     full: bool,
     input: bool,
 ) -> Vec<Product> {
     use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
-    let mut list = Layer { model, lora, rows: m.rows, full, products: vec![] };
+    let mut list = Layer { model, lora, rows, full, products: vec![] };
     let q = list.projection(QProj, input);
     let k = list.projection(KProj, input);
     let v = list.projection(VProj, input);
-    let weights = list.attention(m, q, k);
-    let mixed = list.attention(m, weights, v);
+    let weights = list.attention(scores, q, k);
+    let mixed = list.attention(scores, weights, v);
     let residual = list.projection(OProj, mixed) || input;
     let gate = list.projection(GateProj, residual);
     let up = list.projection(UpProj, residual);
@@ -120,8 +121,8 @@ impl Layer<'_> {
     }
 
     /// Scores of queries and keys, or values weighted by scores: d a head and score.
-    fn attention(&mut self, m: &Moments, left: bool, right: bool) -> bool {
-        let macs = m.scores * self.model.q_width() as u128;
+    fn attention(&mut self, scores: u128, left: bool, right: bool) -> bool {
+        let macs = scores * self.model.q_width() as u128;
         self.products.push(Product { component: Component::Attention, macs, left, right });
         left || right
     }

@@ -2,20 +2,56 @@
 //!
 //! With R = B·T rows and B·T² scores of a pass, a gradient costs a linear combination of the same
 //! monomials as its op does, and of 1: a sum over rows takes R − 1 adds.
+//!
+//! Which gradients there are follows from where training begins. Everything above the first
+//! trained parameter of the model gets a gradient, and nothing below it. In a full training that
+//! is the embedding; of adapters, every layer has the same, so that it stands in the lowest layer,
+//! at the first [`stage`] of it that is adapted, and all other layers are above it.
 
 use super::{
+    closed_form::layer_norms,
     moments::Moments,
-    needs::Needs,
     pieces::{only, product, times, zero},
 };
 use crate::{
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{Activation, LoraConfig, ModelConfig, Projection},
     error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
     tally::{Component, Sum, Tally},
     workload::{LOSS_ROWS, Workload},
 };
+
+/// Where a layer's projections stand in its data flow: those of one stage read the same tensor,
+/// and each reads what the stage before gave. 0 is what the layer reads.
+const fn stage(projection: Projection) -> u8 {
+    match projection {
+        Projection::QProj | Projection::KProj | Projection::VProj => 1,
+        Projection::OProj => 2,
+        Projection::GateProj | Projection::UpProj => 3,
+        Projection::DownProj => 4,
+    }
+}
+
+/// The part of a layer that gradients reach.
+#[derive(Clone, Copy)]
+struct Reach<'a> {
+    /// The stage of the first trained parameter; 0 where it lies below the layer.
+    first: u8,
+    lora: &'a LoraConfig,
+}
+
+impl Reach<'_> {
+    /// Whether what `stage` reads gets a gradient: a stage before it is trained.
+    fn before(&self, stage: u8) -> bool {
+        self.first < stage
+    }
+
+    /// Whether what `projection` gives gets one: it, or a stage before it, is trained.
+    fn after(&self, projection: Projection) -> bool {
+        self.before(stage(projection)) || self.lora.adapts(projection)
+    }
+}
 
 /// The gradients of one pass, and what becomes of them.
 pub(super) struct Training<'a> {
@@ -75,22 +111,28 @@ impl<'a> Training<'a> {
         Ok(self.tally)
     }
 
-    /// The lowest layer and the others above it: how many, and what needs gradients there.
-    fn stack(&self) -> [(u128, Needs); 2] {
-        let upper = self.model.num_hidden_layers as u128 - 1;
-        let needs = |input| Needs::of(self.lora, self.full, input);
-        [(1, needs(self.full)), (upper, needs(true))]
+    /// The lowest layer and the others above it: how many, and how far gradients reach there.
+    fn stack(&self) -> [(u128, Reach<'a>); 2] {
+        let (lora, upper) = (self.lora, self.model.num_hidden_layers as u128 - 1);
+        let adapted = lora.targets.iter().map(|target| stage(*target)).min();
+        let first = if self.full { 0 } else { adapted.unwrap_or(u8::MAX) };
+        [(1, Reach { first, lora }), (upper, Reach { first: 0, lora })]
     }
 
     /// Gradients of each op, from the final norm down.
     pub fn backward(mut self) -> Result<Tally> {
         let [rows, d, ..] = self.sizes();
-        self.norm(1, true)?;
-        for (layers, needs) in self.stack() {
-            self.layers(layers, &needs)?;
+        self.norms_towards_input(1, rows, d)?;
+        for (layers, reach) in self.stack() {
+            self.layers(layers, reach)?;
         }
         if self.full {
+            self.gains()?;
             self.add(Phase::BackwardW, Component::Embedding, 1, adds(rows * d))?;
+            if self.model.scaled_embedding {
+                let scale = only(Primitives { mul: rows * d, ..zero() });
+                self.add(Phase::BackwardX, Component::Embedding, 1, scale)?;
+            }
         }
         Ok(self.tally)
     }
@@ -101,15 +143,16 @@ impl<'a> Training<'a> {
         let [rows, d, f, v, q, _] = self.sizes();
         let lora = self.lora;
         let adapters = |of: &[Projection]| of.iter().filter(|p| lora.adapts(**p)).count() as u128;
-        for (layers, needs) in self.stack() {
+        for (layers, reach) in self.stack() {
+            // What each stage reads; and the stream after attention, read by norm and residual.
             let sums = [
-                (needs.normed, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), d),
-                (needs.normed_again, Component::Norm, 1 + adapters(&[GateProj, UpProj]), d),
-                (needs.mixed, Component::Attention, adapters(&[OProj]), q),
-                (needs.inner, Component::SwiGlu, adapters(&[DownProj]), f),
-                (needs.middle, Component::Residual, 1, d),
+                (1, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), d),
+                (2, Component::Attention, adapters(&[OProj]), q),
+                (3, Component::Norm, 1 + adapters(&[GateProj, UpProj]), d),
+                (3, Component::Residual, 1, d),
+                (4, Component::Glu, adapters(&[DownProj]), f),
             ];
-            for (_, component, sums, width) in sums.into_iter().filter(|(needed, ..)| *needed) {
+            for (_, component, sums, width) in sums.into_iter().filter(|s| reach.before(s.0)) {
                 let sums = layers * sums;
                 self.add(Phase::BackwardX, component, sums, adds(sums * rows * width))?;
             }
@@ -130,37 +173,64 @@ impl<'a> Training<'a> {
         Ok(self.tally)
     }
 
-    fn layers(&mut self, layers: u128, needs: &Needs) -> Result<()> {
-        let [rows, _, f, ..] = self.sizes();
+    fn layers(&mut self, layers: u128, reach: Reach) -> Result<()> {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj};
+        let [rows, d, f, ..] = self.sizes();
+        let model = self.model;
         for projection in Projection::ALL {
-            self.projection(layers, projection, needs.fed(projection))?;
+            self.projection(layers, projection, reach.before(stage(projection)))?;
         }
-        self.attention(layers, needs)?;
-        let n = rows * f;
-        let sides = u128::from(needs.gate) + u128::from(needs.up);
-        let gates = only(Primitives { mul: layers * sides * n, ..zero() });
-        self.add(Phase::BackwardX, Component::SwiGlu, layers * sides, gates)?;
-        if needs.gate {
-            let n = layers * n;
-            let silu = Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..zero() };
-            self.add(Phase::BackwardX, Component::SwiGlu, layers, only(silu))?;
+        self.attention(layers, reach)?;
+        let n = layers * rows * f;
+        let sides = u128::from(reach.after(GateProj)) + u128::from(reach.after(UpProj));
+        let gates = only(Primitives { mul: sides * n, ..zero() });
+        self.add(Phase::BackwardX, Component::Glu, layers * sides, gates)?;
+        if reach.after(GateProj) {
+            let slope = match model.activation {
+                Activation::Silu => {
+                    Primitives { neg: n, exp: n, div: n, add: 3 * n, mul: 3 * n, ..zero() }
+                }
+                Activation::GeluTanh => {
+                    Primitives { exp: n, div: n, add: 5 * n, mul: 8 * n, ..zero() }
+                }
+            };
+            self.add(Phase::BackwardX, Component::Glu, layers, only(slope))?;
         }
-        self.norm(layers, needs.input)?;
-        self.norm(layers, needs.middle)
+        let heads = |n: usize| (rows * n as u128, model.head_dim() as u128);
+        let (stream, qk, outer) = ((rows, d), model.qk_norm, model.sandwich_norms);
+        let norms = [
+            (reach.before(1), stream),
+            (qk && reach.after(QProj), heads(model.num_attention_heads)),
+            (qk && reach.after(KProj), heads(model.num_key_value_heads)),
+            (outer && reach.after(OProj), stream),
+            (reach.before(3), stream),
+            (outer && reach.after(DownProj), stream),
+        ];
+        for (_, (rows, width)) in norms.into_iter().filter(|(reached, _)| *reached) {
+            self.norms_towards_input(layers, rows, width)?;
+        }
+        Ok(())
     }
 
-    /// A norm in each of `layers`: towards its input where that needs it, and towards its gain.
-    fn norm(&mut self, layers: u128, input: bool) -> Result<()> {
-        let [rows, d, ..] = self.sizes();
-        if input {
-            let (mul, add) = (rows * (5 * d + 2), rows * (3 * d - 1));
-            let dx = only(Primitives { mul, add, div: 3 * rows, sqrt: rows, ..zero() });
-            self.add(Phase::BackwardX, Component::Norm, layers, times(layers, dx)?)?;
-        }
-        if self.full {
-            let (mul, add) = (3 * rows * d, (2 * rows - 1) * d);
+    /// Gradients of so many norms, each of `rows` rows, towards their inputs.
+    fn norms_towards_input(&mut self, norms: u128, rows: u128, width: u128) -> Result<()> {
+        let (mul, add) = (rows * (5 * width + 2), rows * (3 * width - 1));
+        let dx = only(Primitives { mul, add, div: 3 * rows, sqrt: rows, ..zero() });
+        self.add(Phase::BackwardX, Component::Norm, norms, times(norms, dx)?)
+    }
+
+    /// Gradients of every norm towards its gain: of each row 3w muls, w adds, 2 divs and a root,
+    /// and the rows summed into one.
+    fn gains(&mut self) -> Result<()> {
+        let ([rows, d, ..], layers) = (self.sizes(), self.model.num_hidden_layers as u128);
+        let of_layers = layer_norms(self.model).into_iter();
+        let of_layers =
+            of_layers.map(|(norms, of_row, width)| (layers * norms, layers * of_row, width));
+        for (norms, of_row, width) in of_layers.chain([(1, 1, d)]) {
+            let rows = of_row * rows;
+            let (mul, add) = (3 * rows * width, (2 * rows - norms) * width);
             let gain = only(Primitives { mul, add, div: 2 * rows, sqrt: rows, ..zero() });
-            self.add(Phase::BackwardW, Component::Norm, layers, times(layers, gain)?)?;
+            self.add(Phase::BackwardW, Component::Norm, norms, gain)?;
         }
         Ok(())
     }
@@ -174,7 +244,7 @@ impl<'a> Training<'a> {
         }
         if self.full {
             self.add(Phase::BackwardW, base, layers, times(layers, product(n, rows, k))?)?;
-            if projection.has_bias() {
+            if self.model.has_bias(projection) {
                 self.add(Phase::BackwardW, base, layers, adds(layers * (rows - 1) * n))?;
             }
         }
@@ -194,20 +264,24 @@ impl<'a> Training<'a> {
 
     /// Towards scores, values, queries and keys a product each; softmax, factor and rotation of
     /// what needs them.
-    fn attention(&mut self, layers: u128, needs: &Needs) -> Result<()> {
+    ///
+    /// A training feeds whole sequences on top of nothing, so that windows leave no score out.
+    fn attention(&mut self, layers: u128, reach: Reach) -> Result<()> {
+        let [of_q, of_k, of_v] = [Projection::QProj, Projection::KProj, Projection::VProj]
+            .map(|projection| reach.after(projection));
         let [rows, _, _, _, q, kv] = self.sizes();
         let (h, d) = (self.model.num_attention_heads as u128, self.model.head_dim() as u128);
-        let scores = h * self.m.scores;
+        let scores = h * self.m.whole.all;
         let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
         let turn = |n| Primitives { mul: 2 * n, add: n, ..zero() };
         let softmax = Primitives { mul: 2 * scores, add: 2 * scores - h * rows, ..zero() };
         let turned_q = turn(rows * q);
         let scaled_q = Primitives { mul: turned_q.mul + rows * q, ..turned_q };
         let gradients = [
-            (needs.scores, 2, Cost { other: softmax, ..towards(scores) }),
-            (needs.v, 1, towards(rows * kv)),
-            (needs.q, 3, Cost { other: scaled_q, ..towards(rows * q) }),
-            (needs.k, 2, Cost { other: turn(rows * kv), ..towards(rows * kv) }),
+            (of_q || of_k, 2, Cost { other: softmax, ..towards(scores) }),
+            (of_v, 1, towards(rows * kv)),
+            (of_q, 3, Cost { other: scaled_q, ..towards(rows * q) }),
+            (of_k, 2, Cost { other: turn(rows * kv), ..towards(rows * kv) }),
         ];
         for (_, calls, cost) in gradients.into_iter().filter(|(needed, ..)| *needed) {
             let cost = times(layers, cost)?;
@@ -258,14 +332,17 @@ impl<'a> Training<'a> {
                 all.push((Phase::BackwardB, lora, layers, layers * n * r));
             }
             if self.full {
-                let bias = u128::from(projection.has_bias());
+                let bias = u128::from(self.model.has_bias(projection));
                 let (tensors, elements) = (layers * (1 + bias), layers * n * (k + bias));
                 all.push((Phase::BackwardW, Component::Proj(projection), tensors, elements));
             }
         }
         if self.full {
-            let norms = 2 * layers + 1;
-            all.push((Phase::BackwardW, Component::Norm, norms, norms * d));
+            for (norms, _, width) in layer_norms(self.model) {
+                let norms = layers * norms;
+                all.push((Phase::BackwardW, Component::Norm, norms, norms * width));
+            }
+            all.push((Phase::BackwardW, Component::Norm, 1, d));
             all.push((Phase::BackwardW, Component::Embedding, 1, v * d));
             if !self.model.tie_word_embeddings {
                 all.push((Phase::BackwardW, Component::LmHead, 1, v * d));

@@ -99,12 +99,28 @@ impl Kernels {
         a: &Tensor,
         b: &Tensor,
     ) -> Result<Tensor> {
+        let out = self.output(a)?;
+        self.map_into(nodes, what, &out, a, b)?;
+        Ok(out)
+    }
+
+    /// The same into `out`, which may be a.
+    ///
+    /// # Errors
+    /// As [`Kernels::map`]; another number of elements in `out`.
+    pub(in crate::ops) fn map_into(
+        &self,
+        nodes: &Nodes,
+        what: Map,
+        out: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+    ) -> Result<()> {
         let call = self.call(nodes, File::Elements, what.name());
         let (n, period) = (a.elem_count(), b.elem_count());
-        call.check(n.is_multiple_of(period), &[a, b])?;
-        let out = self.output(a)?;
+        call.check(n.is_multiple_of(period) && out.elem_count() == n, &[out, a, b])?;
         let args = args::Map {
-            out: call.writes(&out)?,
+            out: call.writes(out)?,
             a: call.reads(a)?,
             b: call.reads(b)?,
             n: n as u64,
@@ -112,8 +128,7 @@ impl Kernels {
         };
         let pack = pack(by_several(n) && (period == 1 || by_several(period)));
         // SAFETY: of a and out there are n, of b there are period.
-        unsafe { call.start_packed(n, pack, &args)? };
-        Ok(out)
+        unsafe { call.start_packed(n, pack, &args) }
     }
 
     /// (the gate's activation if it is to be kept, it · up)

@@ -60,7 +60,8 @@ pub(in crate::ops) use decode::{Attend, attend_space};
 pub(in crate::ops) use elements::{Gate, Map, Turn};
 pub(in crate::ops) use products::{Adapt, Out, Project};
 pub(in crate::ops) use rows::{Causal, Norm};
-pub(in crate::ops) use witness::{Fault, Listed, witness};
+pub use witness::Fault;
+pub(in crate::ops) use witness::{Listed, witness};
 
 #[cfg(not(feature = "cuda"))]
 pub(in crate::ops) use backend::Graph;
@@ -100,6 +101,11 @@ impl Kernels {
     /// Where their tensors are.
     pub(in crate::ops) fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// The type of their tensors.
+    pub(in crate::ops) fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// A tensor whose elements a kernel is about to write, all of them.

@@ -21,7 +21,7 @@ pub(in crate::ops) enum Listed {
 
 /// A fault planted in a recording, to see that it is found. It counts our own kernels alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::ops) enum Fault {
+pub enum Fault {
     /// The n-th one is left out.
     Drop(usize),
     /// The n-th one is there twice.

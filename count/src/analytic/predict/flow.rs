@@ -1,0 +1,309 @@
+//! The data flow of a pass: which op makes each tensor from which others, and, in training, which
+//! gradients that brings.
+//!
+//! A tensor needs a gradient if a trained parameter lies behind it: if it was made from one, or
+//! from a tensor that needs one. An op lists its own gradient towards each such input as it is
+//! passed on the way forward, for the order of a ledger does not matter; an input that was read
+//! before gets the sum of both gradients, on account of the module that made it.
+
+use super::{List, Pass, training::Parameter};
+use crate::{
+    config::{Activation, ModelConfig, Projection},
+    ledger::{Lora, Module, Op, Phase},
+};
+
+/// Which parameters get gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Trained {
+    /// Every weight of the model itself.
+    pub base: bool,
+    /// The adapters that there are.
+    pub adapters: bool,
+}
+
+impl Trained {
+    /// A pass without gradients.
+    pub const NOTHING: Self = Self { base: false, adapters: false };
+}
+
+/// A tensor on its way.
+struct Tensor {
+    /// Rows of tokens.
+    rows: u64,
+    /// Elements in a row.
+    width: u64,
+    layer: Option<u32>,
+    /// The module that made it.
+    module: Module,
+    needs_gradient: bool,
+    /// An op that gives it a gradient has read it.
+    read: bool,
+}
+
+impl Tensor {
+    fn n(&self) -> u64 {
+        self.rows * self.width
+    }
+}
+
+/// One pass, in a ledger.
+pub(super) struct Flow<'l, 'w> {
+    list: &'l mut List<'w>,
+    phase: Phase,
+    pass: Pass,
+    trained: Trained,
+    layer: Option<u32>,
+    parameters: Vec<Parameter>,
+}
+
+impl<'l, 'w> Flow<'l, 'w> {
+    pub fn new(list: &'l mut List<'w>, phase: Phase, pass: Pass, trained: Trained) -> Self {
+        Self { list, phase, pass, trained, layer: None, parameters: vec![] }
+    }
+
+    /// Embedding, layers and final norm; gives the trained parameters on the way.
+    pub fn run(mut self) -> Vec<Parameter> {
+        let x = self.embed();
+        let mut x = self.layers(x);
+        x.rows = self.pass.head_rows();
+        self.norm(Module::Norm, &mut x);
+        self.parameters
+    }
+
+    /// The layers alone.
+    pub fn run_layers(mut self) {
+        let x = self.tensor(Module::EmbedTokens, self.hidden(), false);
+        self.layers(x);
+    }
+
+    fn layers(&mut self, mut x: Tensor) -> Tensor {
+        for layer in 0..self.model().num_hidden_layers {
+            self.layer = Some(layer as u32);
+            x = self.layer(layer, x);
+        }
+        self.layer = None;
+        x
+    }
+
+    fn embed(&mut self) -> Tensor {
+        let (at, rows, width) = (Module::EmbedTokens, self.pass.rows(), self.hidden());
+        let model = self.model();
+        self.op(at, Op::Embed { rows, width });
+        self.weight(at, model.vocab_size as u64 * width, Op::EmbedGrad { rows, width });
+        let x = self.tensor(at, width, self.trained.base);
+        match model.scaled_embedding {
+            true => self.scaled(at, x),
+            false => x,
+        }
+    }
+
+    fn layer(&mut self, layer: usize, mut x: Tensor) -> Tensor {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let sandwich = self.model().sandwich_norms;
+        let mut h = self.norm(Module::InputLayernorm, &mut x);
+        let [q, k, v] = [QProj, KProj, VProj].map(|p| self.projection(p, &mut h));
+        let mut mixed = self.attention(layer, q, k, v);
+        let mut h = self.projection(OProj, &mut mixed);
+        if sandwich {
+            h = self.norm(Module::PostAttentionLayernorm, &mut h);
+        }
+        let mut x = self.residual(x, h);
+        let before_mlp = match sandwich {
+            true => Module::PreFeedforwardLayernorm,
+            false => Module::PostAttentionLayernorm,
+        };
+        let mut h = self.norm(before_mlp, &mut x);
+        let [gate, up] = [GateProj, UpProj].map(|p| self.projection(p, &mut h));
+        let mut inner = self.gated(gate, up);
+        let mut h = self.projection(DownProj, &mut inner);
+        if sandwich {
+            h = self.norm(Module::PostFeedforwardLayernorm, &mut h);
+        }
+        self.residual(x, h)
+    }
+
+    /// A norm of each row, or of each of a row's heads where it is one of queries or keys.
+    fn norm(&mut self, module: Module, x: &mut Tensor) -> Tensor {
+        let model = self.model();
+        let of_heads = matches!(module, Module::QNorm | Module::KNorm);
+        let width = if of_heads { model.head_dim() as u64 } else { x.width };
+        let rows = x.n() / width;
+        if model.unit_offset_norms {
+            self.op(module, Op::Shift { n: width });
+        }
+        self.op(module, Op::RmsNorm { rows, width });
+        self.towards(x, module, [Op::RmsNormGrad { rows, width }]);
+        self.weight(module, width, Op::GainGrad { rows, width });
+        let needs = x.needs_gradient || self.trained.base;
+        Tensor { rows: x.rows, ..self.tensor(module, x.width, needs) }
+    }
+
+    /// A projection: product, bias, adapter.
+    fn projection(&mut self, projection: Projection, x: &mut Tensor) -> Tensor {
+        let (model, lora) = (self.model(), &self.list.workload.lora);
+        let (k, n) = projection.widths(model);
+        let (k, n, r, rows) = (k as u64, n as u64, lora.rank as u64, x.rows);
+        let base = Module::Proj(projection);
+        let product = |m, k, n| Op::Matmul { b: 1, m, k, n };
+        self.op(base, product(rows, k, n));
+        self.towards(x, base, [product(rows, n, k)]);
+        self.weight(base, k * n, product(n, rows, k));
+        let mut y = self.tensor(base, n, x.needs_gradient || self.trained.base);
+        if model.has_bias(projection) {
+            self.op(base, Op::Bias { rows, width: n });
+            self.weight(base, n, Op::SumRows { rows, width: n });
+        }
+        if lora.adapts(projection) {
+            let trains = self.trained.adapters;
+            let part = |part| Module::Lora(projection, part);
+            self.op(part(Lora::A), product(rows, k, r));
+            self.towards(x, part(Lora::A), [product(rows, r, k)]);
+            self.adapter(Phase::BackwardA, part(Lora::A), r * k, product(r, rows, k));
+            let mut low = self.tensor(part(Lora::A), r, x.needs_gradient || trains);
+            self.op(part(Lora::B), product(rows, r, n));
+            self.towards(&mut low, part(Lora::B), [product(rows, n, r)]);
+            self.adapter(Phase::BackwardB, part(Lora::B), n * r, product(n, rows, r));
+            let high = self.tensor(part(Lora::B), n, low.needs_gradient || trains);
+            let high = self.scaled(part(Lora::Scale), high);
+            y = self.sum(part(Lora::Sum), y, high);
+        }
+        y
+    }
+
+    fn attention(&mut self, layer: usize, q: Tensor, k: Tensor, mut v: Tensor) -> Tensor {
+        let model = self.model();
+        let [h, heads, d] =
+            [model.num_attention_heads, model.num_key_value_heads, model.head_dim()]
+                .map(|n| n as u64);
+        let held = self.pass.keys(model.window_of(layer));
+        let (t, rows, cached) = (self.pass.seq, self.pass.rows(), self.pass.cached);
+        let (b, grouped, scores) =
+            (self.pass.batch * heads, h / heads * t, self.pass.batch * h * t);
+        let at = Module::SelfAttn;
+        let product = |m, k, n| Op::Matmul { b, m, k, n };
+
+        let q = self.rotated(Module::QNorm, q);
+        let mut q = self.scaled(at, q);
+        let mut k = self.rotated(Module::KNorm, k);
+        if cached {
+            for _ in ["keys", "values"] {
+                self.op(at, Op::CacheWrite { rows, width: heads * d });
+            }
+        }
+        self.op(at, product(grouped, d, held));
+        self.towards(&mut q, at, [product(grouped, held, d)]);
+        self.towards(&mut k, at, [product(d, grouped, held)]);
+        if t > 1 {
+            self.op(at, Op::Mask { rows: scores, width: held });
+        }
+        let weighted = q.needs_gradient || k.needs_gradient;
+        let mut weights = self.tensor(at, h * held, weighted);
+        self.op(at, Op::Softmax { rows: scores, width: held });
+        self.op(at, product(grouped, held, d));
+        let softmax = Op::SoftmaxGrad { rows: scores, width: held };
+        self.towards(&mut weights, at, [product(grouped, d, held), softmax]);
+        self.towards(&mut v, at, [product(held, grouped, d)]);
+        self.tensor(at, h * d, weighted || v.needs_gradient)
+    }
+
+    /// Queries or keys by position, normed before where the model does so.
+    fn rotated(&mut self, norm: Module, mut x: Tensor) -> Tensor {
+        if self.model().qk_norm {
+            x = self.norm(norm, &mut x);
+        }
+        let turn = Op::Rope { n: x.n() };
+        self.each(Module::SelfAttn, x, turn, turn)
+    }
+
+    /// The activated gate times the other side.
+    fn gated(&mut self, gate: Tensor, mut up: Tensor) -> Tensor {
+        let (at, n) = (Module::Mlp, gate.n());
+        let (activation, gradient) = match self.model().activation {
+            Activation::Silu => (Op::Silu { n }, Op::SiluGrad { n }),
+            Activation::GeluTanh => (Op::Gelu { n }, Op::GeluGrad { n }),
+        };
+        let mut gate = self.each(at, gate, activation, gradient);
+        let product = Op::Mul { n };
+        self.op(at, product);
+        self.towards(&mut gate, at, [product]);
+        self.towards(&mut up, at, [product]);
+        self.tensor(at, up.width, gate.needs_gradient || up.needs_gradient)
+    }
+
+    /// `h` added to the stream `x`, of which both go on.
+    fn residual(&mut self, x: Tensor, h: Tensor) -> Tensor {
+        self.sum(Module::Residual, x, h)
+    }
+
+    /// A sum, whose gradient is that of each side.
+    fn sum(&mut self, module: Module, mut a: Tensor, mut b: Tensor) -> Tensor {
+        self.op(module, Op::Add { n: a.n() });
+        self.towards(&mut a, module, []);
+        self.towards(&mut b, module, []);
+        self.tensor(module, a.width, a.needs_gradient || b.needs_gradient)
+    }
+
+    fn scaled(&mut self, module: Module, x: Tensor) -> Tensor {
+        let scale = Op::Scale { n: x.n() };
+        self.each(module, x, scale, scale)
+    }
+
+    /// An op on each element by itself, and its gradient.
+    fn each(&mut self, module: Module, mut x: Tensor, op: Op, gradient: Op) -> Tensor {
+        self.op(module, op);
+        self.towards(&mut x, module, [gradient]);
+        self.tensor(module, x.width, x.needs_gradient)
+    }
+
+    fn model(&self) -> &'w ModelConfig {
+        &self.list.workload.model
+    }
+
+    fn hidden(&self) -> u64 {
+        self.model().hidden_size as u64
+    }
+
+    fn tensor(&self, module: Module, width: u64, needs_gradient: bool) -> Tensor {
+        let (rows, layer) = (self.pass.rows(), self.layer);
+        Tensor { rows, width, layer, module, needs_gradient, read: false }
+    }
+
+    fn op(&mut self, module: Module, op: Op) {
+        self.list.add(self.phase, self.layer, module, op, self.list.workload.dtype);
+    }
+
+    /// What an op at `module` runs for the gradient of its input `x`, if `x` needs one.
+    fn towards<const N: usize>(&mut self, x: &mut Tensor, module: Module, ops: [Op; N]) {
+        if !x.needs_gradient {
+            return;
+        }
+        let dtype = self.list.workload.dtype;
+        for op in ops {
+            self.list.add(Phase::BackwardX, self.layer, module, op, dtype);
+        }
+        if x.read {
+            self.list.add(Phase::BackwardX, x.layer, x.module, Op::Add { n: x.n() }, dtype);
+        }
+        x.read = true;
+    }
+
+    /// A weight of the model itself, of `n` elements, and what its gradient runs.
+    fn weight(&mut self, module: Module, n: u64, gradient: Op) {
+        if self.trained.base {
+            self.parameter(Phase::BackwardW, module, n, gradient);
+        }
+    }
+
+    /// The same of a factor of an adapter.
+    fn adapter(&mut self, phase: Phase, module: Module, n: u64, gradient: Op) {
+        if self.trained.adapters {
+            self.parameter(phase, module, n, gradient);
+        }
+    }
+
+    fn parameter(&mut self, phase: Phase, module: Module, n: u64, gradient: Op) {
+        let layer = self.layer;
+        self.list.add(phase, layer, module, gradient, self.list.workload.dtype);
+        self.parameters.push(Parameter { phase, layer, module, n });
+    }
+}

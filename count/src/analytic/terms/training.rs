@@ -1,0 +1,98 @@
+//! Terms of training: what is executed in place of two more forward passes.
+
+use super::{Pass, executed, overflow, tables};
+use crate::{
+    analytic::{
+        causes::{Cause, Term},
+        closed_form::layers,
+        pieces::{macs, micro_steps, only, times},
+        training::Training,
+    },
+    config::Projection,
+    error::Result,
+    ledger::Phase,
+    prices::Cost,
+    tally::Tally,
+    workload::{Task, Workload},
+};
+
+impl Pass<'_> {
+    /// Weight gradients that a frozen base does not need: one product for each of its matrices.
+    pub(super) fn frozen_weights(&self) -> Term {
+        let [layers, d, f, v, q, kv] = self.sizes();
+        let matrices = layers * (2 * d * (q + kv) + 3 * d * f) + d * v;
+        Term::less(Cause::FrozenWeights, macs(self.m.rows * matrices))
+    }
+
+    /// What a training or an evaluation executes beside forward passes, and in place of two more
+    /// of them: gradients op by op, their sums, loss, update.
+    pub(super) fn beside_the_passes(&self) -> Result<Vec<Term>> {
+        let Workload { model, lora, task, .. } = self.workload;
+        let training = |full| Training::new(self.workload, full, self.m);
+        let runs = micro_steps(task);
+        let all = |tally: Tally, n| times(n, tally.sum(|_, _| true)?);
+        let is_loss = |phase, _| phase == Phase::Loss;
+        let (trains, full) = match *task {
+            Task::Forward { .. } | Task::Generate { .. } => return Ok(vec![]),
+            Task::Evaluate { .. } => (false, false),
+            Task::Train { full, .. } => (true, full),
+        };
+        let head = training(full).head_and_loss(trains)?;
+        let mut terms = vec![
+            Term::more(Cause::RotaryTables, tables(self.workload)?),
+            Term::more(Cause::Loss, times(runs, head.sum(is_loss)?)?),
+        ];
+        let Task::Train { accumulate, steps, recompute, clip, .. } = *task else {
+            return Ok(terms);
+        };
+        let towards = |phase, _| !matches!(phase, Phase::Loss | Phase::Forward);
+        let backward = training(full).backward()?.sum(|_, _| true)?;
+        let backward = backward.checked_add(head.sum(towards)?).ok_or_else(overflow)?;
+        let backward = times(runs, backward)?;
+        let twice = times(runs, times(2, executed(self.workload, &self.m)?)?)?;
+        // The products themselves are those of the forward pass, less what is not needed.
+        let outputs = |cost: &Cost| Cost { outputs: cost.outputs, ..Cost::default() };
+        let sums = training(full).sum_of_gradients()?;
+        let again = (u128::from(accumulate) - 1) * u128::from(steps);
+        let readers = all(training(full).sums_of_readers()?, runs)?;
+        terms.extend([
+            Term::swap(Cause::ShorterSums, outputs(&backward), outputs(&twice)),
+            Term::swap(Cause::Derivatives, only(backward.other), only(twice.other)),
+            Term::more(Cause::SumsOfReaders, readers),
+            Term::more(Cause::Accumulation, all(sums, again)?),
+            Term::more(Cause::Optimizer, all(training(full).update(clip)?, steps.into())?),
+        ]);
+        if recompute {
+            let mut tally = Tally::default();
+            layers(&mut tally, Phase::Recompute, model, lora, &self.m)?;
+            terms.push(Term::more(Cause::Recompute, all(tally, runs)?));
+        }
+        Ok(terms)
+    }
+
+    /// In the lowest layer, gradients towards activations that no adapter has touched yet.
+    pub(super) fn below_adapters(&self) -> Term {
+        let Workload { model, lora, .. } = self.workload;
+        let [_, _, _, _, q, _] = self.sizes();
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let touched = |projections: &[Projection]| projections.iter().any(|p| lora.adapts(*p));
+        let before = |projection| match projection {
+            QProj | KProj | VProj => false,
+            OProj => touched(&[QProj, KProj, VProj]),
+            GateProj | UpProj => touched(&[QProj, KProj, VProj, OProj]),
+            DownProj => touched(&[QProj, KProj, VProj, OProj, GateProj, UpProj]),
+        };
+        // Towards the input of the projection, and of its adapter's A.
+        let skipped = Projection::ALL.into_iter().filter(|p| !before(*p)).map(|projection| {
+            let (k, n) = projection.widths(model);
+            let adapter = if lora.adapts(projection) { lora.rank } else { 0 };
+            self.m.rows * (k * (n + adapter)) as u128
+        });
+        // Of attention: towards queries, keys, weights (from queries and keys) and values.
+        let sides =
+            [touched(&[QProj]), touched(&[KProj]), touched(&[QProj, KProj]), touched(&[VProj])];
+        let untouched = sides.into_iter().filter(|touched| !touched).count() as u128;
+        let skipped = skipped.sum::<u128>() + untouched * self.m.whole.all * q;
+        Term::less(Cause::BelowAdapters, macs(skipped))
+    }
+}

@@ -1,0 +1,46 @@
+//! The two countings of what is executed: the closed form is the sum of the predicted ledger,
+//! component by component, and both are what a hand computes.
+
+mod random;
+
+use flopaudit_count::{
+    analytic::{Structure, closed_form, count, predict},
+    audit::Audit,
+    prices::Prices,
+    workload::Task,
+};
+use proptest::prelude::*;
+use random::{LARGE, SMALL, workloads};
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_closed_form_is_the_sum_of_the_predicted_ledger(workload in workloads(SMALL)) {
+        let ledger = predict(&workload).unwrap();
+        let audit = Audit::new(std::slice::from_ref(&workload), &ledger).unwrap();
+        prop_assert!(audit.balanced(), "{:#?}", audit.sum_differences);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
+
+    #[test]
+    fn large_models_too(workload in workloads(LARGE)) {
+        // A long generation lists every token of every layer; the other tasks are short lists.
+        let workload = workload.with_new_tokens(1);
+        let ledger = predict(&workload).unwrap();
+        let audit = Audit::new(std::slice::from_ref(&workload), &ledger).unwrap();
+        prop_assert!(audit.balanced(), "{:#?}", audit.sum_differences);
+    }
+
+    #[test]
+    fn torch_dispatches_every_product_that_runs(workload in workloads(LARGE)) {
+        prop_assume!(!matches!(workload.task, Task::Train { recompute: true, .. }));
+        let torch = count(Structure::Torch, &workload).unwrap().sum(|_, _| true).unwrap();
+        let exact = closed_form(&workload).unwrap().sum(|_, _| true).unwrap();
+        prop_assert_eq!(torch.macs, exact.macs);
+        prop_assert_eq!(Prices::coursework().flops(&torch).unwrap(), 2 * exact.macs);
+    }
+}

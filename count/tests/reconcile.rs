@@ -1,0 +1,185 @@
+//! Every structure is the reference plus its causes, and every way from one to another sums.
+
+mod random;
+
+use flopaudit_count::{
+    analytic::{Cause, Structure, count, reference, terms},
+    config::{LoraConfig, ModelConfig, Projection},
+    ledger::Dtype,
+    prices::{Cost, Prices},
+    reconcile::{End, Side, reconcile},
+    workload::{Logits, Task, Workload},
+};
+use proptest::prelude::*;
+use random::{LARGE, workloads};
+
+prop_compose! {
+    fn price_lists()(
+        [add, mul, div, exp, log, sqrt, trig, cmp, neg] in any::<[u8; 9]>(),
+        mac in proptest::option::of(0u64..9),
+    ) -> Prices {
+        let text = format!(
+            "add = {add}\nmul = {mul}\ndiv = {div}\nexp = {exp}\nlog = {log}\nsqrt = {sqrt}\n\
+             trig = {trig}\ncmp = {cmp}\nneg = {neg}\n"
+        );
+        Prices { mac, ..toml::from_str(&text).unwrap() }
+    }
+}
+
+/// macs, outputs and each primitive.
+fn parts(cost: &Cost) -> [u128; 11] {
+    let other = cost.other.named().map(|(_, n)| n);
+    std::array::from_fn(|i| match i {
+        0 => cost.macs,
+        1 => cost.outputs,
+        i => other[i - 2],
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_structure_is_the_reference_and_its_terms(workload in workloads(LARGE)) {
+        let hub = parts(&reference(&workload).unwrap());
+        for structure in Structure::ALL {
+            let total = parts(&count(structure, &workload).unwrap().sum(|_, _| true).unwrap());
+            let terms = terms(structure, &workload).unwrap();
+            for i in 0..hub.len() {
+                let counted: u128 = terms.iter().map(|t| parts(&t.counts)[i]).sum();
+                let instead: u128 = terms.iter().map(|t| parts(&t.instead_of)[i]).sum();
+                prop_assert_eq!(hub[i] + counted, total[i] + instead, "{} part {}", structure, i);
+            }
+        }
+    }
+
+    #[test]
+    fn every_way_sums(workload in workloads(LARGE), from in price_lists(), to in price_lists()) {
+        let covered = || Structure::ALL.into_iter();
+        let totals: Vec<[i128; 2]> = covered()
+            .map(|structure| {
+                let cost = count(structure, &workload).unwrap().sum(|_, _| true).unwrap();
+                [&from, &to].map(|prices| prices.flops(&cost).unwrap() as i128)
+            })
+            .collect();
+        for (a, [start, _]) in covered().zip(&totals) {
+            for (b, [_, end]) in covered().zip(&totals) {
+                let from = End { structure: a, prices: from.clone() };
+                let to = End { structure: b, prices: to.clone() };
+                let way = reconcile("", std::slice::from_ref(&workload), &from, &to).unwrap();
+                let sum: i128 = way.steps.iter().map(|s| s.flops).sum();
+                prop_assert_eq!(start + sum, *end, "{} to {}", a, b);
+                for step in &way.steps {
+                    let name = step.cause.name();
+                    prop_assert!(!["other", "rest", "remainder"].iter().any(|w| name.contains(w)));
+                }
+            }
+        }
+    }
+}
+
+fn named(way: &flopaudit_count::reconcile::Reconciliation) -> Vec<(Cause, Side, i128)> {
+    way.steps.iter().map(|s| (s.cause, s.of, s.flops)).collect()
+}
+
+#[test]
+fn a_small_way_by_hand() {
+    // tiny: D 32, F 48, L 3, H 4, K 2, d 8, V 320, tied. One token, nothing before it.
+    let model = ModelConfig::preset("tiny").unwrap();
+    let task = Task::Forward { batch: 1, seq: 1, past: 0, logits: Logits::All };
+    let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::matmul() };
+    let way = |from, to| {
+        reconcile("tiny", std::slice::from_ref(&workload), &end(from), &end(to)).unwrap()
+    };
+    // 6ND has no attention (2 products of 32 in each of 3 layers, 2 FLOPs a mac), and takes
+    // 32 + 2·16 biases and 2·32 gains of each layer, and 32 at the end, for matrices.
+    let six = way(Structure::SixNd, Structure::Exact);
+    assert_eq!(six.from.total_flops, 2 * 33_696);
+    assert_eq!(
+        named(&six),
+        [
+            (Cause::Vectors, Side::From, -2 * (3 * 128 + 32)),
+            (Cause::Scores, Side::From, 2 * 3 * 2 * 32),
+        ]
+    );
+    assert_eq!(six.to.total_flops, 2 * 33_696 - 832 + 384);
+    // Megatron and torch count the same products where nothing is adapted.
+    assert!(way(Structure::Megatron, Structure::Torch).steps.is_empty());
+    // The notebook: k and v 32 wide for 16, and two dense rotations of 32 × 32, in 3 layers.
+    assert_eq!(
+        named(&way(Structure::Exact, Structure::Notebook)),
+        [
+            (Cause::DenseRope, Side::To, 2 * 3 * 2 * 32 * 32),
+            (Cause::MultiHead, Side::To, 2 * 3 * 2 * 32 * 16),
+        ]
+    );
+}
+
+#[test]
+fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::OProj]).unwrap();
+    let task = Task::Train {
+        batch: 1,
+        seq: 4,
+        accumulate: 2,
+        steps: 5,
+        full: false,
+        recompute: false,
+        clip: true,
+    };
+    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::matmul() };
+    let way = reconcile("tiny", &[workload], &end(Structure::Megatron), &end(Structure::Torch));
+    // 10 micro-steps of 4 tokens, 2 FLOPs a mac. o's adapter: 2·(32 + 32) in 3 layers, three
+    // times. Frozen: q and o 32·32, k and v 32·16, MLP 3·32·48 in 3 layers; the head 32·320.
+    // Below the first adapter: towards the inputs of q, k, v, o and of o's A, and attention's
+    // four gradients of 4 scores a token.
+    assert_eq!(
+        named(&way.unwrap()),
+        [
+            (Cause::FrozenWeights, Side::To, -80 * (3 * (2 * 1024 + 2 * 512 + 3 * 1536) + 10_240)),
+            (Cause::BelowAdapters, Side::To, -80 * (2 * 1024 + 2 * 512 + 64 + 4 * 4 * 32)),
+            (Cause::LoraProducts, Side::From, 80 * 3 * 3 * 128),
+        ]
+    );
+}
+
+#[test]
+fn what_training_executes_is_named() {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::QProj]).unwrap();
+    let task = Task::Train {
+        batch: 1,
+        seq: 4,
+        accumulate: 2,
+        steps: 5,
+        full: false,
+        recompute: true,
+        clip: true,
+    };
+    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::unit() };
+    let way = reconcile("tiny", &[workload], &end(Structure::Torch), &end(Structure::Exact));
+    let named = named(&way.unwrap());
+    let size = |cause| named.iter().find(|(c, ..)| *c == cause).map(|(.., flops)| *flops);
+    // 10 micro-steps of 4 rows of 320 logits: 2·320 + 1 adds, 320 exps, a log and a mul; then a
+    // div, 320 muls and an add.
+    assert_eq!(size(Cause::Loss), Some(40 * (641 + 320 + 2 + 322)));
+    // 5 steps over 3 pairs of 2·32: norm (2n − 1), clipping n, AdamW 14n; 6 + 2 for the factor.
+    assert_eq!(size(Cause::Optimizer), Some(5 * (6 * (2 * 64 - 1 + 64 + 14 * 64) + 8)));
+    // Each second micro-step's 6 gradients of 64.
+    assert_eq!(size(Cause::Accumulation), Some(5 * 6 * 64));
+    assert!(size(Cause::Recompute).unwrap() > 0);
+}
+
+#[test]
+fn an_evaluation_is_its_passes_and_their_loss() {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let task = Task::Evaluate { batch: 1, seq: 4, passes: 3 };
+    let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::matmul() };
+    let way = reconcile("tiny", &[workload], &end(Structure::Torch), &end(Structure::Exact));
+    assert_eq!(named(&way.unwrap()), []);
+}

@@ -1,0 +1,145 @@
+//! What a layer does between the norms and the residual stream, in the model's own words: norms
+//! with the projections that read them, the gated MLP, what is added to the stream.
+//!
+//! Each of them is a composition of ops; in decoding on a GPU, where a workspace is there and one
+//! token of each sequence is fed, it is a launch or two that compute the same ops
+//! ([`fused`]).
+
+mod fused;
+mod launches;
+
+use super::{
+    LowRank, Tensor, Unshared, add, bias,
+    elementwise::{gated, shift},
+    linear, rms_norm,
+};
+use crate::{config::Activation, error::Result, meter::At};
+
+pub use fused::decodes;
+pub(super) use fused::{attend_one, embed_chosen};
+
+/// A norm's gain (w), and where it is accounted for.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// The norm.
+    pub at: At<'a>,
+    /// (w)
+    pub gain: &'a Tensor,
+    /// Added to the mean square.
+    pub eps: f64,
+    /// A tensor of 1, where the norm multiplies by 1 + gain.
+    pub one: Option<&'a Tensor>,
+}
+
+impl Norm<'_> {
+    /// x / sqrt(mean(x²) + eps) · gain, or · (1 + gain).
+    ///
+    /// # Errors
+    /// A gain of another width.
+    pub fn of(self, x: &Tensor) -> Result<Tensor> {
+        match self.one {
+            Some(one) => rms_norm(self.at, x, &shift(self.at, self.gain, one)?, self.eps),
+            None => rms_norm(self.at, x, self.gain, self.eps),
+        }
+    }
+}
+
+/// A weight (n, k) with its bias (n) and its adapter, and where it is accounted for.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// The projection.
+    pub at: At<'a>,
+    /// (n, k)
+    pub weight: &'a Tensor,
+    /// (n)
+    pub bias: Option<&'a Tensor>,
+    /// What is added to it.
+    pub adapter: Option<LowRank<'a>>,
+}
+
+impl Product<'_> {
+    /// x (…, k) → (…, n)
+    ///
+    /// # Errors
+    /// A last dimension other than k.
+    pub fn of(self, x: &Tensor) -> Result<Tensor> {
+        let mut y = linear(self.at, x, self.weight)?.share();
+        if let Some(vector) = self.bias {
+            y = bias(self.at, &y, vector)?;
+        }
+        match self.adapter {
+            Some(adapter) => adapter.of(x, &y),
+            None => Ok(y),
+        }
+    }
+}
+
+/// `products` of normed x (B, T, D), each (B, T, n). While a GPU then attends, the weights `ahead`
+/// come nearer, which a later launch reads.
+///
+/// # Errors
+/// Shapes that do not fit, or the device's.
+pub fn normed_products(
+    norm: Norm,
+    x: &Unshared,
+    products: &[Product; 3],
+    ahead: &[&Tensor],
+) -> Result<[Tensor; 3]> {
+    if let Some(fused) = fused::of(norm.at, &x.0, products) {
+        return fused.normed_products(norm, products, ahead);
+    }
+    let h = norm.of(&x.0)?;
+    let [a, b, c] = products;
+    Ok([a.of(&h)?, b.of(&h)?, c.of(&h)?])
+}
+
+/// One product of normed x (B, T, D), without bias or adapter: (B, T, n).
+///
+/// # Errors
+/// Shapes that do not fit, or the device's.
+pub fn normed_product(norm: Norm, x: &Unshared, product: Product) -> Result<Unshared> {
+    if let Some(fused) = fused::of(norm.at, &x.0, &[product]) {
+        return fused.normed_product(norm, product);
+    }
+    linear(product.at, &norm.of(&x.0)?, product.weight)
+}
+
+/// activation(gate) · up of normed x (B, T, D): (B, T, F).
+///
+/// # Errors
+/// Shapes that do not fit, or the device's.
+pub fn gated_products(
+    norm: Norm,
+    x: &Unshared,
+    [gate, up]: [Product; 2],
+    at: At,
+    activation: Activation,
+) -> Result<Tensor> {
+    if let Some(fused) = fused::of(at, &x.0, &[gate, up]) {
+        return fused.gated_products(norm, [gate, up], at, activation);
+    }
+    let h = norm.of(&x.0)?;
+    gated(at, activation, &gate.of(&h)?, &up.of(&h)?)
+}
+
+/// x (B, T, D) + `product` of `input` (B, T, k), normed before it is added where there is a norm;
+/// the sum is accounted for at `residual`. In decoding, in the place of x.
+///
+/// # Errors
+/// Shapes that do not fit, or the device's.
+pub fn add_product(
+    residual: At,
+    x: Unshared,
+    input: &Tensor,
+    product: Product,
+    norm: Option<Norm>,
+    ahead: &[&Tensor],
+) -> Result<Unshared> {
+    if let Some(fused) = fused::of(residual, input, &[product]) {
+        fused.add_product(residual, &x, product, norm, ahead)?;
+        return Ok(x);
+    }
+    let y = product.of(input)?;
+    let y = norm.map_or(Ok(y.clone()), |norm| norm.of(&y))?;
+    Ok(Unshared(add(residual, &x.0, &y)?))
+}

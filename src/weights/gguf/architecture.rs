@@ -1,0 +1,235 @@
+//! From a GGUF's metadata to a model's config: what each architecture fixes is a row of a table.
+
+use super::{Metadata, metadata::every_but_last, rope};
+use crate::{
+    config::{Activation, Biases, Family, ModelConfig, Projection, Rope, Window},
+    error::Result,
+};
+
+/// What the name of an architecture says of a model, beyond what its keys do.
+#[derive(Debug)]
+pub(super) struct Architecture {
+    /// As `general.architecture` spells it.
+    name: &'static str,
+    family: Family,
+    activation: Activation,
+    qk_norm: bool,
+    sandwich_norms: bool,
+    /// Norms add 1 to the checkpoint's gains; the file holds the sums.
+    pub(super) unit_offset_norms: bool,
+    scaled_embedding: bool,
+    /// Neighbouring elements of a head are rotated together, so the file's rows of q and k are in
+    /// another order than the checkpoint's.
+    pub(super) interleaved: bool,
+    /// It has windowed layers.
+    windows: Option<Windows>,
+}
+
+/// What an architecture fixes of its windowed layers.
+#[derive(Debug)]
+struct Windows {
+    /// The last layer of each so many sees the whole context, unless a key says otherwise.
+    period: usize,
+    /// Base of the windowed layers' rotary frequencies, unless a key says otherwise.
+    theta: f64,
+    /// The one depth at which scores are divided by the root of D / H, not of d.
+    by_width: usize,
+}
+
+static ARCHITECTURES: [Architecture; 4] = [
+    Architecture {
+        name: "qwen2",
+        family: Family::Qwen2,
+        activation: Activation::Silu,
+        qk_norm: false,
+        sandwich_norms: false,
+        unit_offset_norms: false,
+        scaled_embedding: false,
+        interleaved: false,
+        windows: None,
+    },
+    Architecture {
+        name: "llama",
+        family: Family::Llama,
+        activation: Activation::Silu,
+        qk_norm: false,
+        sandwich_norms: false,
+        unit_offset_norms: false,
+        scaled_embedding: false,
+        interleaved: true,
+        windows: None,
+    },
+    Architecture {
+        name: "qwen3",
+        family: Family::Qwen3,
+        activation: Activation::Silu,
+        qk_norm: true,
+        sandwich_norms: false,
+        unit_offset_norms: false,
+        scaled_embedding: false,
+        interleaved: false,
+        windows: None,
+    },
+    Architecture {
+        name: "gemma3",
+        family: Family::Gemma3,
+        activation: Activation::GeluTanh,
+        qk_norm: true,
+        sandwich_norms: true,
+        unit_offset_norms: true,
+        scaled_embedding: true,
+        interleaved: false,
+        windows: Some(Windows { period: 6, theta: 10_000.0, by_width: 62 }),
+    },
+];
+
+/// Keys under an architecture's name that would change what is computed, and the value (true is
+/// 1) at which they do not.
+const UNSUPPORTED: [(&str, f64); 15] = [
+    ("attention.causal", 1.0),
+    ("attention.clamp_kqv", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("attention.scale", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("embedding_scale", 1.0),
+    ("logit_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("expert_count", 0.0),
+    ("expert_used_count", 0.0),
+    ("nextn_predict_layers", 0.0),
+    ("pooling_type", 0.0),
+    ("swin_norm", 0.0),
+    ("use_parallel_residual", 0.0),
+];
+
+/// Keys under an architecture's name that change nothing that is computed.
+const IDLE: [&str; 3] = ["rope.scaling.finetuned", "tensor_data_layout", "vocab_size"];
+
+/// What the tensors say of a model, beside what the keys do.
+pub(super) struct Tensors<'a> {
+    /// Rows of the embedding.
+    pub(super) vocab: usize,
+    /// The head is the embedding.
+    pub(super) tied: bool,
+    /// Whether a layer's projection has a bias.
+    pub(super) has_bias: &'a dyn Fn(Projection) -> bool,
+    /// What rotary frequencies are divided by.
+    pub(super) factors: Option<&'a [f32]>,
+}
+
+impl Architecture {
+    /// The one that `general.architecture` names.
+    pub(super) fn of(metadata: &Metadata) -> Result<&'static Self> {
+        let key = "general.architecture";
+        let name = metadata.text(key)?;
+        let name = name.ok_or_else(|| metadata.bad(key, "is missing; is this a model?"))?;
+        ARCHITECTURES.iter().find(|known| known.name == name).ok_or_else(|| {
+            let known: Vec<&str> = ARCHITECTURES.iter().map(|known| known.name).collect();
+            let why = format!("is `{name}`; supported are {}", known.join(", "));
+            metadata.bad(key, why)
+        })
+    }
+
+    /// The config of a file that holds `tensors`. A key that it does not honour is refused,
+    /// unless it changes nothing.
+    pub(super) fn config(&self, metadata: &Metadata, tensors: &Tensors) -> Result<ModelConfig> {
+        if let Some(kind) = metadata.text("general.type")?.filter(|kind| *kind != "model") {
+            return Err(metadata.bad("general.type", format!("is `{kind}`; this is no model")));
+        }
+        if metadata.integer("split.count")?.is_some_and(|n| n > 1) {
+            let why = "is above 1; merge the parts into one file";
+            return Err(metadata.bad("split.count", why));
+        }
+        let prefix = format!("{}.", self.name);
+        let key = |rest: &str| format!("{prefix}{rest}");
+        let integer = |rest: &str| metadata.integer(&key(rest));
+        let need = |rest: &str| integer(rest)?.ok_or_else(|| metadata.missing(&key(rest)));
+
+        let (hidden, layers) = (need("embedding_length")?, need("block_count")?);
+        let heads = need("attention.head_count")?;
+        let context = need("context_length")?;
+        let epsilon = key("attention.layer_norm_rms_epsilon");
+        let bias = |p| (tensors.has_bias)(p);
+        let mut config = ModelConfig {
+            family: self.family,
+            vocab_size: tensors.vocab,
+            hidden_size: hidden,
+            intermediate_size: need("feed_forward_length")?,
+            num_hidden_layers: layers,
+            num_attention_heads: heads,
+            num_key_value_heads: integer("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim: integer("attention.key_length")?,
+            max_position_embeddings: context,
+            rms_norm_eps: metadata.float(&epsilon)?.ok_or_else(|| metadata.missing(&epsilon))?,
+            tie_word_embeddings: tensors.tied,
+            rope: Rope::default(),
+            local_rope: None,
+            window: None,
+            bias: Biases {
+                qkv: bias(Projection::QProj),
+                o: bias(Projection::OProj),
+                mlp: bias(Projection::GateProj),
+            },
+            qk_norm: self.qk_norm,
+            sandwich_norms: self.sandwich_norms,
+            unit_offset_norms: self.unit_offset_norms,
+            activation: self.activation,
+            scaled_embedding: self.scaled_embedding,
+            query_pre_attn_scalar: None,
+        };
+        // Before anything is worked out from these.
+        config.validate(&metadata.origin())?;
+        let width = config.head_dim();
+        config.rope = rope::read(metadata, &prefix, width, context, tensors.factors)?;
+        self.read_windows(metadata, &prefix, &mut config)?;
+
+        for rest in ["attention.value_length", "rope.dimension_count"] {
+            if let Some(other) = integer(rest)?.filter(|n| *n != width) {
+                let why = format!("is {other}, and a head is {width} wide: not supported");
+                return Err(metadata.bad(&key(rest), why));
+            }
+        }
+        for (rest, harmless) in UNSUPPORTED {
+            metadata.refuse_unless(&key(rest), harmless)?;
+        }
+        metadata.refuse_unread(&prefix, &IDLE)?;
+        config.validate(&metadata.origin())?;
+        Ok(config)
+    }
+
+    /// Which layers are windowed, and what such layers have of their own.
+    fn read_windows(
+        &self,
+        metadata: &Metadata,
+        prefix: &str,
+        config: &mut ModelConfig,
+    ) -> Result<()> {
+        let key = |rest: &str| format!("{prefix}{rest}");
+        let layers = config.num_hidden_layers;
+        let width = key("attention.sliding_window");
+        let pattern = key("attention.sliding_window_pattern");
+        let picked = metadata.pattern(&pattern, layers)?;
+        let found = metadata.integer(&width)?.filter(|width| *width > 0);
+        let layers = match (found, picked, &self.windows) {
+            (None, _, None) => return Ok(()),
+            (None, _, Some(_)) => return Err(metadata.missing(&width)),
+            (Some(_), Some(picked), _) => picked,
+            (Some(_), None, Some(windows)) => every_but_last(windows.period, layers),
+            (Some(n), None, None) => {
+                let why = format!("is {n}, and no {pattern} says which layers have that window");
+                return Err(metadata.bad(&width, why));
+            }
+        };
+        config.window = found.map(|width| Window { width, layers });
+        if let Some(windows) = &self.windows {
+            let theta = metadata.float(&key("rope.freq_base_swa"))?.unwrap_or(windows.theta);
+            config.local_rope = Some(Rope { theta, ..Rope::default() });
+            let by_width = config.num_hidden_layers == windows.by_width;
+            let (d, h) = (config.hidden_size as f64, config.num_attention_heads as f64);
+            let scalar = if by_width { d / h } else { config.head_dim() as f64 };
+            config.query_pre_attn_scalar = Some(scalar);
+        }
+        Ok(())
+    }
+}
