@@ -132,10 +132,11 @@ arguments! {
     struct RmsNormGrad {
         dx: Write<Element>,
         x: Read<Element>,
+        gain: Read<Element>,
         dy: Read<Element>,
-        norm: Normed,
         rows: u64,
         width: u32,
+        eps: f32,
     }
 
     struct CrossEntropy {

@@ -2,7 +2,7 @@
 // of a tile at a time, so that scores never go to memory. All of them are computed, also those that
 // the causal mask then takes to −∞: it is what the same ops one by one do.
 //
-// A block takes 64 · MT query rows of one head, a warp 16 · MT of them; keys and values come in
+// A block takes query rows of one head, a warp 16 · MT of them; keys and values come in
 // tiles of BN tokens, the next one fetched while this one is worked on. A row's maximum and sum run
 // along; what has been summed shrinks whenever the maximum grows.
 #include "common.cuh"
@@ -39,17 +39,18 @@ __device__ __forceinline__ u32 packed(float a, float b) {
 
 // out (batch, seq, heads · D) from q (batch, heads, seq, D), scaled already, and keys and values
 // (batch, kv_heads, …, D), of which each head has `held` tokens and begins `stride` elements after
-// the one before. Query t is behind `past` earlier tokens and sees no token after its own.
-template <int D, int MT, int BN>
-__device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16 *values, u32 seq,
-                          u32 held, u32 past, u32 heads, u32 kv_heads, u64 stride) {
+// the one before. The queries are the last `seq` of these tokens; each sees no token after its own
+// and none before its window.
+template <int D, int MT, int BN> __device__ void attention(const Attention<bf16> &a) {
+    constexpr int THREADS = ATTENTION_WARPS * 32;
     constexpr int CHUNKS = D / 8; // of 16 bytes in a row
     __shared__ __align__(128) bf16 tiles[2][2][BN * D]; // [buffer][keys, values]
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 head = blockIdx.y, b = blockIdx.z;
-    u32 first = (blockIdx.x * 4 + warp) * 16 * MT;
-    const bf16 *k = keys + ((u64)b * kv_heads + head / (heads / kv_heads)) * stride;
-    const bf16 *v = values + (k - keys);
+    u32 seq = a.seq, held = a.held, heads = a.heads;
+    u32 first = (blockIdx.x * ATTENTION_WARPS + warp) * 16 * MT;
+    u64 start = ((u64)b * a.kv_heads + head / (heads / a.kv_heads)) * a.stride;
+    const bf16 *k = a.keys + start, *v = a.values + start;
 
     // Rows are stored with their chunks permuted, so that eight rows' same chunk lies in all banks.
     auto place = [&](int buffer, int which, u32 row, u32 chunk) {
@@ -58,7 +59,7 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
     };
     auto fetch = [&](int buffer, u32 from) {
 #pragma unroll
-        for (int i = threadIdx.x; i < BN * CHUNKS; i += 128) {
+        for (int i = threadIdx.x; i < BN * CHUNKS; i += THREADS) {
             u32 row = i / CHUNKS, chunk = i % CHUNKS;
             bool there = from + row < held;
             u64 at = there ? (u64)(from + row) * D + chunk * 8 : 0;
@@ -75,7 +76,7 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             u32 row = min(first + m * 16 + half * 8 + g, seq - 1);
-            const bf16 *p = q + (((u64)b * heads + head) * seq + row) * D + 2 * t;
+            const bf16 *p = a.q + (((u64)b * heads + head) * seq + row) * D + 2 * t;
 #pragma unroll
             for (int s = 0; s < D / 16; s++) {
                 query[m][s][half] = *reinterpret_cast<const u32 *>(p + s * 16);
@@ -115,14 +116,14 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 row = first + m * 16 + half * 8 + g;
-                u32 seen = min(past + row + 1, held);
+                Seen seen(min(held - seq + row + 1, held), a.window);
                 float top = max[m][half];
 #pragma unroll
                 for (int n = 0; n < BN / 8; n++) {
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         float &x = scores[m][n][half * 2 + j];
-                        x += from + n * 8 + 2 * t + j < seen ? 0.0f : -INFINITY;
+                        x += seen.has(from + n * 8 + 2 * t + j) ? 0.0f : -INFINITY;
                         top = fmaxf(top, x);
                     }
                 }
@@ -154,9 +155,9 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
             u32 weights[MT][4];
 #pragma unroll
             for (int m = 0; m < MT; m++) {
-                const float(&a)[4] = scores[m][2 * s], (&c)[4] = scores[m][2 * s + 1];
-                weights[m][0] = packed(a[0], a[1]), weights[m][1] = packed(a[2], a[3]);
-                weights[m][2] = packed(c[0], c[1]), weights[m][3] = packed(c[2], c[3]);
+                const float(&x)[4] = scores[m][2 * s], (&y)[4] = scores[m][2 * s + 1];
+                weights[m][0] = packed(x[0], x[1]), weights[m][1] = packed(x[2], x[3]);
+                weights[m][2] = packed(y[0], y[1]), weights[m][3] = packed(y[2], y[3]);
             }
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
@@ -181,7 +182,7 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
             float inverse = 1.0f / total;
             u32 row = first + m * 16 + half * 8 + g;
             if (row >= seq) continue;
-            bf16 *p = out + (((u64)b * seq + row) * heads + head) * D + 2 * t;
+            bf16 *p = a.out + (((u64)b * seq + row) * heads + head) * D + 2 * t;
 #pragma unroll
             for (int d = 0; d < D / 8; d++)
                 *reinterpret_cast<u32 *>(p + d * 8) = packed(mixed[m][d][half * 2] * inverse,
@@ -190,12 +191,10 @@ __device__ void attention(bf16 *out, const bf16 *q, const bf16 *keys, const bf16
     }
 }
 
-#define ATTENTION(D, MT, BN)                                                                       \
-    extern "C" __global__ void __launch_bounds__(128)                                              \
-        attention_bf16_##D(bf16 *o, const bf16 *q, const bf16 *k, const bf16 *v, u32 seq,          \
-                           u32 held, u32 past, u32 heads, u32 kv_heads, u64 stride) {              \
-        attention<D, MT, BN>(o, q, k, v, seq, held, past, heads, kv_heads, stride);                \
+#define ATTENTION(T, t, D, MT, BN)                                                                 \
+    extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)                             \
+        attention_##t##_##D(Attention<T> a) {                                                      \
+        attention<D, MT, BN>(a);                                                                   \
     }
 
-ATTENTION(64, 2, 64)
-ATTENTION(128, 1, 32)
+ATTENTION_SHAPES(ATTENTION, bf16, bf16)

@@ -4,9 +4,6 @@
 #include "common.cuh"
 #include <cooperative_groups.h>
 
-#define CHOOSERS 256
-#define DRAWERS 1024
-
 // A value and where it stands as one number that compares as the values do: NaN above all, so that
 // it is seen, and of equal values the first above the rest.
 __device__ __forceinline__ u64 ranked(float v, u32 index) {
@@ -16,67 +13,60 @@ __device__ __forceinline__ u64 ranked(float v, u32 index) {
 }
 __device__ __forceinline__ u64 larger(u64 a, u64 b) { return a > b ? a : b; }
 
-// Factors on the logits of seen tokens; none is seen where `seen` is null.
-struct Penalty {
-    unsigned char *seen; // (rows, width), 1 where seen
-    float less, more;    // for positive logits, for others
+// The logit v of token i, as the penalty of seen ones leaves it.
+template <typename T>
+__device__ __forceinline__ float penalized(const Penalty<T> &penalty, float v, u64 i) {
+    bool seen = penalty.seen && penalty.seen[i];
+    return seen ? v * (v > 0.0f ? penalty.less : penalty.more) : v;
+}
 
-    __device__ float of(float v, u64 i) const {
-        return seen && seen[i] ? v * (v > 0.0f ? less : more) : v;
-    }
-};
+// `choice` is a number that is finite if the row was, ranked with the token.
+template <typename T>
+__device__ void put(const Choices<T> &to, const Penalty<T> &penalty, u32 row, u64 choice) {
+    u32 token = ~(u32)choice;
+    to.ids[row] = token;
+    to.chosen[(u64)(*to.held - to.first) * to.rows + row] = choice;
+    if (penalty.seen) penalty.seen[(u64)row * to.width + token] = 1;
+}
 
-// Where choices go. `done` is 0 before and after.
-struct Choices {
-    u32 *ids, *held, *done;
-    u64 *chosen;
-    u32 first, rows, width;
-
-    // `choice` is a number that is finite if the row was, ranked with the token.
-    __device__ void put(u32 row, u64 choice, const Penalty &penalty) const {
-        u32 token = ~(u32)choice;
-        ids[row] = token;
-        chosen[(u64)(*held - first) * rows + row] = choice;
-        if (penalty.seen) penalty.seen[(u64)row * width + token] = 1;
-    }
-    // Whether this block is the last of so many to come here; said to all of its threads.
-    __device__ bool is_last(u32 blocks) const {
-        __shared__ bool last;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) last = atomicInc(done, blocks - 1) == blocks - 1;
-        __syncthreads();
-        return last;
-    }
-};
+// Whether this block is the last of so many to come here; said to all of its threads.
+__device__ bool is_last(u32 *done, u32 blocks) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(done, blocks - 1) == blocks - 1;
+    __syncthreads();
+    return last;
+}
 
 // The largest logit of each row. Blocks (share of a row, row); `best` (rows) is 0 before and after.
-template <typename T>
-__device__ void choose(Choices to, u64 *best, const T *logits, Penalty penalty) {
+template <typename T> __device__ void choose(const Choose<T> &a) {
+    const Choices<T> &to = a.to;
     wait_for_inputs();
     u64 start = (u64)blockIdx.y * to.width, mine = 0;
     u32 last = to.width - 1;
-    for (u32 i = (blockIdx.x * CHOOSERS + threadIdx.x) * 8; i <= last; i += gridDim.x * CHOOSERS * 8) {
+    u32 step = gridDim.x * CHOOSERS * 8;
+    for (u32 i = (blockIdx.x * CHOOSERS + threadIdx.x) * 8; i <= last; i += step) {
         float v[8];
         if (to.width % 8 == 0) {
-            load<8>(logits + start + i, v);
+            load<8>(a.logits + start + i, v);
         } else {
 #pragma unroll
-            for (int j = 0; j < 8; j++) v[j] = widen(logits[start + min(i + j, last)]);
+            for (int j = 0; j < 8; j++) v[j] = widen(a.logits[start + min(i + j, last)]);
         }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             u32 token = min(i + j, last);
-            mine = larger(mine, ranked(penalty.of(v[j], start + token), token));
+            mine = larger(mine, ranked(penalized(a.penalty, v[j], start + token), token));
         }
     }
 #pragma unroll
     for (int mask = 16; mask > 0; mask >>= 1)
         mine = larger(mine, __shfl_xor_sync(~0u, mine, mask));
-    if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, mine);
-    if (!to.is_last(gridDim.x * gridDim.y)) return;
+    if (threadIdx.x % 32 == 0) atomicMax(a.best + blockIdx.y, mine);
+    if (!is_last(to.done, gridDim.x * gridDim.y)) return;
     for (u32 row = threadIdx.x; row < to.rows; row += CHOOSERS)
-        to.put(row, atomicExch(best + row, 0ull), penalty);
+        put(to, a.penalty, row, atomicExch(a.best + row, 0ull));
     __syncthreads();
     if (threadIdx.x == 0) *to.held += 1;
 }
@@ -85,7 +75,6 @@ __device__ void choose(Choices to, u64 *best, const T *logits, Penalty penalty) 
 
 // The blocks of a row, which have a stretch of it each: a cluster, where the GPU has them; else the
 // first has it all, and the others end at once.
-#define PEERS 8
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER __cluster_dims__(PEERS, 1, 1)
 struct Peers {
@@ -275,21 +264,23 @@ __device__ Place by_size(Stretch all, const Bins &coarse, bool by_count, u32 mar
 // One token a row by the entry of `uniforms` (steps, rows) for this step: among all, as they lie;
 // or, the likeliest first, among the k likeliest (0: all) and of these among the fewest that hold
 // `top_p` (0: all). `probabilities` (rows, width) are scratch.
-template <typename T>
-__device__ void draw(Choices to, float *probabilities, const float *uniforms, const T *logits,
-                     Penalty penalty, float inverse_temperature, u32 top_k, float top_p) {
+template <typename T> __device__ void draw(const Draw<T> &a) {
+    const Choices<T> &to = a.to;
     if (blockIdx.x >= Peers::count) return;
     wait_for_inputs();
     u32 row = blockIdx.y, width = to.width, each = (width + Peers::count - 1) / Peers::count;
     u64 start = (u64)row * width;
     u32 from = min(blockIdx.x * each, width);
-    Stretch all = {probabilities + start, from, min(from + each, width)};
+    Stretch all = {a.probabilities + start, from, min(from + each, width)};
     float *p = all.row;
 
     // The softmax of the scaled logits. What rounds to no unit is never drawn, and not counted.
     float top = Max::identity(), sum = 0.0f;
-    auto logit = [&](u32 i) { return penalty.of(widen(logits[start + i]), start + i); };
-    all.each(logit, [&](u32 i, float v) { top = fmaxf(top, p[i] = v * inverse_temperature); });
+    auto logit = [&](u32 i) {
+        return penalized(a.penalty, widen(a.logits[start + i]), start + i);
+    };
+    float factor = a.inverse_temperature;
+    all.each(logit, [&](u32 i, float v) { top = fmaxf(top, p[i] = v * factor); });
     top = over_peers<Max>(top);
     all.each([&](u32 i, float x) { sum += p[i] = expf(x - top); });
     sum = over_peers<Sum>(sum);
@@ -311,36 +302,31 @@ __device__ void draw(Choices to, float *probabilities, const float *uniforms, co
         if (threadIdx.x == DRAWERS - 1) counted = before + bin;
         __syncthreads();
         u32 left = part(counted, false);
-        if (top_k && top_k < part(counted, true))
-            left = part(by_size(all, coarse, true, top_k - 1).sum, false);
-        if (top_p > 0.0f) {
-            u32 enough = __double2uint_ru((double)top_p * left);
+        if (a.top_k && a.top_k < part(counted, true))
+            left = part(by_size(all, coarse, true, a.top_k - 1).sum, false);
+        if (a.top_p > 0.0f) {
+            u32 enough = __double2uint_ru((double)a.top_p * left);
             left = part(by_size(all, coarse, false, enough - 1).sum, false);
         }
-        float uniform = uniforms[(u64)(*to.held - to.first) * to.rows + row];
+        float uniform = a.uniforms[(u64)(*to.held - to.first) * to.rows + row];
         u32 mark = __double2uint_rd((double)uniform * left);
-        bool sorted = top_k || top_p > 0.0f;
-        token = sorted ? by_size(all, coarse, false, mark).at : in_order(all, 31, 0, false, mark, 0).at;
+        bool sorted = a.top_k || a.top_p > 0.0f;
+        token = sorted ? by_size(all, coarse, false, mark).at
+                       : in_order(all, 31, 0, false, mark, 0).at;
     }
     if (blockIdx.x) return;
-    if (threadIdx.x == 0) to.put(row, ranked(sum, token), penalty);
-    if (to.is_last(to.rows) && threadIdx.x == 0) *to.held += 1;
+    if (threadIdx.x == 0) put(to, a.penalty, row, ranked(sum, token));
+    if (is_last(to.done, to.rows) && threadIdx.x == 0) *to.held += 1;
 }
 
 // ---- what the host calls ------------------------------------------------------------------------
 
 #define ALL(T, t)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(CHOOSERS) choose_##t(                             \
-        u32 *ids, u32 *held, u32 *done, u64 *chosen, u32 first, u32 rows, u32 width,               \
-        unsigned char *seen, float less, float more, const T *logits, u64 *best) {                 \
-        choose<T>({ids, held, done, chosen, first, rows, width}, best, logits, {seen, less, more});\
+    extern "C" __global__ void __launch_bounds__(CHOOSERS) choose_##t(Choose<T> a) {               \
+        choose<T>(a);                                                                              \
     }                                                                                              \
-    extern "C" __global__ void CLUSTER __launch_bounds__(DRAWERS) draw_##t(                        \
-        u32 *ids, u32 *held, u32 *done, u64 *chosen, u32 first, u32 rows, u32 width,               \
-        unsigned char *seen, float less, float more, const T *logits, float *probabilities,        \
-        const float *uniforms, float inverse_temperature, u32 top_k, float top_p) {                \
-        draw<T>({ids, held, done, chosen, first, rows, width}, probabilities, uniforms, logits,    \
-                {seen, less, more}, inverse_temperature, top_k, top_p);                            \
+    extern "C" __global__ void CLUSTER __launch_bounds__(DRAWERS) draw_##t(Draw<T> a) {            \
+        draw<T>(a);                                                                                \
     }
 
 ALL(float, f32)

@@ -8,6 +8,9 @@ typedef __nv_bfloat16 bf16;
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
+// What the host goes by too: how work is cut, and what each kernel is given.
+#include "shared.cuh"
+
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ float widen(bf16 v) { return __bfloat162float(v); }
 template <typename T> __device__ __forceinline__ T narrow(float v);
@@ -118,6 +121,40 @@ template <typename Op, int THREADS> __device__ __forceinline__ float reduce(floa
     }
     return v;
 }
+
+// x / (1 + exp(−x)), and dy · s · (1 + x · (1 − s)), s = 1 / (1 + exp(−x))
+struct Silu {
+    static __device__ __forceinline__ float of(float x) {
+        return __fdividef(x, 1.0f + __expf(-x));
+    }
+    static __device__ __forceinline__ float grad(float x, float dy) {
+        float s = __fdividef(1.0f, 1.0f + __expf(-x));
+        return dy * s * (1.0f + x * (1.0f - s));
+    }
+};
+// GELU by its tanh, x · (1 + tanh(√(2/π) · (x + 0.044715·x³))) / 2: x / (1 + exp(x · (A + B·x²))).
+struct Gelu {
+    static constexpr float A = -1.5957691216057308f, B = 0.044715f * A;
+
+    static __device__ __forceinline__ float sigmoid(float x) {
+        return __fdividef(1.0f, 1.0f + __expf(x * (A + B * x * x)));
+    }
+    static __device__ __forceinline__ float of(float x) { return x * sigmoid(x); }
+    static __device__ __forceinline__ float grad(float x, float dy) {
+        float s = sigmoid(x);
+        return dy * s * (1.0f + x * (1.0f - s) * (-A - 3.0f * B * x * x));
+    }
+};
+
+// The tokens that a query sees: of its own and all before it, so many, the last that a window shows.
+struct Seen {
+    u32 first, count;
+
+    __device__ __forceinline__ Seen(u32 all, u32 window)
+        : first(all > window ? all - window : 0), count(min(all, window)) {}
+    // Below the first, the difference is a large number.
+    __device__ __forceinline__ bool has(u32 token) const { return token - first < count; }
+};
 
 // Before what a kernel before this one wrote is read: no more than a fence unless the launch asked
 // to overlap with that kernel's end.

@@ -5,64 +5,87 @@
 // The number of tokens held is read from memory, so that one recorded graph serves every step.
 #include "common.cuh"
 
-// x (batch, width) = rows `ids` of the table
-template <typename T> __device__ void embed(T *x, const T *table, const u32 *ids, u32 width) {
+// out (batch, width) = rows `ids` of the table, times `scale` where it is given
+template <typename T> __device__ void embed(const Embed<T> &a) {
     wait_for_inputs();
     let_next_start();
-    const T *row = table + (u64)ids[blockIdx.y] * width;
-    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < width) x[(u64)blockIdx.y * width + i] = row[i];
+    const T *row = a.table + (u64)a.ids[blockIdx.y] * a.width;
+    u32 i = blockIdx.x * ELEMENT_THREADS + threadIdx.x;
+    if (i >= a.width) return;
+    T x = row[i];
+    a.out[(u64)blockIdx.y * a.width + i] = a.scale ? narrow<T>(widen(x) * widen(a.scale[0])) : x;
 }
 
-// Attention of one query token over `*held` tokens before it and itself: block (split, heads,
-// sequence) takes query heads of one key head, all of them or one, MOST at most, and one of `splits`
-// shares of the keys. q, k, v are the new token's, before RoPE; k after it and v go into the caches
-// (batch, K, capacity, D). The block that finishes last of its heads' adds the shares up.
+// Attention of one query token over `*held` tokens before it and itself, as far as its window
+// reaches: block (split, heads, sequence) takes query heads of one key head, MOST at most, and one
+// share of the keys of as many as the grid is wide. q, k, v are the new token's, before their norms
+// and RoPE; k after these and v go into the caches (batch, K, capacity, D). The block that finishes
+// last of its heads' adds the shares up.
 //
 // A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
 // groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
-#define MOST_SPLITS 32
-#define LOOKERS 256
 #define KEYS 2 // that a group looks at together
-template <typename T, int D, int MOST>
-__device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos,
-                       const T *sin, const T *scale, const u32 *held, float *shares, u32 *done,
-                       u32 heads, u32 kv_heads, u32 capacity, u32 q_stride, u32 kv_stride) {
-    constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES;
-    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z;
+template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a) {
+    constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES, WARPS = LOOKERS / 32;
+    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
     u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
-    u32 each = heads / kv_heads, head = first / each;
-    int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    u32 each = heads / a.kv_heads, head = first / each;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     // What was held before this step is there: whoever wrote it has ended.
-    u32 past = *held;
-    u64 base = ((u64)b * kv_heads + head) * capacity * D + lane * 8;
-    u32 start = (u64)past * split / splits, end = (u64)past * (split + 1) / splits;
+    u32 past = *a.held;
+    T *keys = a.keys + ((u64)b * a.kv_heads + head) * a.capacity * D + lane * 8;
+    T *values = a.values + (keys - a.keys);
+    u32 hidden = Seen(past + 1, a.window).first, seen = past - hidden;
+    u32 start = hidden + (u64)seen * split / splits;
+    u32 end = hidden + (u64)seen * (split + 1) / splits;
     Raw<T> next_key[KEYS], next_value[KEYS];
     auto fetch = [&](u32 from) {
 #pragma unroll
         for (int i = 0; i < KEYS; i++) {
             u32 t = from + i * GROUPS + group;
             if (t >= end) continue;
-            next_key[i].fetch(keys + base + (u64)t * D);
-            next_value[i].fetch(values + base + (u64)t * D);
+            next_key[i].fetch(keys + (u64)t * D);
+            next_value[i].fetch(values + (u64)t * D);
         }
     };
     fetch(start);
     wait_for_inputs();
     let_next_start();
 
-    // RoPE of the queries and of the new key.
+    // The queries' heads, and after them the new key's.
+    auto vector = [&](u32 g) {
+        return g < g_count ? a.q + (u64)b * a.q_stride + (first + g) * D
+                           : a.k + (u64)b * a.kv_stride + head * D;
+    };
+    auto norm_of = [&](u32 g) -> const Normed<T> & { return g < g_count ? a.q_norm : a.k_norm; };
+    __shared__ float inverse[MOST + 1]; // 1 / root of the mean square
+    if (a.q_norm.gain || a.k_norm.gain) {
+        for (u32 g = warp; g <= g_count; g += WARPS) {
+            const T *from = vector(g);
+            float sum = 0.0f;
+            for (int j = threadIdx.x % 32; j < D; j += 32) sum += widen(from[j]) * widen(from[j]);
+            sum = reduce<Sum, 32>(sum);
+            if (threadIdx.x % 32 == 0) inverse[g] = 1.0f / sqrtf(sum / D + norm_of(g).eps);
+        }
+        __syncthreads();
+    }
+    // RoPE of them.
     __shared__ float query[MOST][D], new_key[D];
-    const T *co = cos + (u64)past * (D / 2), *si = sin + (u64)past * (D / 2);
+    const T *co = a.cos + (u64)past * (D / 2), *si = a.sin + (u64)past * (D / 2);
     for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += LOOKERS) {
         u32 g = i / (D / 2), j = i % (D / 2);
-        const T *from = g < g_count ? q + (u64)b * q_stride + (first + g) * D
-                                    : k + (u64)b * kv_stride + head * D;
+        const T *from = vector(g);
         float first = widen(from[j]), second = widen(from[j + D / 2]);
+        if (norm_of(g).gain) {
+            const Normed<T> &norm = norm_of(g);
+            float r = inverse[g];
+            first = rounded<T>(first * r * (norm.shift + widen(norm.gain[j])));
+            second = rounded<T>(second * r * (norm.shift + widen(norm.gain[j + D / 2])));
+        }
         float c = widen(co[j]), s = widen(si[j]);
         float x = rounded<T>(first * c - second * s), y = rounded<T>(first * s + second * c);
         if (g < g_count) {
-            float f = widen(scale[0]);
+            float f = widen(a.scale[0]);
             query[g][j] = rounded<T>(x * f), query[g][j + D / 2] = rounded<T>(y * f);
         } else {
             new_key[j] = x, new_key[j + D / 2] = y;
@@ -82,7 +105,8 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
         }
     }
     // By whole warps, of whose groups some may have no key.
-    auto look = [&](const float (&key)[KEYS][8], const float (&value)[KEYS][8], const bool (&valid)[KEYS]) {
+    auto look = [&](const float (&key)[KEYS][8], const float (&value)[KEYS][8],
+                    const bool (&valid)[KEYS]) {
 #pragma unroll
         for (int g = 0; g < MOST; g++) {
             if (g < g_count) {
@@ -140,19 +164,17 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
 #pragma unroll
             for (int j = 0; j < 8; j++) key[i][j] = new_key[lane * 8 + j], value[i][j] = 0.0f;
         }
-        load<8>(v + (u64)b * kv_stride + head * D + lane * 8, value[0]);
+        load<8>(a.v + (u64)b * a.kv_stride + head * D + lane * 8, value[0]);
         if (group == 0 && first % each == 0) {
-            store<8>(keys + base + (u64)past * D, key[0]);
-            store<8>(values + base + (u64)past * D, value[0]);
+            store<8>(keys + (u64)past * D, key[0]);
+            store<8>(values + (u64)past * D, value[0]);
         }
         look(key, value, valid);
     }
 
     // The groups' results into one share, (max, sum, D values) for each query head: first within a
     // warp, then over the warps.
-    constexpr int WARPS = LOOKERS / 32;
     __shared__ float maxes[WARPS][MOST], sums[WARPS][MOST], part[WARPS][MOST][D];
-    int warp = threadIdx.x / 32;
 #pragma unroll
     for (int g = 0; g < MOST; g++) {
         if (g < g_count) {
@@ -188,9 +210,9 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
             v += weight * part[w][g][j];
         }
         if (splits == 1) {
-            out[(row + g) * D + j] = narrow<T>(v / total);
+            a.out[(row + g) * D + j] = narrow<T>(v / total);
         } else {
-            float *share = shares + ((row + g) * splits + split) * (D + 2);
+            float *share = a.shares + ((row + g) * splits + split) * (D + 2);
             share[2 + j] = v;
             if (j == 0) share[0] = top, share[1] = total;
         }
@@ -201,20 +223,21 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
     __shared__ bool last;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicInc(done + b * gridDim.y + blockIdx.y, splits - 1) == splits - 1;
+    u32 *done = a.done + b * gridDim.y + blockIdx.y;
+    if (threadIdx.x == 0) last = atomicInc(done, splits - 1) == splits - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
     __shared__ float tops[MOST][MOST_SPLITS], totals[MOST][MOST_SPLITS];
     for (u32 i = threadIdx.x; i < g_count * splits; i += LOOKERS) {
-        const float *share = shares + (row * splits + i) * (D + 2);
+        const float *share = a.shares + (row * splits + i) * (D + 2);
         tops[i / splits][i % splits] = __ldcg(share);
         totals[i / splits][i % splits] = __ldcg(share + 1);
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
         u32 g = i / D, j = i % D;
-        const float *share = shares + (row + g) * splits * (D + 2) + 2 + j;
+        const float *share = a.shares + (row + g) * splits * (D + 2) + 2 + j;
         float top = NONE, total = 0.0f, v = 0.0f;
         for (u32 s = 0; s < splits; s++) top = fmaxf(top, tops[g][s]);
 #pragma unroll 8
@@ -223,31 +246,20 @@ __device__ void attend(T *out, const T *q, const T *k, const T *v, T *keys, T *v
             total += weight * totals[g][s];
             v += weight * __ldcg(share + s * (D + 2));
         }
-        out[(row + g) * D + j] = narrow<T>(v / total);
+        a.out[(row + g) * D + j] = narrow<T>(v / total);
     }
 }
 
 // ---- what the host calls ------------------------------------------------------------------------
 
 #define ATTEND(T, t, D, MOST)                                                                      \
-    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D##_##MOST(               \
-        T *o, const T *q, const T *k, const T *v, T *keys, T *values, const T *cos, const T *sin,  \
-        const T *scale, const u32 *held, float *shares, u32 *done, u32 heads, u32 kv_heads,        \
-        u32 capacity, u32 q_stride, u32 kv_stride) {                                               \
-        attend<T, D, MOST>(o, q, k, v, keys, values, cos, sin, scale, held, shares, done, heads,         \
-                     kv_heads, capacity, q_stride, kv_stride);                                     \
+    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D##_##MOST(Attend<T> a) { \
+        attend<T, D, MOST>(a);                                                                     \
     }
 
 #define ALL(T, t)                                                                                  \
-    ATTEND(T, t, 8, 1)                                                                             \
-    ATTEND(T, t, 8, 8)                                                                             \
-    ATTEND(T, t, 64, 1)                                                                            \
-    ATTEND(T, t, 64, 8)                                                                            \
-    ATTEND(T, t, 128, 1)                                                                           \
-    ATTEND(T, t, 128, 8)                                                                           \
-    extern "C" __global__ void embed_##t(T *x, const T *table, const u32 *ids, u32 width) {        \
-        embed<T>(x, table, ids, width);                                                            \
-    }
+    ATTEND_SHAPES(ATTEND, T, t)                                                                    \
+    extern "C" __global__ void embed_##t(Embed<T> a) { embed<T>(a); }
 
 ALL(float, f32)
 ALL(bf16, bf16)

@@ -4,52 +4,42 @@
 // is fetched before waiting for it.
 #include "common.cuh"
 
-#define THREADS 128
+#define THREADS PROJECT_THREADS
 
-// What is multiplied by what, and what happens to the sums.
+// What is multiplied by what, and what happens to the sums, each with its bias where there is one.
 enum Kind {
-    PLAIN = 0, // out = sum + bias
+    PLAIN = 0, // out = sum
     ADD = 1,   // out = out + sum
-    GATED = 2, // out = silu(sum with the first weight) · sum with the second
+    GATED = 2, // out = activation of the sum with the first weight · sum with the second
 };
 
-// Up to three weights one after another as the rows of one, each with its bias or none.
-template <typename T> struct Weights {
-    const T *w0, *w1, *w2;
-    const T *b0, *b1, *b2;
-    u32 n0, n01, n; // rows of the first, of the first two, of all
+// Row `r` of all weights, of k elements.
+template <typename T> __device__ __forceinline__ const T *row_of(const Weights<T> &w, u32 r, u32 k) {
+    if (r < w.ends[0]) return w.weights[0] + (u64)r * k;
+    if (r < w.ends[1]) return w.weights[1] + (u64)(r - w.ends[0]) * k;
+    return w.weights[2] + (u64)(r - w.ends[1]) * k;
+}
+// What is added to its product.
+template <typename T> __device__ __forceinline__ float bias_of(const Weights<T> &w, u32 r) {
+    const T *b = r < w.ends[0] ? w.biases[0] : r < w.ends[1] ? w.biases[1] : w.biases[2];
+    return b ? widen(b[r < w.ends[0] ? r : r < w.ends[1] ? r - w.ends[0] : r - w.ends[1]]) : 0.0f;
+}
 
-    __device__ const T *row(u32 r, u32 k) const {
-        if (r < n0) return w0 + (u64)r * k;
-        if (r < n01) return w1 + (u64)(r - n0) * k;
-        return w2 + (u64)(r - n01) * k;
-    }
-    __device__ float bias(u32 r) const {
-        const T *b = r < n0 ? b0 : r < n01 ? b1 : b2;
-        return b ? widen(b[r < n0 ? r : r < n01 ? r - n0 : r - n01]) : 0.0f;
-    }
-};
-
-// Weights that a later kernel reads, to be fetched into the L2 cache while this one leaves memory
-// idle: two tensors, of so many bytes each.
-struct Ahead {
-    const char *p0, *p1;
-    u64 n0, n1;
-
-    // A share of them, by each of `count` threads.
-    __device__ void fetch(u32 thread, u32 count) const {
-        share(p0, n0, thread, count);
-        share(p1, n1, thread, count);
-    }
-    static __device__ void share(const char *p, u64 bytes, u32 thread, u32 count) {
+// A share, by each of `count` threads, of weights that a later kernel reads: fetched into the L2
+// cache while this one leaves memory idle.
+template <typename T>
+__device__ __forceinline__ void fetch_ahead(const Ahead<T> (&all)[2], u32 thread, u32 count) {
 #if __CUDA_ARCH__ >= 900
-        u64 each = (bytes / count + 127) / 128 * 128, from = thread * each;
-        if (from >= bytes) return;
+#pragma unroll
+    for (const Ahead<T> &ahead : all) {
+        u64 bytes = ahead.bytes, each = (bytes / count + 127) / 128 * 128, from = thread * each;
+        if (from >= bytes) continue;
+        const char *p = reinterpret_cast<const char *>(ahead.weight) + from;
         u32 size = (u32)(bytes - from < each ? bytes - from : each) & ~15u;
-        if (size) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p + from), "r"(size));
-#endif
+        if (size) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(size));
     }
-};
+#endif
+}
 
 // Sums over a warp of M values each lane holds, M a power of 2 up to 32: value i ends in the lanes
 // whose index, divided by 32 / M, is i. Each step halves what is still held.
@@ -72,23 +62,39 @@ template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
     return v[0];
 }
 
-// out (batch, n) from x (batch, k), B rows at most; with `gain`, x is normalized first.
+// What becomes of one column's sums, of one row of the input: `first`, or both of a gated unit.
+template <int KIND, typename T>
+__device__ __forceinline__ void finish(const Project<T> &a, u32 b, u32 row, float first, float second) {
+    auto biased = [&](float sum, float bias) { return rounded<T>(rounded<T>(sum) + bias); };
+    T *to = a.out + (u64)b * a.w.ends[2] + row;
+    if constexpr (KIND == GATED) {
+        float gate = biased(first, a.w.biases[0] ? widen(a.w.biases[0][row]) : 0.0f);
+        float up = biased(second, a.w.biases[1] ? widen(a.w.biases[1][row]) : 0.0f);
+        *to = narrow<T>(rounded<T>(a.gelu ? Gelu::of(gate) : Silu::of(gate)) * up);
+    } else {
+        float sum = biased(first, bias_of(a.w, row));
+        *to = narrow<T>(KIND == ADD ? widen(*to) + sum : sum);
+    }
+}
+
+// out (batch, n) from x (batch, k), B rows at most; with a norm, x is normalized first.
 // AHEAD packs of every row are under way at once.
 template <typename T, int B, int R, int KIND, int AHEAD>
-__device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 batch, u32 k, float eps,
-                        Ahead ahead) {
+__device__ void project(const Project<T> &a) {
     constexpr int SETS = KIND == GATED ? 2 : 1;
+    const T *gain = a.norm.gain;
+    u32 batch = a.batch, k = a.k, n = a.w.ends[2];
     constexpr int SUMS = SETS * R * B;
     u32 first = blockIdx.x * R;
     const T *rows[SETS * R];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-        u32 row = min(first + r, w.n - 1); // past the end: again the last, and dropped
+        u32 row = min(first + r, n - 1); // past the end: again the last, and dropped
         if constexpr (KIND == GATED) {
-            rows[2 * r] = w.w0 + (u64)row * k;
-            rows[2 * r + 1] = w.w1 + (u64)row * k;
+            rows[2 * r] = a.w.weights[0] + (u64)row * k;
+            rows[2 * r + 1] = a.w.weights[1] + (u64)row * k;
         } else {
-            rows[r] = w.row(row, k);
+            rows[r] = row_of(a.w, row, k);
         }
     }
     float sums[SUMS] = {}, squares[B] = {};
@@ -101,7 +107,7 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
     };
 #pragma unroll
     for (int c = 0; c < AHEAD; c++) fetch(c, (c * THREADS + threadIdx.x) * 8);
-    if (threadIdx.x == 0) ahead.fetch(blockIdx.x, gridDim.x);
+    if (threadIdx.x == 0) fetch_ahead(a.ahead, blockIdx.x, gridDim.x);
     wait_for_inputs();
     let_next_start();
     for (u32 start = threadIdx.x * 8; start < k; start += AHEAD * THREADS * 8) {
@@ -110,10 +116,14 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
             u32 i = start + c * THREADS * 8;
             if (i >= k) break;
             float g[8], v[B][8];
-            if (gain) load<8>(gain + i, g);
+            if (gain) {
+                load<8>(gain + i, g);
+#pragma unroll
+                for (int j = 0; j < 8; j++) g[j] += a.norm.shift;
+            }
 #pragma unroll
             for (int b = 0; b < B; b++) {
-                if (b < batch) load<8>(x + (u64)b * k + i, v[b]);
+                if (b < batch) load<8>(a.x + (u64)b * k + i, v[b]);
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
                     if (b >= batch) v[b][j] = 0.0f;
@@ -157,23 +167,17 @@ __device__ void project(T *out, const T *x, const T *gain, Weights<T> w, u32 bat
     }
     __syncthreads();
     int r = threadIdx.x / B, b = threadIdx.x % B;
-    if (r >= R || b >= batch || first + r >= w.n) return;
+    if (r >= R || b >= batch || first + r >= n) return;
     auto total = [&](int i) {
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < WARPS; j++) sum += parts[j][i];
         return sum;
     };
-    float inverse = gain ? rsqrtf(total(SUMS + b) / k + eps) : 1.0f;
-    T *to = out + (u64)b * w.n + first + r;
-    if constexpr (KIND == GATED) {
-        float gate = rounded<T>(total(2 * r * B + b) * inverse);
-        float up = rounded<T>(total((2 * r + 1) * B + b) * inverse);
-        *to = narrow<T>(rounded<T>(gate / (1.0f + __expf(-gate))) * up);
-    } else {
-        float sum = rounded<T>(total(r * B + b) * inverse);
-        *to = narrow<T>(sum + (KIND == ADD ? widen(*to) : w.bias(first + r)));
-    }
+    float inverse = gain ? rsqrtf(total(SUMS + b) / k + a.norm.eps) : 1.0f;
+    float sum = total((SETS * r) * B + b) * inverse, second = 0.0f;
+    if constexpr (KIND == GATED) second = total((2 * r + 1) * B + b) * inverse;
+    finish<KIND>(a, b, first + r, sum, second);
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -183,27 +187,27 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// `project` for 8 · NT rows of input at most, in bf16 by the tensor cores: the weight's rows are
-// the rows of a tile, the input's its columns. A block takes 16 rows of the weight (of each, if
+// `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's rows
+// are the rows of a tile, the input's its columns. A block takes one tile of the weight (of each, if
 // gated); its warps take turns along the summed dimension, 32 elements at a time, of which a lane
 // loads 8 that lie together. The order in which a tile sums them is of no account, so these serve
 // as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
-#define TILE_WARPS 8
-template <int NT, int KIND>
-__device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weights<bf16> w,
-                              u32 batch, u32 k, float eps, Ahead ahead) {
+template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a) {
+    static_assert(TILE_ROWS == 16 && TILE_COLUMNS == 8, "as the instruction takes them");
     constexpr int SETS = KIND == GATED ? 2 : 1, TURNS = 4;
+    const bf16 *gain = a.norm.gain;
+    u32 batch = a.batch, k = a.k, height = a.w.ends[2];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 first = blockIdx.x * 16;
+    u32 first = blockIdx.x * TILE_ROWS;
     const bf16 *rows[SETS][2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        u32 row = min(first + half * 8 + g, w.n - 1);
+        u32 row = min(first + half * 8 + g, height - 1);
         if constexpr (KIND == GATED) {
-            rows[0][half] = w.w0 + (u64)row * k;
-            rows[1][half] = w.w1 + (u64)row * k;
+            rows[0][half] = a.w.weights[0] + (u64)row * k;
+            rows[1][half] = a.w.weights[1] + (u64)row * k;
         } else {
-            rows[0][half] = w.row(row, k);
+            rows[0][half] = row_of(a.w, row, k);
         }
     }
     uint4 weights[TURNS][SETS][2];
@@ -219,7 +223,7 @@ __device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weight
     u32 start = warp * 32 + t * 8;
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) fetch(turn, start + turn * TILE_WARPS * 32);
-    if (threadIdx.x == 0) ahead.fetch(blockIdx.x, gridDim.x);
+    if (threadIdx.x == 0) fetch_ahead(a.ahead, blockIdx.x, gridDim.x);
     wait_for_inputs();
     let_next_start();
 
@@ -229,13 +233,17 @@ __device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weight
         for (int turn = 0; turn < TURNS; turn++) {
             u32 i = start + turn * TILE_WARPS * 32;
             float gains[8];
-            if (gain && i < k) load<8>(gain + i, gains);
+            if (gain && i < k) {
+                load<8>(gain + i, gains);
+#pragma unroll
+                for (int j = 0; j < 8; j++) gains[j] += a.norm.shift;
+            }
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 u32 row = n * 8 + g;
                 uint4 pack = {};
                 if (row < batch && i < k)
-                    pack = *reinterpret_cast<const uint4 *>(x + (u64)row * k + i);
+                    pack = *reinterpret_cast<const uint4 *>(a.x + (u64)row * k + i);
                 if (gain) {
                     __nv_bfloat162 *pairs = reinterpret_cast<__nv_bfloat162 *>(&pack);
 #pragma unroll
@@ -249,9 +257,9 @@ __device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weight
                 }
 #pragma unroll
                 for (int s = 0; s < SETS; s++) {
-                    const uint4 &a = weights[turn][s][0], &b = weights[turn][s][1];
-                    mma(sums[s][n], a.x, b.x, a.y, b.y, pack.x, pack.y);
-                    mma(sums[s][n], a.z, b.z, a.w, b.w, pack.z, pack.w);
+                    const uint4 &top = weights[turn][s][0], &low = weights[turn][s][1];
+                    mma(sums[s][n], top.x, low.x, top.y, low.y, pack.x, pack.y);
+                    mma(sums[s][n], top.z, low.z, top.w, low.w, pack.z, pack.w);
                 }
             }
             fetch(turn, i + TURNS * TILE_WARPS * 32);
@@ -289,38 +297,30 @@ __device__ void project_tiles(bf16 *out, const bf16 *x, const bf16 *gain, Weight
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 b = n * 8 + 2 * t + j % 2, row = first + g + j / 2 * 8;
-            if (b >= batch || row >= w.n) continue;
+            if (b >= batch || row >= height) continue;
             float inverse = 1.0f;
             if (gain) {
                 float sum = 0.0f;
 #pragma unroll
                 for (int i = 0; i < TILE_WARPS; i++) sum += of_squares[i][b];
-                inverse = rsqrtf(sum / k + eps);
+                inverse = rsqrtf(sum / k + a.norm.eps);
             }
-            bf16 *to = out + (u64)b * w.n + row;
-            float sum = rounded<bf16>(sums[0][n][j] * inverse);
-            if constexpr (KIND == GATED) {
-                float up = rounded<bf16>(sums[1][n][j] * inverse);
-                *to = narrow<bf16>(rounded<bf16>(sum / (1.0f + __expf(-sum))) * up);
-            } else {
-                *to = narrow<bf16>(sum + (KIND == ADD ? widen(*to) : w.bias(row)));
-            }
+            float second = KIND == GATED ? sums[SETS - 1][n][j] * inverse : 0.0f;
+            finish<KIND>(a, b, row, sums[0][n][j] * inverse, second);
         }
     }
 }
 
-// What adapters add to up to three products: to o0, o1, o2, whose rows are `stride` apart,
-// scaling · low · Bᵀ, each from its own `rank` columns of low (batch, columns). Blocks (columns of
-// all, row).
-template <typename T>
-__device__ void adapt(T *o0, T *o1, T *o2, const T *low, Weights<T> b, const T *scaling, u32 stride,
-                      u32 columns, u32 rank) {
+// What adapters add to up to three products: to columns of each output scaling · low · Bᵀ, each
+// from its own `rank` columns of low (batch, columns). Blocks (columns of all, row).
+template <typename T> __device__ void adapt(const Adapt<T> &a) {
     wait_for_inputs();
     let_next_start();
-    u32 i = blockIdx.x * THREADS + threadIdx.x, row = blockIdx.y;
-    if (i >= b.n) return;
-    u32 which = i < b.n0 ? 0 : i < b.n01 ? 1 : 2;
-    const T *x = low + (u64)row * columns + which * rank, *w = b.row(i, rank);
+    u32 i = blockIdx.x * THREADS + threadIdx.x, row = blockIdx.y, rank = a.rank;
+    const u32(&ends)[3] = a.w.ends;
+    if (i >= ends[2]) return;
+    u32 which = i < ends[0] ? 0 : i < ends[1] ? 1 : 2;
+    const T *x = a.low + (u64)row * a.columns + which * rank, *w = row_of(a.w, i, rank);
     float sum = 0.0f;
     if (rank % 8 == 0) {
         for (u32 r = 0; r < rank; r += 8) {
@@ -332,56 +332,33 @@ __device__ void adapt(T *o0, T *o1, T *o2, const T *low, Weights<T> b, const T *
     } else {
         for (u32 r = 0; r < rank; r++) sum += widen(x[r]) * widen(w[r]);
     }
-    T *to = which == 0 ? o0 + i : which == 1 ? o1 + (i - b.n0) : o2 + (i - b.n01);
-    to += (u64)row * stride;
-    *to = narrow<T>(widen(*to) + rounded<T>(rounded<T>(sum) * widen(*scaling)));
+    T *to = which == 0   ? a.outs[0] + (u64)row * a.strides[0] + i
+            : which == 1 ? a.outs[1] + (u64)row * a.strides[1] + (i - ends[0])
+                         : a.outs[2] + (u64)row * a.strides[2] + (i - ends[1]);
+    *to = narrow<T>(widen(*to) + rounded<T>(rounded<T>(sum) * widen(*a.scaling)));
 }
 
-// ---- what the host calls ------------------------------------------------------------------------
+// ---- what the host calls: NAME_TYPE_B, or NAME_tiles_TYPE_NT ------------------------------------
 
-#define PROJECT(T, t, NAME, B, R, KIND, AHEAD)                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##t##_##B(                        \
-        T *o, const T *x, const T *g, const T *w0, const T *w1, const T *w2, const T *b0,          \
-        const T *b1, const T *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k, float eps,             \
-        const char *p0, u64 s0, const char *p1, u64 s1) {                                          \
-        Weights<T> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                       \
-        project<T, B, R, KIND, AHEAD>(o, x, g, w, batch, k, eps, {p0, p1, s0, s1});                \
+#define PROJECT(NAME, KIND, T, t, B, R, AHEAD)                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##t##_##B(Project<T> a) {         \
+        project<T, B, R, KIND, AHEAD>(a);                                                          \
     }
 
-#define TILES(NAME, NT, KIND)                                                                      \
-    extern "C" __global__ void __launch_bounds__(TILE_WARPS * 32) NAME##_tiles_bf16_##NT(          \
-        bf16 *o, const bf16 *x, const bf16 *g, const bf16 *w0, const bf16 *w1, const bf16 *w2,     \
-        const bf16 *b0, const bf16 *b1, const bf16 *b2, u32 n0, u32 n01, u32 n, u32 batch, u32 k,  \
-        float eps, const char *p0, u64 s0, const char *p1, u64 s1) {                               \
-        Weights<bf16> w = {w0, w1, w2, b0, b1, b2, n0, n01, n};                                    \
-        project_tiles<NT, KIND>(o, x, g, w, batch, k, eps, {p0, p1, s0, s1});                      \
+#define TILE(NAME, KIND, NT)                                                                       \
+    extern "C" __global__ void __launch_bounds__(TILE_WARPS * 32)                                  \
+        NAME##_tiles_bf16_##NT(Project<bf16> a) {                                                  \
+        project_tiles<NT, KIND>(a);                                                                \
     }
-
-#define ALL_TILES(NT)                                                                              \
-    TILES(project, NT, PLAIN)                                                                      \
-    TILES(project_add, NT, ADD)                                                                    \
-    TILES(project_gated, NT, GATED)
-
-ALL_TILES(1)
-ALL_TILES(2)
-ALL_TILES(4)
-
-#define PROJECTS(T, t, B)                                                                          \
-    PROJECT(T, t, project, B, 4, PLAIN, 1)                                                         \
-    PROJECT(T, t, project_add, B, 2, ADD, 5)                                                       \
-    PROJECT(T, t, project_gated, B, (B > 4 ? 2 : 4), GATED, 1)
 
 #define ALL(T, t)                                                                                  \
-    PROJECTS(T, t, 1)                                                                              \
-    PROJECTS(T, t, 2)                                                                              \
-    PROJECTS(T, t, 4)                                                                              \
-    PROJECTS(T, t, 8)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS) adapt_##t(                               \
-        T *o0, T *o1, T *o2, const T *low, const T *b0, const T *b1, const T *b2, u32 n0, u32 n01, \
-        u32 n, const T *scaling, u32 stride, u32 columns, u32 rank) {                              \
-        Weights<T> b = {b0, b1, b2, nullptr, nullptr, nullptr, n0, n01, n};                        \
-        adapt<T>(o0, o1, o2, low, b, scaling, stride, columns, rank);                              \
-    }
+    PROJECT_SHAPES(PROJECT, project, PLAIN, T, t)                                                  \
+    PROJECT_ADD_SHAPES(PROJECT, project_add, ADD, T, t)                                            \
+    PROJECT_GATED_SHAPES(PROJECT, project_gated, GATED, T, t)                                      \
+    extern "C" __global__ void __launch_bounds__(THREADS) adapt_##t(Adapt<T> a) { adapt<T>(a); }
 
 ALL(float, f32)
 ALL(bf16, bf16)
+TILES(TILE, project, PLAIN)
+TILES(TILE, project_add, ADD)
+TILES(TILE, project_gated, GATED)

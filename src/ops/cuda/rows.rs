@@ -227,14 +227,15 @@ impl Kernels {
         let call = self.call(nodes, File::Rows, "rms_norm_grad");
         call.check(x.elem_count() == dy.elem_count(), &[x, dy])?;
         let (all, dx) = (call.rows(x)?, self.output(x)?);
-        let norm = Norm { gain, eps, shift: false };
+        call.check(gain.elem_count() == all.width as usize, &[x, gain])?;
         let args = args::RmsNormGrad {
             dx: call.writes(&dx)?,
             x: call.reads(x)?,
+            gain: call.reads(gain)?,
             dy: call.reads(dy)?,
-            norm: call.norm(Some(norm), all.width as usize)?,
             rows: all.rows as u64,
             width: all.width,
+            eps: eps as f32,
         };
         // SAFETY: each has these rows, the gain has their width.
         unsafe { all.start(&call, &args)? };
