@@ -1,4 +1,4 @@
-//! Opinions: what an op is made of ([`Op::cost`]) and what that costs ([`Prices`]).
+//! Opinions: what an op is made of ([`crate::ledger::Op::cost`]) and what that costs ([`Prices`]).
 
 mod cost;
 mod op;
