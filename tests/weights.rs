@@ -369,7 +369,7 @@ fn an_invalid_config_is_named() {
     fs::write(&file, "{ not json").unwrap();
     assert_says(&error(dir.path()), &["config.json: not valid JSON", "line 1"]);
     let config = ModelConfig { num_attention_heads: 0, ..tiny() };
-    fs::write(&file, config.to_hub().to_string()).unwrap();
+    fs::write(&file, config.to_hub().unwrap().to_string()).unwrap();
     assert_says(&error(dir.path()), &["config.json: `num_attention_heads` is 0"]);
 }
 

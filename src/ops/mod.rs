@@ -85,14 +85,14 @@ pub use block::{
 };
 pub use cache::KvCache;
 pub use choose::Choosing;
-pub use elementwise::{add, gated, gelu, mul, scale, shift, silu};
+pub use elementwise::{add, gated, gelu, mul, scale, silu};
 pub use embed::{Ids, embed};
 pub(crate) use launch::{Kernel, Launched, Nodes, Ops};
 pub use linear::{bias, linear, matmul};
 pub use loss::{CrossEntropy, Losses};
 pub use low_rank::LowRank;
 pub use mask::CausalMask;
-pub use norm::rms_norm;
+pub use norm::{rms_norm, shifted_rms_norm};
 pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
 pub use recording::{Fault, GraphView, Recording};
 pub use rope::{merge_heads, rope, rotated_heads, split_heads};
