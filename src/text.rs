@@ -19,8 +19,8 @@ use crate::{
 
 pub use chat::Message;
 
-/// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a checkpoint
-/// may have.
+/// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
+/// checkpoint may have.
 const END_OF_TURN: [&str; 6] =
     ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>"];
 
@@ -107,7 +107,7 @@ impl Text {
         vocab: usize,
         file: &Path,
     ) -> Result<Self> {
-        // Tokens beyond the model's may be added to a vocabulary that it covers, for models with more.
+        // Tokens beyond the model's may be added to a vocabulary that it covers, for other models.
         let tokens = tokenizer.get_vocab_size(false);
         if tokens > vocab {
             let why = format!("has {tokens} tokens, the model only {vocab}");
