@@ -264,8 +264,14 @@ impl Stream<'_> {
     pub fn push(&mut self, id: u32) -> Result<Option<String>> {
         self.ids.push(id);
         let text = self.text.decode(&self.ids, self.skip_special)?;
-        // A character that is cut decodes to one U+FFFD at the end, until the rest of it comes.
-        let settled = text.strip_suffix(char::REPLACEMENT_CHARACTER).unwrap_or(&text);
+        // A character that is cut decodes to U+FFFD at the end until the rest of it comes, and some
+        // decoders spoil the bytes before it meanwhile. Four tokens hold the bytes of any: what is
+        // cut for longer is none.
+        let cut = text.strip_suffix(char::REPLACEMENT_CHARACTER);
+        if cut.is_some() && self.ids.len() - self.read < 4 {
+            return Ok(None);
+        }
+        let settled = cut.unwrap_or(&text);
         let new = settled.get(self.shown..).unwrap_or_default().to_string();
         if new.is_empty() {
             return Ok(None);

@@ -7,6 +7,7 @@ use std::{env, fs, path::PathBuf};
 use candle_core::{DType, Device, quantized::GgmlDType, quantized::gguf_file::Value};
 use checkpoints::*;
 use flopaudit::{
+    config::ModelConfig,
     text::{Message, Text},
     weights,
 };
@@ -189,6 +190,113 @@ fn broken_text_files_are_named() {
     fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
     let error = one_line(&Text::from_directory(dir.path(), 320).unwrap_err());
     assert!(error.contains("tokenizer.json: no such file"), "{error}");
+}
+
+/// One of the models of golden/sentence_piece.json.
+#[derive(serde::Deserialize)]
+struct Pieces {
+    add_space_prefix: bool,
+    tokens: Vec<String>,
+    scores: Vec<f32>,
+    types: Vec<i32>,
+    texts: Vec<PieceText>,
+}
+
+#[derive(serde::Deserialize)]
+struct PieceText {
+    text: String,
+    ids: Vec<u32>,
+    back: String,
+}
+
+fn pieces() -> Vec<Pieces> {
+    let golden = fs::read_to_string("tests/golden/sentence_piece.json").unwrap();
+    let golden: serde_json::Value = serde_json::from_str(&golden).unwrap();
+    serde_json::from_value(golden["models"].clone()).unwrap()
+}
+
+impl Pieces {
+    /// A GGUF of this tokenizer, changed.
+    fn open(&self, change: impl Fn(&mut Metadata)) -> anyhow::Result<Text> {
+        let config = ModelConfig { vocab_size: self.tokens.len(), ..tiny() };
+        let list = |values: Vec<Value>| Value::Array(values);
+        let mut metadata = metadata(&config);
+        metadata.remove("tokenizer.ggml.eos_token_id");
+        metadata.extend(
+            [
+                ("model", Value::String("llama".into())),
+                ("tokens", list(self.tokens.iter().cloned().map(Value::String).collect())),
+                ("scores", list(self.scores.iter().copied().map(Value::F32).collect())),
+                ("token_type", list(self.types.iter().copied().map(Value::I32).collect())),
+                ("add_space_prefix", Value::Bool(self.add_space_prefix)),
+            ]
+            .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)),
+        );
+        change(&mut metadata);
+        let dir = tempfile::tempdir().unwrap();
+        write_gguf(&dir.path().join("m.gguf"), &metadata, &tensors(&config), GgmlDType::F32);
+        open(dir.path()).map(|checkpoint| checkpoint.text)
+    }
+}
+
+#[test]
+fn sentence_piece_tokenizers_give_its_own_ids() {
+    for model in pieces() {
+        let text = model.open(|_| {}).unwrap();
+        for PieceText { text: spoken, ids, back } in &model.texts {
+            assert_eq!(text.encode(spoken).unwrap(), *ids, "{spoken:?}");
+            assert_eq!(text.decode(ids, false).unwrap(), *back);
+            let mut stream = text.stream(false);
+            let mut out: String = ids.iter().filter_map(|id| stream.push(*id).unwrap()).collect();
+            out.extend(stream.finish().unwrap());
+            assert_eq!(out, *back);
+        }
+        assert_eq!(text.encode("<s>a</s>").unwrap().first(), Some(&1));
+        assert_eq!(text.eos_ids(), [2]);
+    }
+}
+
+#[test]
+fn sentence_piece_metadata_is_checked() {
+    let model = &pieces()[0];
+    let same = Value::Array(vec![Value::F32(-1000.0); model.tokens.len()]);
+    let cases = [
+        ("scores", None, "`tokenizer.ggml.scores` is missing"),
+        ("scores", Some(same), "ranks no token above another"),
+        ("scores", Some(Value::Array(vec![Value::F32(0.0)])), "has 1 entries for 520 tokens"),
+        ("token_type", Some(Value::Array(vec![Value::I32(1); 520])), "marks 0 tokens as bytes"),
+        ("token_type", Some(Value::Array(vec![Value::I32(9); 520])), "the unknown type 9"),
+        ("remove_extra_whitespaces", Some(Value::Bool(true)), "is true, which is not supported"),
+        ("precompiled_charsmap", Some(Value::Array(vec![Value::U8(1)])), "is a list of 1"),
+        ("add_space_prefix", Some(Value::U32(1)), "is not true or false"),
+        ("bos_token_id", Some(Value::U32(9999)), "`tokenizer.ggml.bos_token_id` names no token"),
+    ];
+    for (key, value, why) in cases {
+        let key = format!("tokenizer.ggml.{key}");
+        let changed = model.open(|metadata| match &value {
+            Some(value) => drop(metadata.insert(key.clone(), value.clone())),
+            None => drop(metadata.remove(&key)),
+        });
+        let error = one_line(&changed.unwrap_err());
+        assert!(error.contains(why), "`{why}` is not in: {error}");
+    }
+}
+
+#[test]
+fn a_gguf_says_which_tokens_end_a_turn() {
+    // Renamed, a token of the vocabulary's padding is one of those that always do.
+    let named = gguf_text(|metadata| {
+        let Some(Value::Array(tokens)) = metadata.get_mut("tokenizer.ggml.tokens") else {
+            panic!()
+        };
+        tokens[259] = Value::String("<|eot_id|>".into());
+    });
+    assert_eq!(named.eos_ids(), [257, 259]);
+    let keyed = gguf_text(|metadata| {
+        metadata.insert("tokenizer.ggml.eot_token_id".into(), Value::U32(258));
+        metadata.insert("tokenizer.ggml.eom_token_id".into(), Value::U32(256));
+    });
+    assert_eq!(keyed.eos_ids(), [257, 258, 256]);
 }
 
 /// The trained weights, or `None` where the environment says that there are none.

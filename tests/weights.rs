@@ -6,7 +6,10 @@ use std::{fs, path::Path};
 
 use candle_core::{DType, Device, Tensor, quantized::GgmlDType, quantized::gguf_file::Value};
 use checkpoints::*;
-use flopaudit::weights;
+use flopaudit::{
+    config::{Activation, Biases, Family, ModelConfig, Rope, RopeScaling, Window},
+    weights,
+};
 
 #[track_caller]
 fn assert_says(error: &str, parts: &[&str]) {
@@ -22,7 +25,7 @@ fn load(path: &Path, name: &str, shape: &[usize], dtype: DType) -> anyhow::Resul
 #[test]
 fn one_file_shards_and_gguf_hold_the_same_tensors() {
     for tied in [true, false] {
-        let config = flopaudit::config::ModelConfig { tie_word_embeddings: tied, ..tiny() };
+        let config = ModelConfig { tie_word_embeddings: tied, ..tiny() };
         let tensors = tensors(&config);
         let (one, two) = (directory(&config, &tensors), sharded(&config, &tensors));
         let gguf = tempfile::tempdir().unwrap();
@@ -226,6 +229,19 @@ fn gguf_metadata_is_checked() {
         ),
         ("tokenizer.ggml.tokens", None, "`tokenizer.ggml.tokens` is missing"),
         ("tokenizer.ggml.merges", Some(Value::Array(vec![Value::String("a".into())])), "merge"),
+        ("tokenizer.ggml.pre", None, "`tokenizer.ggml.pre` is missing"),
+        ("tokenizer.ggml.pre", text("viking"), "is `viking`; supported are qwen2, deepseek"),
+        ("tokenizer.ggml.token_type", None, "`tokenizer.ggml.token_type` is missing"),
+        ("tokenizer.ggml.add_sep_token", Some(Value::Bool(true)), "is true, which is not"),
+        ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), "bos_token_id` names no token"),
+        ("general.type", text("adapter"), "is `adapter`; this is no model"),
+        ("qwen2.attention.causal", Some(Value::Bool(false)), "is false, which is not supported"),
+        ("qwen2.final_logit_softcapping", Some(Value::F32(30.0)), "is 30, which is not supported"),
+        ("qwen2.expert_count", Some(Value::U32(8)), "is 8, which is not supported"),
+        ("qwen2.rope.dimension_count", Some(Value::U32(4)), "is 4, and a head is 8 wide"),
+        ("qwen2.attention.value_length", Some(Value::U32(4)), "is 4, and a head is 8 wide"),
+        ("qwen2.attention.head_count_kv", Some(Value::Array(vec![])), "is not a count"),
+        ("qwen2.new_key", Some(Value::U32(0)), "`qwen2.new_key` is not supported, and may change"),
     ];
     for (key, value, why) in cases {
         let mut metadata = metadata(&tiny());
@@ -236,16 +252,99 @@ fn gguf_metadata_is_checked() {
         write_gguf(&file, &metadata, &tensors, GgmlDType::F32);
         assert_says(&error(&file), &["m.gguf", why]);
     }
-    let long = flopaudit::config::ModelConfig { vocab_size: 200, ..tiny() };
+    let long = ModelConfig { vocab_size: 200, ..tiny() };
     write_gguf(&file, &metadata(&long), &checkpoints::tensors(&long), GgmlDType::F32);
     assert_says(&error(&file), &["m.gguf: has 260 tokens, the model only 200"]);
+}
+
+/// A config of each architecture, with what is particular to it.
+fn families() -> [ModelConfig; 4] {
+    let biases = |qkv, o, mlp| Biases { qkv, o, mlp };
+    let wide = ModelConfig { head_dim: Some(12), bias: biases(false, false, false), ..tiny() };
+    let layers = vec![true, true, true, true, true, false, true];
+    [
+        ModelConfig { head_dim: Some(10), ..tiny() },
+        ModelConfig { family: Family::Llama, bias: biases(true, true, true), ..wide.clone() },
+        ModelConfig {
+            family: Family::Qwen3,
+            qk_norm: true,
+            window: Some(Window { width: 9, layers: vec![false, true, true] }),
+            ..wide.clone()
+        },
+        ModelConfig {
+            family: Family::Gemma3,
+            num_hidden_layers: 7,
+            qk_norm: true,
+            sandwich_norms: true,
+            unit_offset_norms: true,
+            scaled_embedding: true,
+            activation: Activation::GeluTanh,
+            window: Some(Window { width: 6, layers }),
+            local_rope: Some(Rope { theta: 10_000.0, scaling: RopeScaling::Default }),
+            query_pre_attn_scalar: Some(12.0),
+            ..wide
+        },
+    ]
+}
+
+#[test]
+fn a_gguf_of_every_architecture_holds_the_same_tensors() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    for config in families() {
+        let tensors = tensors(&config);
+        let mut metadata = metadata(&config);
+        if config.family == Family::Gemma3 {
+            // These are what the architecture means without a key.
+            metadata.remove("gemma3.rope.freq_base_swa");
+            metadata.remove("gemma3.attention.sliding_window_pattern");
+        }
+        write_gguf(&file, &metadata, &tensors, GgmlDType::F32);
+        let checkpoint = open(&file).unwrap();
+        assert_eq!(checkpoint.config, config);
+        for (name, tensor) in &tensors {
+            let load = checkpoint.weights.tensor(name, tensor.dims(), DType::F32, &Device::Cpu);
+            // Gains here are 0 or 1, which survive the 1 that a file may add.
+            assert_eq!(values(&load.unwrap()), values(tensor), "{name} of {:?}", config.family);
+        }
+    }
+}
+
+#[test]
+fn a_windowed_architecture_needs_its_window() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    let [.., gemma] = families();
+    let mut metadata = metadata(&gemma);
+    metadata.remove("gemma3.attention.sliding_window");
+    write_gguf(&file, &metadata, &tensors(&gemma), GgmlDType::F32);
+    assert_says(&error(&file), &["m.gguf: `gemma3.attention.sliding_window` is missing"]);
+}
+
+#[test]
+fn tensors_of_no_part_of_the_model_are_named() {
+    let name = "model.layers.1.self_attn.o_proj.bias";
+    let mut more = tensors(&tiny());
+    more.insert(name.into(), Tensor::zeros(32, DType::F32, &Device::Cpu).unwrap());
+    let why = "is no part of the model that the config describes";
+    let dir = directory(&tiny(), &more);
+    assert_says(&error(dir.path()), &["model.safetensors: tensor", name, why]);
+    let file = dir.path().join("m.gguf");
+    write_gguf(&file, &metadata(&tiny()), &more, GgmlDType::F32);
+    assert_says(&error(&file), &["m.gguf: tensor `blk.1.attn_output.bias`", why]);
+
+    // Old checkpoints hold what is computed.
+    let mut old = tensors(&tiny());
+    let frequencies = Tensor::zeros(4, DType::F32, &Device::Cpu).unwrap();
+    old.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), frequencies);
+    open(directory(&tiny(), &old).path()).unwrap();
 }
 
 #[test]
 fn no_corruption_of_a_gguf_header_panics() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("m.gguf");
-    let config = flopaudit::config::ModelConfig { num_hidden_layers: 1, ..tiny() };
+    let config = ModelConfig { num_hidden_layers: 1, ..tiny() };
     write_gguf(&file, &metadata(&config), &tensors(&config), GgmlDType::F32);
     let whole = fs::read(&file).unwrap();
     let name = b"token_embd.weight";
@@ -269,7 +368,7 @@ fn an_invalid_config_is_named() {
     let file = dir.path().join("config.json");
     fs::write(&file, "{ not json").unwrap();
     assert_says(&error(dir.path()), &["config.json: not valid JSON", "line 1"]);
-    let config = flopaudit::config::ModelConfig { num_attention_heads: 0, ..tiny() };
+    let config = ModelConfig { num_attention_heads: 0, ..tiny() };
     fs::write(&file, config.to_hub().to_string()).unwrap();
     assert_says(&error(dir.path()), &["config.json: `num_attention_heads` is 0"]);
 }

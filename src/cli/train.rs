@@ -384,7 +384,7 @@ impl Args {
         if session.settings.full {
             let format = [("format".to_string(), "pt".to_string())].into();
             save(&self.out.join("model.safetensors"), &trained, format)?;
-            Target::open(&self.out.join("config.json"))?.write(&checkpoint.config.to_hub())?;
+            Target::open(&self.out.join("config.json"))?.write(&checkpoint.config.to_hub()?)?;
             checkpoint.text.save(&self.out)?;
         } else {
             save_adapter(&self.out, &checkpoint.name, &session.settings.lora, &trained)?;

@@ -190,13 +190,12 @@ fn gguf_name(name: &str, architecture: &str) -> String {
 /// A tensor as llama.cpp stores it: Llama's rows of q and k with the halves of a head in turn,
 /// Gemma's gains plus 1.
 fn stored(name: &str, tensor: &Tensor, metadata: &Metadata, architecture: &str) -> Tensor {
-    let heads = [("q_proj.", "head_count"), ("k_proj.", "head_count_kv")]
-        .into_iter()
-        .find(|(projection, _)| name.contains(projection))
-        .map(|(_, key)| metadata[&format!("{architecture}.attention.{key}")].to_u32().unwrap());
-    match (architecture, heads) {
-        ("llama", Some(heads)) => {
-            let (heads, rows) = (heads as usize, tensor.dims()[0]);
+    let of_heads = [("q_proj.", "head_count"), ("k_proj.", "head_count_kv")];
+    let of_heads = of_heads.into_iter().find(|(projection, _)| name.contains(projection));
+    match (architecture, of_heads) {
+        ("llama", Some((_, key))) => {
+            let heads = metadata[&format!("llama.attention.{key}")].to_u32().unwrap() as usize;
+            let rows = tensor.dims()[0];
             let halves = tensor.reshape((heads, 2, rows / heads / 2, ())).unwrap();
             halves.transpose(1, 2).unwrap().contiguous().unwrap().reshape(tensor.shape()).unwrap()
         }

@@ -1,7 +1,5 @@
 //! What a model is: its widths and counts ([`ModelConfig`]) and its adapters ([`LoraConfig`]).
 
-use serde::{Deserialize, Serialize};
-
 mod hub;
 mod lora;
 mod presets;
@@ -15,10 +13,11 @@ pub use projection::Projection;
 ///
 /// A model's forward pass, its closed form and its predicted ledger read these fields and never
 /// the family's name.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+///
+/// In a document it is the family's own `config.json`.
+#[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// The family, as `model_type` names it: which names tensors and keys have, and nothing else.
-    #[serde(default, rename = "model_type")]
     pub family: Family,
     /// V: rows of the embedding and of the head.
     pub vocab_size: usize,
@@ -33,51 +32,37 @@ pub struct ModelConfig {
     /// K: key/value heads; H / K query heads share one (grouped-query attention).
     pub num_key_value_heads: usize,
     /// d: width of a head; D / H where the file is silent.
-    #[serde(default)]
     pub head_dim: Option<usize>,
     /// Longest context that the model was made for, in tokens.
     pub max_position_embeddings: usize,
     /// Added to the mean square under RMSNorm's root.
-    #[serde(default = "default_rms_norm_eps")]
     pub rms_norm_eps: f64,
     /// The head is the embedding, transposed.
-    #[serde(default)]
     pub tie_word_embeddings: bool,
     /// Rotary positions of the layers that see the whole context.
-    #[serde(default)]
     pub rope: Rope,
     /// Those of windowed layers; none: the same.
-    #[serde(default)]
     pub local_rope: Option<Rope>,
     /// Layers that see the latest tokens alone; none: every layer sees the whole context.
-    #[serde(default)]
     pub window: Option<Window>,
     /// Which projections have a bias.
-    #[serde(default)]
     pub bias: Biases,
     /// Queries and keys are normed, head by head, before they are rotated.
-    #[serde(default)]
     pub qk_norm: bool,
     /// A norm stands after attention and after the MLP as well as before each.
-    #[serde(default)]
     pub sandwich_norms: bool,
     /// A norm multiplies by 1 + gain, not by gain.
-    #[serde(default)]
     pub unit_offset_norms: bool,
     /// What the gate of the MLP goes through.
-    #[serde(default)]
     pub activation: Activation,
     /// Embedded tokens are multiplied by √D.
-    #[serde(default)]
     pub scaled_embedding: bool,
     /// Scores are divided by the root of this; of d where there is none.
-    #[serde(default)]
     pub query_pre_attn_scalar: Option<f64>,
 }
 
 /// A family of dense decoders, as `model_type` names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Family {
     /// Qwen2 and Qwen2.5: biases on q, k and v.
     #[default]
@@ -89,17 +74,15 @@ pub enum Family {
     /// Qwen3, dense: norms on q and k.
     Qwen3,
     /// Gemma 3, text.
-    #[serde(rename = "gemma3_text")]
     Gemma3,
 }
 
 /// Rotary positions: which angle a pair of elements is turned by at each position.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rope {
     /// Base of the frequencies: pair i of d/2 turns by theta^(−2i/d) a position.
     pub theta: f64,
     /// What stretches them over longer contexts.
-    #[serde(default)]
     pub scaling: RopeScaling,
 }
 
@@ -110,8 +93,7 @@ impl Default for Rope {
 }
 
 /// How rotary frequencies are stretched over contexts longer than the model was first trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-#[serde(tag = "rope_type", rename_all = "lowercase")]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum RopeScaling {
     /// Not at all.
     #[default]
@@ -151,7 +133,7 @@ pub enum RopeScaling {
 }
 
 /// Sliding-window attention.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     /// W: a query sees its own token and the W − 1 before it.
     pub width: usize,
@@ -160,7 +142,7 @@ pub struct Window {
 }
 
 /// Which projections have a bias.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Biases {
     /// Queries, keys and values.
     pub qkv: bool,
@@ -171,18 +153,13 @@ pub struct Biases {
 }
 
 /// What the gate of the MLP goes through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activation {
     /// x / (1 + exp(−x)).
     #[default]
     Silu,
     /// GELU by its tanh approximation (Hendrycks and Gimpel 2016).
     GeluTanh,
-}
-
-fn default_rms_norm_eps() -> f64 {
-    1e-6
 }
 
 impl ModelConfig {

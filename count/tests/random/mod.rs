@@ -6,7 +6,9 @@
 use std::ops::Range;
 
 use flopaudit_count::{
-    config::{Activation, Biases, LoraConfig, ModelConfig, Projection, Rope, RopeScaling, Window},
+    config::{
+        Activation, Biases, Family, LoraConfig, ModelConfig, Projection, Rope, RopeScaling, Window,
+    },
     ledger::Dtype,
     workload::{Logits, Sampling, Task, Workload},
 };
@@ -111,7 +113,7 @@ prop_compose! {
         [qk_norm, sandwich_norms, unit_offset_norms, scaled_embedding, gelu] in any::<[bool; 5]>(),
         rope in ropes(), local_rope in option::of(ropes()),
         window in windows(sizes.window.clone(), model.num_hidden_layers),
-        query_pre_attn_scalar in option::of(1.0f64..300.0),
+        query_pre_attn_scalar in option::of(1u16..300),
         model in Just(model),
     ) -> ModelConfig {
         ModelConfig {
@@ -124,7 +126,7 @@ prop_compose! {
             unit_offset_norms,
             scaled_embedding,
             activation: if gelu { Activation::GeluTanh } else { Activation::Silu },
-            query_pre_attn_scalar,
+            query_pre_attn_scalar: query_pre_attn_scalar.map(f64::from),
             ..model
         }
     }
@@ -191,5 +193,57 @@ prop_compose! {
         let rank = rank.max(usize::from(frozen)).min(narrowest.unwrap());
         let lora = LoraConfig::new(&model, rank, 8.0, &targets).unwrap();
         Workload { model, lora, dtype: if bf16 { Dtype::BF16 } else { Dtype::F32 }, task }
+    }
+}
+
+prop_compose! {
+    /// Models that a family's config.json can say.
+    pub fn of_families(sizes: Sizes)(model in models(sizes), family in 0..Family::ALL.len()) -> ModelConfig {
+        let family = Family::ALL[family];
+        let Biases { qkv, mlp, .. } = model.bias;
+        let layers = model.num_hidden_layers;
+        let windows = model.window.clone().filter(|window| window.layers.contains(&true));
+        let (bias, window) = match family {
+            Family::Qwen2 => (Biases { qkv: true, o: false, mlp: false }, windows),
+            Family::Llama => (Biases { qkv, o: qkv, mlp }, None),
+            Family::Mistral => {
+                let all = windows.map(|w| Window { layers: vec![true; layers], ..w });
+                (Biases::default(), all)
+            }
+            Family::Qwen3 | Family::Gemma3 => (Biases { qkv, o: qkv, mlp: false }, windows),
+        };
+        let gemma = family == Family::Gemma3;
+        let width = model.head_dim();
+        // By kind of layer, transformers reads no `truncate`.
+        let rounded = |rope: Rope| match rope.scaling {
+            RopeScaling::Yarn {
+                factor, beta_fast, beta_slow, original_max_position_embeddings, attention_factor, ..
+            } => Rope {
+                scaling: RopeScaling::Yarn {
+                    factor, beta_fast, beta_slow, original_max_position_embeddings,
+                    attention_factor, truncate: true,
+                },
+                ..rope
+            },
+            RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => rope,
+        };
+        ModelConfig {
+            family,
+            head_dim: match family {
+                Family::Qwen2 | Family::Llama | Family::Mistral => model.head_dim,
+                Family::Qwen3 | Family::Gemma3 => Some(width),
+            },
+            local_rope: if gemma && window.is_some() { Some(model.local_rope.map_or(
+                Rope::default(), rounded)) } else { None },
+            rope: if gemma { rounded(model.rope) } else { model.rope },
+            bias,
+            window,
+            qk_norm: gemma || family == Family::Qwen3,
+            sandwich_norms: gemma,
+            unit_offset_norms: gemma,
+            scaled_embedding: gemma,
+            query_pre_attn_scalar: gemma.then(|| model.query_pre_attn_scalar.unwrap_or(width as f64)),
+            ..model
+        }
     }
 }
