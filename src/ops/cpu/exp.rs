@@ -17,7 +17,7 @@ pub(super) fn silu_grad(x: &[f32], dy: &[f32], out: &mut [f32]) {
 
 /// √(2/π) and the cubic's factor in GELU's tanh approximation, as x / (1 + exp(x · (A + B x²)))
 /// needs them: A = −2 √(2/π), B = 0.044715 A.
-const A: f32 = -1.595_769_1;
+const A: f32 = -1.595_769;
 const B: f32 = 0.044_715 * A;
 
 /// x / (1 + exp(x · (A + B x²))), which is x · (1 + tanh(√(2/π) · (x + 0.044715 x³))) / 2.

@@ -69,7 +69,7 @@ pub(in crate::ops) use backend::Graph;
 pub(in crate::ops) use graph::Graph;
 
 // What `args` is written in.
-use call::{Call, Element, Read, Write};
+use call::{Element, Read, Write};
 
 /// Kernels for tensors of one element type on one device.
 #[derive(Debug, Clone)]
