@@ -81,9 +81,11 @@ fn by_element(c: &mut Criterion) {
     // Ours works in place: both are given a copy of their own.
     let our_scores = ours(&scores);
     let copy = || scores.copy().unwrap();
-    pair("softmax", &|| unheard(|at| ops::softmax(at, our_scores.copied().unwrap())).unwrap(), &|| {
-        candle_nn::ops::softmax_last_dim(&copy()).unwrap()
-    });
+    pair(
+        "softmax",
+        &|| unheard(|at| ops::softmax(at, our_scores.copied().unwrap())).unwrap(),
+        &|| candle_nn::ops::softmax_last_dim(&copy()).unwrap(),
+    );
     let (our_x, our_gain) = (ours(&x), ours(&gain));
     pair(
         "rms_norm",

@@ -39,7 +39,11 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
     };
     let ids: Vec<u32> = (0..b * m).map(|i| (i * i % (n + 1)) as u32).collect();
     vec![
-        case("linear", &[&[b, m, k], &[n, k]], Box::new(|at, x| Ok(ops::linear(at, &x[0], &x[1])?.share()))),
+        case(
+            "linear",
+            &[&[b, m, k], &[n, k]],
+            Box::new(|at, x| Ok(ops::linear(at, &x[0], &x[1])?.share())),
+        ),
         case("bias", &[&[b, m, n], &[n]], Box::new(|at, x| ops::bias(at, &x[0], &x[1]))),
         case(
             "matmul",

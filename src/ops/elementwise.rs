@@ -5,14 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Device;
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::{Gate, Kernels, Map}, dtype_of, portable,
+    Kernel, Nodes, Ops, Tensor,
+    backend::Backend,
+    cpu,
+    cuda::{Gate, Kernels, Map},
+    dtype_of, portable,
 };
-use crate::{
-    config::Activation,
-    error::Result,
-    ledger::Op,
-    meter::At,
-};
+use crate::{config::Activation, error::Result, ledger::Op, meter::At};
 
 /// What an element becomes, from it and one of the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

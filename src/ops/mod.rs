@@ -94,7 +94,7 @@ pub use low_rank::LowRank;
 pub use mask::CausalMask;
 pub use norm::{rms_norm, shifted_rms_norm};
 pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
-pub use recording::{Fault, GraphView, Recording};
+pub use recording::{Fault, Recording};
 pub use rope::{merge_heads, rope, rotated_heads, split_heads};
 pub use rope_table::RopeTable;
 pub use sample::Sampler;
