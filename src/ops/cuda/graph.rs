@@ -215,3 +215,84 @@ fn name(params: &sys::CUDA_KERNEL_NODE_PARAMS) -> Result<String, DriverError> {
         Ok(CStr::from_ptr(name).to_string_lossy().into_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Tensor};
+
+    use super::*;
+    use crate::ops::{
+        cuda::{Gate, Kernels, Norm, Out, Project, tests, witness},
+        launch::Nodes,
+    };
+
+    /// Five launches, one of them of cuBLAS, that write to tensors of their own.
+    struct Step {
+        kernels: Kernels,
+        x: Tensor,
+        gain: Tensor,
+        weight: Tensor,
+        normed: Tensor,
+        y: Tensor,
+    }
+
+    impl Step {
+        fn new(device: &Device) -> Self {
+            let of = |shape: &[usize], seed| tests::random(shape, DType::BF16, seed, device).0;
+            Self {
+                kernels: Kernels::on(device, DType::BF16).unwrap(),
+                x: of(&[2, 64], 1),
+                gain: of(&[64], 2),
+                weight: of(&[64, 64], 3),
+                normed: of(&[2, 64], 4),
+                y: of(&[2, 64], 5),
+            }
+        }
+
+        fn run(&self) -> Result<Vec<crate::ops::launch::Node>> {
+            let (nodes, Self { kernels, x, gain, weight, normed, y }) = (Nodes::default(), self);
+            let norm = Norm { gain, eps: 1e-6, shift: false };
+            kernels.rms_norm_into(&nodes, normed, x, norm)?;
+            kernels.product(&nodes, y, normed, weight, false)?;
+            kernels.add_bias(&nodes, y, gain)?;
+            let products = &[(weight, None)];
+            let project = Project { out: Out::Added(y), x, norm: None, products, ahead: &[] };
+            kernels.project(&nodes, project)?;
+            kernels.gated_into(&nodes, Gate::Silu, y, y, x)?;
+            Ok(nodes.into_vec())
+        }
+    }
+
+    #[test]
+    fn a_recording_holds_what_was_launched() {
+        let device = tests::gpu();
+        let step = Step::new(&device);
+        step.run().unwrap();
+        let launched = tests::values_of(&step.y);
+        let (graph, nodes) = Graph::record(&device, None, || step.run()).unwrap();
+        println!("{:#?}", graph.nodes().unwrap());
+        assert_eq!(witness(&nodes, &graph.nodes().unwrap()), Ok(()));
+        assert_eq!(nodes.len(), 5);
+        for _ in 0..2 {
+            graph.replay().unwrap();
+            assert_eq!(tests::values_of(&step.y), launched);
+        }
+    }
+
+    #[test]
+    fn a_planted_fault_is_found() {
+        let device = tests::gpu();
+        let step = Step::new(&device);
+        step.run().unwrap();
+        for fault in (0..4).flat_map(|n| [Fault::Drop(n), Fault::Double(n)]) {
+            let (graph, nodes) = Graph::record(&device, Some(fault), || step.run()).unwrap();
+            let said = witness(&nodes, &graph.nodes().unwrap()).unwrap_err();
+            println!("{fault:?}: {said}");
+            graph.replay().unwrap();
+        }
+        assert!(Graph::record(&device, Some(Fault::Drop(4)), || step.run()).is_err());
+        // A recording that fails leaves the stream as it was.
+        assert!(Graph::record(&device, None, || -> Result<()> { anyhow::bail!("no") }).is_err());
+        step.run().unwrap();
+    }
+}

@@ -51,6 +51,8 @@ mod backend;
 mod backend;
 #[cfg(feature = "cuda")]
 mod graph;
+#[cfg(all(test, feature = "cuda"))]
+mod tests;
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
