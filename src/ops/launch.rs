@@ -116,6 +116,7 @@ pub(crate) struct Launched {
 
 /// A kernel as it was started on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) enum Node {
     /// One of ours.
     Ours {
