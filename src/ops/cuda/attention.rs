@@ -64,7 +64,8 @@ impl Kernels {
         v: &Tensor,
         causal: Causal,
     ) -> Result<Tensor> {
-        let call = self.call(nodes, File::Attention, "attention");
+        let name = if causal.window.is_some() { "attention_windowed" } else { "attention" };
+        let call = self.call(nodes, File::Attention, name);
         let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
         let fits = causal.seq == seq && causal.own(held).is_some();
         call.check(fits && Self::attention_serves(q, k, v), &[q, k, v])?;
