@@ -50,8 +50,8 @@ __device__ void attention(const Attention<bf16> &a) {
     u32 head = blockIdx.y, b = blockIdx.z;
     u32 seq = a.seq, held = a.held, heads = a.heads;
     u32 first = (blockIdx.x * ATTENTION_WARPS + warp) * 16 * MT;
-    u64 start = ((u64)b * a.kv_heads + head / (heads / a.kv_heads)) * a.stride;
-    const bf16 *k = a.keys + start, *v = a.values + start;
+    const bf16 *k = a.keys + ((u64)b * a.kv_heads + head / (heads / a.kv_heads)) * a.stride;
+    const bf16 *v = a.values + (k - a.keys);
 
     // Rows are stored with their chunks permuted, so that eight rows' same chunk lies in all banks.
     auto place = [&](int buffer, int which, u32 row, u32 chunk) {

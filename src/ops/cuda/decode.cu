@@ -25,7 +25,8 @@ template <typename T> __device__ void embed(const Embed<T> &a) {
 // A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
 // groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
 #define KEYS 2 // that a group looks at together
-template <typename T, int D, int MOST, bool NORMED> __device__ void attend(const Attend<T> &a) {
+template <typename T, int D, int MOST, bool NORMED>
+__device__ void attend(const Attend<T> &a) {
     constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES, WARPS = LOOKERS / 32;
     u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
     u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
@@ -251,8 +252,13 @@ template <typename T, int D, int MOST, bool NORMED> __device__ void attend(const
 
 // ---- what the host calls ------------------------------------------------------------------------
 
+// Left to itself, the compiler takes so many registers for one query head that a multiprocessor has
+// room for two blocks, not three.
+#define TOGETHER(T, MOST) (MOST == 1 && sizeof(T) == 2 ? 3 : 1)
+
 #define ATTEND(NAME, NORMED, T, t, D, MOST)                                                        \
-    extern "C" __global__ void __launch_bounds__(LOOKERS) NAME##_##t##_##D##_##MOST(Attend<T> a) { \
+    extern "C" __global__ void __launch_bounds__(LOOKERS, TOGETHER(T, MOST))                       \
+        NAME##_##t##_##D##_##MOST(Attend<T> a) {                                                   \
         attend<T, D, MOST, NORMED>(a);                                                             \
     }
 
