@@ -8,6 +8,7 @@ use std::{cell::RefCell, time::Duration};
 use candle_core::{DType, Device, Tensor as Candle};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use flopaudit::{
+    config::{Rope, RopeScaling},
     ledger::{Dtype, Module, Phase},
     meter::{At, Meter},
     ops::{self, RopeTable, Tensor},
@@ -30,6 +31,13 @@ fn unheard<T>(run: impl FnOnce(At) -> T) -> T {
     run(Meter::new(&nobody, Phase::Forward).at(Module::Mlp))
 }
 
+/// The same values as a metered tensor.
+fn ours(x: &Candle) -> Tensor {
+    let dtype = if x.dtype() == DType::BF16 { Dtype::BF16 } else { Dtype::F32 };
+    let values = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    Tensor::from_vec(values, x.shape().clone(), dtype, &Device::Cpu).unwrap()
+}
+
 /// x (m, k) · wᵀ for w (n, k).
 fn products(c: &mut Criterion) {
     for (name, m, k, n) in [
@@ -40,7 +48,7 @@ fn products(c: &mut Criterion) {
     ] {
         for dtype in [DType::F32, DType::BF16] {
             let (x, w) = (random(&[m, k], dtype), random(&[n, k], dtype));
-            let (our_x, our_w) = (Tensor::from(x.clone()), Tensor::from(w.clone()));
+            let (our_x, our_w) = (ours(&x), ours(&w));
             let mut group = c.benchmark_group(format!("{name} {dtype:?}"));
             group.sample_size(10).measurement_time(Duration::from_secs(3));
             // FLOPs: criterion's elements a second are FLOP/s.
@@ -59,8 +67,8 @@ fn by_element(c: &mut Criterion) {
     let f32s = |shape: &[usize]| random(shape, DType::F32);
     let (scores, x, gain) = (f32s(&[H, T, T]), f32s(&[T, D]), f32s(&[D]));
     let (gate, q) = (f32s(&[T, F]), f32s(&[1, H, T, K]));
-    let ours = |x: &Candle| Tensor::from(x.clone());
-    let table = unheard(|at| RopeTable::new(at, T, K, 1e6, Dtype::F32, &Device::Cpu)).unwrap();
+    let rope = Rope { theta: 1e6, scaling: RopeScaling::Default };
+    let table = unheard(|at| RopeTable::new(at, T, K, &rope, Dtype::F32, &Device::Cpu)).unwrap();
     let (cos, sin) = (f32s(&[T, K / 2]), f32s(&[T, K / 2]));
 
     let mut pair = |name: &str, ours: &dyn Fn() -> Tensor, theirs: &dyn Fn() -> Candle| {
@@ -71,10 +79,13 @@ fn by_element(c: &mut Criterion) {
         group.finish();
     };
     // Ours works in place: both are given a copy of their own.
+    let our_scores = ours(&scores);
     let copy = || scores.copy().unwrap();
-    pair("softmax", &|| unheard(|at| ops::softmax(at, copy().into())).unwrap(), &|| {
-        candle_nn::ops::softmax_last_dim(&copy()).unwrap()
-    });
+    pair(
+        "softmax",
+        &|| unheard(|at| ops::softmax(at, our_scores.copied().unwrap())).unwrap(),
+        &|| candle_nn::ops::softmax_last_dim(&copy()).unwrap(),
+    );
     let (our_x, our_gain) = (ours(&x), ours(&gain));
     pair(
         "rms_norm",

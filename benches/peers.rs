@@ -55,7 +55,14 @@ fn peers(c: &mut Criterion) {
     group.bench_function("flopaudit", |b| {
         b.iter(|| {
             cache.set_held(0).unwrap();
-            model.forward(meter, Ids::Host { ids: &ids, batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap()
+            model
+                .forward(
+                    meter,
+                    Ids::Host { ids: &ids, batch: 1 },
+                    Context::Cached(&mut cache),
+                    Logits::Last,
+                )
+                .unwrap()
         })
     });
     group.bench_function("candle-transformers", |b| {
@@ -71,7 +78,14 @@ fn peers(c: &mut Criterion) {
     group.bench_function("flopaudit", |b| {
         b.iter(|| {
             cache.set_held(PROMPT).unwrap();
-            model.forward(meter, Ids::Host { ids: &[1], batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap()
+            model
+                .forward(
+                    meter,
+                    Ids::Host { ids: &[1], batch: 1 },
+                    Context::Cached(&mut cache),
+                    Logits::Last,
+                )
+                .unwrap()
         })
     });
     // Their cache grows by concatenation: cloned, so that each sample starts after the prompt.

@@ -13,7 +13,7 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig, Projection},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
-    model::{AdapterSource, Labelled, Decoder, Trained},
+    model::{AdapterSource, Decoder, Labelled, Trained},
     train::{Hyper, Trainer},
     weights::{self, Checkpoint},
 };

@@ -6,12 +6,13 @@ use std::{
 };
 
 use crate::{
+    audit::GraphView,
     config::{LoraConfig, ModelConfig},
     error::{Error, Result},
     ledger::{Dtype, Module, Phase},
     meter::{Meter, Observer},
     model::{Cache, Context, Decoder, Decoding, How, Positions},
-    ops::{GraphView, Ids, Sampler},
+    ops::{Ids, Sampler},
     workload::{Logits, Sampling, Task, Workload},
 };
 

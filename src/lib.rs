@@ -13,7 +13,7 @@
 //! use std::cell::RefCell;
 //! use flopaudit::{
 //!     audit::Audit, config::{LoraConfig, ModelConfig}, generate::{Request, generate},
-//!     ledger::{Dtype, Ledger}, model::{AdapterSource, Decoder}, prices::Prices, weights,
+//!     ledger::{Dtype, Ledger}, model::{AdapterSource, Decoder, How}, prices::Prices, weights,
 //!     workload::Sampling,
 //! };
 //!
@@ -31,7 +31,7 @@
 //!     kv_cache: true,
 //!     eos: vec![],
 //!     timed: false,
-//!     recorded: true,
+//!     how: How::RECORDED,
 //! };
 //! let ledger = RefCell::new(Ledger::default());
 //! let generation = generate(&model, &request, &ledger, |_sequence, _token| Ok(()))?;

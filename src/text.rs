@@ -19,8 +19,8 @@ use crate::{
 
 pub use chat::Message;
 
-/// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a checkpoint
-/// may have.
+/// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
+/// checkpoint may have.
 const END_OF_TURN: [&str; 6] =
     ["<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>"];
 
@@ -107,7 +107,8 @@ impl Text {
         vocab: usize,
         file: &Path,
     ) -> Result<Self> {
-        let tokens = tokenizer.get_vocab_size(true);
+        // Tokens beyond the model's may be added to a vocabulary that it covers, for other models.
+        let tokens = tokenizer.get_vocab_size(false);
         if tokens > vocab {
             let why = format!("has {tokens} tokens, the model only {vocab}");
             return Err(Error::File { file: file.into(), why }.into());
@@ -138,15 +139,20 @@ impl Text {
     /// Token ids of `text`. Special tokens spelt out in it are recognised; nothing is added.
     ///
     /// # Errors
-    /// Text that the tokenizer cannot take.
+    /// Text that the tokenizer cannot take, or with a token that the model does not have.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         match &self.model {
-            Model::Tokenizer(tokenizer) => tokenizer
-                .encode_fast(text, false)
-                .map(|encoding| encoding.get_ids().to_vec())
-                .map_err(|e| {
-                    Error::Prompt(format!("cannot be tokenized: {}", first_line(&e))).into()
-                }),
+            Model::Tokenizer(tokenizer) => {
+                let encoding = tokenizer.encode_fast(text, false).map_err(|e| {
+                    Error::Prompt(format!("cannot be tokenized: {}", first_line(&e)))
+                })?;
+                let ids = encoding.get_ids();
+                let beyond = ids.iter().find(|id| **id as usize >= self.vocab);
+                let Some(&id) = beyond else { return Ok(ids.to_vec()) };
+                let token = tokenizer.id_to_token(id).unwrap_or_default();
+                let why = format!("holds `{token}`, a token that the model does not have");
+                Err(Error::Prompt(why).into())
+            }
             Model::Bytes => {
                 let fold = |byte| (usize::from(byte) % self.vocab.max(1)) as u32;
                 Ok(text.bytes().map(fold).collect())

@@ -236,8 +236,12 @@ fn bad_input_is_one_clear_line() {
     refused(path, "count forward --config cut.json", &["cut.json", "line 1"]);
     write("lacks.json", "{\"vocab_size\": 3}");
     refused(path, "count forward --config lacks.json", &["lacks.json", "hidden_size"]);
-    write("llama.json", "{\"model_type\": \"llama\"}");
-    refused(path, "count forward --config llama.json", &["llama.json", "model_type"]);
+    write("mamba.json", "{\"model_type\": \"mamba\"}");
+    refused(
+        path,
+        "count forward --config mamba.json",
+        &["mamba.json", "model_type", "mamba", "llama, mistral"],
+    );
 }
 
 #[test]

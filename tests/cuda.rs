@@ -9,14 +9,15 @@ use std::cell::RefCell;
 use candle_core::Device;
 use draws::{check_draws, choices, samplings};
 use flopaudit::{
-    config::{LoraConfig, ModelConfig, Projection},
+    audit::{Audit, GraphView},
+    config::{Activation, LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     error::Result,
-    generate::{Request, Sequence, generate},
+    generate::{Generation, Request, Sequence, generate},
     ledger::{Dtype, Ledger, Module, Phase, Scope},
     meter::{At, Meter},
-    model::{AdapterSource, Decoder},
+    model::{AdapterSource, Decoder, How},
     ops::{
-        self, AdamW, CausalMask, CrossEntropy, Losses, Moments, RopeTable, Tensor, backward,
+        self, AdamW, CausalMask, CrossEntropy, Fault, Losses, Moments, RopeTable, Tensor, backward,
         sums_of_squares,
     },
     weights::{self, PeftAdapter},
@@ -101,7 +102,10 @@ fn elementwise() {
         check("add", &[shape, shape], &|at, x| ops::add(at, &x[0], &x[1]));
         check("mul", &[shape, shape], &|at, x| ops::mul(at, &x[0], &x[1]));
         check("silu", &[shape], &|at, x| ops::silu(at, &x[0]));
-        check("gated", &[shape, shape], &|at, x| ops::gated(at, &x[0], &x[1]));
+        for activation in [Activation::Silu, Activation::GeluTanh] {
+            check("gated", &[shape, shape], &|at, x| ops::gated(at, activation, &x[0], &x[1]));
+        }
+        check("gelu", &[shape], &|at, x| ops::gelu(at, &x[0]));
         check("bias", &[shape, &[n]], &|at, x| ops::bias(at, &x[0], &x[1]));
         check("scale", &[shape], &|at, x| ops::scale(at, &x[0], &factor(&x[0])?));
     }
@@ -112,21 +116,31 @@ fn rows() {
     for width in [3, 8, 72, 500, 512, 896, 2048, 4096, 8192, 16_384] {
         let shape: &[usize] = &[2, 5, width];
         check("rms_norm", &[shape, &[width]], &|at, x| ops::rms_norm(at, &x[0], &x[1], 1e-6));
-        check("softmax", &[shape], &|at, x| ops::softmax(at, x[0].clone()));
+        check("rms_norm by 1 + gain", &[shape, &[width]], &|at, x| {
+            let one = Tensor::from_vec(vec![1.0], 1, x[0].dtype()?, x[0].device())?;
+            ops::shifted_rms_norm(at, &x[0], &x[1], &one, 1e-6)
+        });
+        check("softmax", &[shape], &|at, x| ops::softmax(at, x[0].copied()?));
         let seq = 5.min(width);
         check("masked softmax", &[&[2, seq, width]], &|at, x| {
-            let mask = CausalMask::new(seq, width - seq, x[0].dtype()?, x[0].device())?;
-            ops::masked_softmax(at, x[0].clone(), &mask)
+            let mask = CausalMask::new(seq, width - seq, None, x[0].dtype()?, x[0].device())?;
+            ops::masked_softmax(at, x[0].copied()?, &mask)
+        });
+        // A window of 3, which reaches two tokens before the pass.
+        check("softmax in a window", &[&[2, width, width + 2]], &|at, x| {
+            let mask = CausalMask::new(width, 9, Some(3), x[0].dtype()?, x[0].device())?;
+            ops::masked_softmax(at, x[0].copied()?, &mask)
         });
     }
 }
 
 #[test]
 fn heads() {
+    let rope = Rope { theta: 1e6, scaling: RopeScaling::Default };
     for (heads, d) in [(2, 8), (14, 64), (3, 128)] {
         let shape: &[usize] = &[2, 5, heads * d];
         check("rotated heads", &[shape], &|at, x| {
-            let table = RopeTable::new(at, 9, d, 1e6, x[0].dtype()?, x[0].device())?;
+            let table = RopeTable::new(at, 9, d, &rope, x[0].dtype()?, x[0].device())?;
             ops::rotated_heads(at, &x[0], heads, &table, 3, Some(&factor(&x[0])?))
         });
         check("split and merged heads", &[shape], &|at, x| {
@@ -138,21 +152,30 @@ fn heads() {
 
 #[test]
 fn attention_of_whole_sequences() {
-    // (heads, key heads, d, tokens, past): tiles that are full, and that are not.
-    for (heads, kv_heads, d, seq, past) in
-        [(14, 2, 64, 256, 0), (4, 2, 64, 37, 100), (2, 1, 128, 70, 3), (3, 3, 64, 129, 0)]
-    {
+    // (heads, key heads, d, tokens, past, window): tiles that are full, and that are not; windows
+    // within a tile, over several, and beyond all.
+    for (heads, kv_heads, d, seq, past, window) in [
+        (14, 2, 64, 256, 0, None),
+        (4, 2, 64, 37, 100, None),
+        (2, 1, 128, 70, 3, None),
+        (3, 3, 64, 129, 0, None),
+        (4, 2, 64, 300, 0, Some(20)),
+        (4, 1, 128, 200, 50, Some(97)),
+        (2, 2, 64, 100, 30, Some(1000)),
+        (2, 1, 128, 65, 40, Some(1)),
+    ] {
+        let held = seq + window.map_or(past, |w: usize| past.min(w - 1));
         let shapes: [&[usize]; 3] =
-            [&[2, heads, seq, d], &[2, kv_heads, past + seq, d], &[2, kv_heads, past + seq, d]];
+            [&[2, heads, seq, d], &[2, kv_heads, held, d], &[2, kv_heads, held, d]];
         let run = |at: At, x: &[Tensor]| {
-            let mask = CausalMask::new(seq, past, x[0].dtype()?, x[0].device())?;
+            let mask = CausalMask::new(seq, past, window, x[0].dtype()?, x[0].device())?;
             let q = ops::scale(at, &x[0].detach(), &factor(&x[0])?)?;
             ops::attention(at, &q, &x[1].detach(), &x[2].detach(), Some(&mask))
         };
         check("attention", &shapes, &run);
         // With gradients, op by op.
         check("attention and gradients", &shapes, &|at, x| {
-            let mask = CausalMask::new(seq, past, x[0].dtype()?, x[0].device())?;
+            let mask = CausalMask::new(seq, past, window, x[0].dtype()?, x[0].device())?;
             let q = ops::scale(at, &x[0], &factor(&x[0])?)?;
             ops::attention(at, &q, &x[1], &x[2], Some(&mask))
         });
@@ -174,7 +197,7 @@ fn cross_entropy() {
         let weights: Vec<f32> = (0..rows).map(|i| 0.1 * i as f32).collect();
         let run = |device: &Device| {
             let logits = Tensor::from_vec(logits.clone(), (rows, width), Dtype::F32, device)?;
-            let entropy = CrossEntropy::new(at, logits, &targets, &weights)?;
+            let entropy = CrossEntropy::new(at, logits.copied()?, &targets, &weights)?;
             let loss = Losses::sum(&[entropy.losses(&weights)])?;
             Ok::<_, anyhow::Error>((loss, entropy.gradient(at, &targets, &weights)?.to_vec()?))
         };
@@ -296,21 +319,30 @@ fn adapter(config: &ModelConfig, rank: usize) -> AdapterSource {
     AdapterSource::Peft(PeftAdapter::open(dir.path(), config).unwrap())
 }
 
-/// What a batch of prompts goes on with, and what ran.
+/// What a batch of prompts goes on with.
 #[derive(Clone)]
 struct Run<'a> {
+    preset: &'static str,
     adapters: &'a AdapterSource,
     sampling: Sampling,
     batch: usize,
-    recorded: bool,
+    how: How,
     eos: Vec<u32>,
 }
 
+const STEP_BY_STEP: How = How { recorded: false, fault: None };
+
 impl Run<'_> {
     fn on(&self, device: &Device, dtype: Dtype) -> (Vec<Sequence>, Ledger) {
-        let checkpoint = weights::synthetic(ModelConfig::preset("tiny").unwrap(), 1).unwrap();
+        let (generation, ledger) = self.generation(device, dtype);
+        (generation.sequences, ledger)
+    }
+
+    fn generation(&self, device: &Device, dtype: Dtype) -> (Generation, Ledger) {
+        let config = ModelConfig::preset(self.preset).unwrap();
+        let checkpoint = weights::synthetic(config, 1).unwrap();
         let (config, weights) = (&checkpoint.config, &checkpoint.weights);
-        let model = Decoder::load(config, weights, self.adapters, dtype, device, |_| Ok(())).unwrap();
+        let model = Decoder::load(config, weights, self.adapters, dtype, device, |_| Ok(()));
         let prompt = |row: usize| (0..9).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
         let request = Request {
             prompts: (0..self.batch).map(prompt).collect(),
@@ -320,43 +352,92 @@ impl Run<'_> {
             kv_cache: true,
             eos: self.eos.clone(),
             timed: false,
-            recorded: self.recorded,
+            how: self.how,
         };
         let ledger = RefCell::new(Ledger::default());
-        let generation = generate(&model, &request, &ledger, |_, _| Ok(())).unwrap();
-        (generation.sequences, ledger.into_inner())
+        let generation = generate(&model.unwrap(), &request, &ledger, |_, _| Ok(())).unwrap();
+        (generation, ledger.into_inner())
     }
 }
 
 /// Decoding by few launches, recorded and not, against the model's own forward pass on the CPU.
+fn decodes_as_on_the_cpu(preset: &'static str, adapters: &AdapterSource, sampling: Sampling) {
+    let (gpu, rank) = (gpu(), adapters.lora().rank);
+    for batch in [1, 2, 3, 8, 9] {
+        let run = Run { preset, adapters, sampling, batch, how: How::RECORDED, eos: vec![] };
+        let theirs = run.on(&Device::Cpu, Dtype::F32);
+        for how in [How::RECORDED, STEP_BY_STEP] {
+            let ours = Run { how, ..run.clone() }.on(&gpu, Dtype::F32);
+            assert!(ours == theirs, "{preset}, rank {rank}, {sampling:?}, batch {batch}, {how:?}");
+        }
+    }
+    // In bf16 other kernels run; recorded or not, they give the same.
+    for batch in [1, 3, 9, 33, 64, 65] {
+        let run = Run { preset, adapters, sampling, batch, how: How::RECORDED, eos: vec![] };
+        let recorded = run.on(&gpu, Dtype::BF16);
+        // A token that nobody chooses: each is looked at before the next is computed.
+        let stepwise = Run { how: STEP_BY_STEP, eos: vec![320], ..run }.on(&gpu, Dtype::BF16);
+        assert!(recorded == stepwise, "{preset}, rank {rank}, {sampling:?}, batch {batch}");
+    }
+}
+
+const NONE: AdapterSource =
+    AdapterSource::Fresh { lora: LoraConfig { rank: 0, alpha: 1.0, targets: vec![] }, seed: 0 };
+
 #[test]
 fn decoding_in_few_launches() {
-    let gpu = gpu();
     let config = ModelConfig::preset("tiny").unwrap();
-    let none = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
     let drawn =
         Sampling { temperature: 0.9, top_k: Some(50), top_p: Some(0.95), repeat_penalty: 1.1 };
     let penalized = Sampling { repeat_penalty: 1.5, ..Sampling::GREEDY };
     let warm = Sampling { temperature: 1.5, ..Sampling::GREEDY };
-    for adapters in [none, adapter(&config, 8), adapter(&config, 3)] {
-        let rank = adapters.lora().rank;
+    for adapters in [NONE, adapter(&config, 8), adapter(&config, 3)] {
         for sampling in [Sampling::GREEDY, drawn, penalized, warm] {
-            for batch in [1, 2, 3, 8, 9] {
-                let run = Run { adapters: &adapters, sampling, batch, recorded: true, eos: vec![] };
-                let theirs = run.on(&Device::Cpu, Dtype::F32);
-                for recorded in [true, false] {
-                    let ours = Run { recorded, ..run.clone() }.on(&gpu, Dtype::F32);
-                    assert!(ours == theirs, "rank {rank}, {sampling:?}, batch {batch}, {recorded}");
-                }
-            }
-            // In bf16 other kernels run; recorded or not, they give the same.
-            for batch in [1, 3, 9, 33, 64, 65] {
-                let run = Run { adapters: &adapters, sampling, batch, recorded: true, eos: vec![] };
-                let recorded = run.on(&gpu, Dtype::BF16);
-                // A token that nobody chooses: each is looked at before the next is computed.
-                let stepwise = Run { recorded: false, eos: vec![320], ..run }.on(&gpu, Dtype::BF16);
-                assert!(recorded == stepwise, "rank {rank}, {sampling:?}, batch {batch}");
-            }
+            decodes_as_on_the_cpu("tiny", &adapters, sampling);
         }
+    }
+}
+
+#[test]
+fn every_family_decodes_in_few_launches() {
+    for preset in ["tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"] {
+        let config = ModelConfig::preset(preset).unwrap();
+        for adapters in [NONE, adapter(&config, 3)] {
+            decodes_as_on_the_cpu(preset, &adapters, Sampling::GREEDY);
+        }
+    }
+}
+
+/// A recorded generation of one sequence with `fault`: both sides of its graph.
+fn recorded(preset: &'static str, batch: usize, fault: Option<Fault>) -> (GraphView, Audit) {
+    let how = How { recorded: true, fault };
+    let sampling = Sampling::GREEDY;
+    let run = Run { preset, adapters: &NONE, sampling, batch, how, eos: vec![] };
+    let (generation, ledger) = run.generation(&gpu(), Dtype::BF16);
+    (generation.recording.unwrap(), Audit::new(&[generation.workload], &ledger).unwrap())
+}
+
+#[test]
+fn cuda_lists_what_was_launched() {
+    for preset in ["tiny", "tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"] {
+        for batch in [1, 9, 65] {
+            let (view, audit) = recorded(preset, batch, None);
+            assert_eq!(view.difference, None, "{preset}, batch {batch}");
+            assert!(view.nodes >= view.launches && view.launches > 15, "{view:?}");
+            assert!(audit.balanced(), "{preset}, batch {batch}: {:#?}", audit.key_differences);
+        }
+    }
+}
+
+#[test]
+fn a_kernel_dropped_or_doubled_in_the_graph_is_found() {
+    let (sound, _) = recorded("tiny", 1, None);
+    for n in [0, 5, sound.launches - 2] {
+        let (view, _) = recorded("tiny", 1, Some(Fault::Drop(n)));
+        assert_eq!((view.nodes, view.launches), (sound.nodes - 1, sound.launches));
+        assert!(view.difference.is_some(), "kernel {n} dropped");
+        let (view, _) = recorded("tiny", 1, Some(Fault::Double(n)));
+        assert_eq!((view.nodes, view.launches), (sound.nodes + 1, sound.launches));
+        assert!(view.difference.is_some(), "kernel {n} doubled");
     }
 }

@@ -20,8 +20,16 @@ use flopaudit::{
 use serde::Deserialize;
 
 const FAMILIES: [&str; 10] = [
-    "qwen2-a", "qwen2-b", "llama-a", "llama-b", "mistral-a", "mistral-b", "qwen3-a", "qwen3-b",
-    "gemma3-a", "gemma3-b",
+    "qwen2-a",
+    "qwen2-b",
+    "llama-a",
+    "llama-b",
+    "mistral-a",
+    "mistral-b",
+    "qwen3-a",
+    "qwen3-b",
+    "gemma3-a",
+    "gemma3-b",
 ];
 
 #[derive(Deserialize)]
@@ -76,7 +84,8 @@ struct Golden {
 
 impl Golden {
     fn open(name: &'static str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families").join(name);
+        let folder =
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families").join(name);
         // They come without a text side, which nothing here reads.
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = r#"{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
@@ -123,7 +132,10 @@ fn forward(model: &Decoder, ids: &[u32], batch: usize, logits: Logits) -> (Vec<f
     (out.share().to_vec().unwrap(), ledger.into_inner())
 }
 
-fn most_apart<'a>(a: impl IntoIterator<Item = &'a f32>, b: impl IntoIterator<Item = &'a f32>) -> f32 {
+fn most_apart<'a>(
+    a: impl IntoIterator<Item = &'a f32>,
+    b: impl IntoIterator<Item = &'a f32>,
+) -> f32 {
     a.into_iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
@@ -248,8 +260,7 @@ fn flops_equal_pytorchs() {
             let full = trained == Trained::All;
             let lora = if full { LoraConfig::none() } else { golden.lora() };
             let (accumulate, steps, recompute, clip) = (1, 1, false, false);
-            let task =
-                Task::Train { batch: 2, seq: 12, accumulate, steps, full, recompute, clip };
+            let task = Task::Train { batch: 2, seq: 12, accumulate, steps, full, recompute, clip };
             assert_eq!(torch(&golden.workload(lora, task)), expected, "{name} {trained:?}");
         }
     }

@@ -45,7 +45,13 @@ fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledg
     let mut cache = qwen.cache(meter, 2, 8).unwrap();
     cache.set_held(3).unwrap();
     let meter = meter.phase(Phase::Forward);
-    qwen.forward(meter, Ids::Host { ids: &[1; 10], batch: 2 }, Context::Cached(&mut cache), Logits::All).unwrap();
+    qwen.forward(
+        meter,
+        Ids::Host { ids: &[1; 10], batch: 2 },
+        Context::Cached(&mut cache),
+        Logits::All,
+    )
+    .unwrap();
     more(meter);
     observer.into_inner().0
 }
@@ -235,9 +241,7 @@ fn a_token_outside_the_vocabulary_is_refused() {
     let error = embed(&[1, 4], 1).unwrap_err();
     assert_eq!(error.to_string(), "prompt: token id 4 is outside the vocabulary of 4");
     assert_eq!(Error::exit_code(&error), 2);
-    assert!(
-        embed(&[], 1).is_err() && embed(&[1, 2, 3], 2).is_err()
-    );
+    assert!(embed(&[], 1).is_err() && embed(&[1, 2, 3], 2).is_err());
     assert!(ledger.into_inner().is_empty());
 }
 

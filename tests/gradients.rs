@@ -39,7 +39,11 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
     };
     let ids: Vec<u32> = (0..b * m).map(|i| (i * i % (n + 1)) as u32).collect();
     vec![
-        case("linear", &[&[b, m, k], &[n, k]], Box::new(|at, x| Ok(ops::linear(at, &x[0], &x[1])?.share()))),
+        case(
+            "linear",
+            &[&[b, m, k], &[n, k]],
+            Box::new(|at, x| Ok(ops::linear(at, &x[0], &x[1])?.share())),
+        ),
         case("bias", &[&[b, m, n], &[n]], Box::new(|at, x| ops::bias(at, &x[0], &x[1]))),
         case(
             "matmul",
@@ -97,7 +101,11 @@ fn cases([b, m, k, n]: [usize; 4]) -> Vec<Case> {
             Box::new(|at, x| ops::gated(at, Activation::GeluTanh, &x[0], &x[1])),
         ),
         case("gelu", &[&[b, m, n]], Box::new(|at, x| ops::gelu(at, &x[0]))),
-        case("shift", &[&[n]], Box::new(|at, x| ops::shift(at, &x[0], &tensor(&[1.0], &[1])))),
+        case(
+            "rms_norm by 1 + gain",
+            &[&[b, m, n], &[n]],
+            Box::new(|at, x| ops::shifted_rms_norm(at, &x[0], &x[1], &tensor(&[1.0], &[1]), 1e-2)),
+        ),
         case(
             "rotated heads",
             &[&[b, m, n * 2 * k]],

@@ -306,7 +306,7 @@ fn runs_that_cannot_be_trusted_are_refused() {
     let hidden = "\"hidden_size\": ";
     let bad = run.replace(hidden, "\"hidden_size\": -");
     assert_ne!(bad, run);
-    refused(&bad, check, "workload.model.hidden_size");
+    refused(&bad, check, "workload.model: model: `hidden_size`");
     refused(&run, "--check bad.json ./bad.json", "twice");
     let old = run.replace("\"matmul_macs\"", "\"x\"");
     std::fs::write(

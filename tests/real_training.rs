@@ -42,8 +42,7 @@ fn losses_gradients_and_updates_equal_pefts() {
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
     let model = load(&checkpoint, &golden_adapter(&checkpoint));
-    let mut trainer =
-        Trainer::new(meter, model, Trained::Adapters, HYPER, fed, false).unwrap();
+    let mut trainer = Trainer::new(meter, model, Trained::Adapters, HYPER, fed, false).unwrap();
 
     let expected = &golden["float64"];
     let (loss, mut gradients) = trainer.gradients(meter, &[text]).unwrap();

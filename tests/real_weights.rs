@@ -63,7 +63,14 @@ fn forward(
     let meter = Meter::new(&ledger, Phase::Setup);
     let mut cache = model.cache(meter, batch, past + ids.len() / batch).unwrap();
     cache.set_held(past).unwrap();
-    let out = model.forward(meter.phase(Phase::Forward), Ids::Host { ids, batch }, Context::Cached(&mut cache), logits).unwrap();
+    let out = model
+        .forward(
+            meter.phase(Phase::Forward),
+            Ids::Host { ids, batch },
+            Context::Cached(&mut cache),
+            logits,
+        )
+        .unwrap();
     let vocab = model.config().vocab_size;
     let rows = out.share().to_vec().unwrap().chunks_exact(vocab).map(<[f32]>::to_vec).collect();
     (rows, ledger.into_inner())
@@ -279,7 +286,13 @@ fn metering_costs_under_one_percent_of_a_decode_step() {
     for _ in 0..5 {
         cache.set_held(64).unwrap();
         let start = Instant::now();
-        BASE.forward(meter, Ids::Host { ids: &[7], batch: 1 }, Context::Cached(&mut cache), Logits::Last).unwrap();
+        BASE.forward(
+            meter,
+            Ids::Host { ids: &[7], batch: 1 },
+            Context::Cached(&mut cache),
+            Logits::Last,
+        )
+        .unwrap();
         best[0] = best[0].min(start.elapsed());
     }
     let step: Vec<_> = meter_ops.borrow().iter().map(|(k, e)| (*k, e.calls / 5)).collect();

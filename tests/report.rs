@@ -352,7 +352,10 @@ fn a_file_that_is_no_report_is_refused_with_the_key_at_fault() {
         (broken(&|run| run["rows"][2]["flops"] = json!("x")), &["bad.json", "`rows[2].flops`"]),
         (broken(&|run| run["total_flops"] = json!(-1)), &["bad.json", "`total_flops`"]),
         (run.to_string() + "{}", &["bad.json", "trailing"]),
-        (workload("/model/hidden_size", json!("x")), &["`workload.model.hidden_size`", "\"x\""]),
+        (
+            workload("/model/hidden_size", json!("x")),
+            &["`workload.model`", "`hidden_size`", "\"x\""],
+        ),
         (workload("/dtype", json!("f7")), &["`workload.dtype`", "`f7`"]),
         (many, &["`workload[1].model`"]),
         (broken(&|run| run["workload"] = json!(3)), &["`workload`", "a workload, or a list"]),

@@ -177,13 +177,39 @@ fn fingerprints_tell_text_sides_apart() {
 }
 
 #[test]
+fn tokens_beyond_the_models_are_refused_where_they_occur() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text_side(dir.path(), &tiny());
+    let text = Text::from_directory(dir.path(), 257).unwrap();
+    assert_eq!(text.encode("<|im_start|>x").unwrap().len(), 2);
+    let error = one_line(&text.encode("x<|im_end|>").unwrap_err());
+    assert_eq!(error, "prompt: holds `<|im_end|>`, a token that the model does not have");
+}
+
+#[test]
+fn the_text_side_of_a_gguf_survives_saving() {
+    let spoken = "the <|im_start|>cafés  <tool>x</tool>\n\n🦀";
+    let pieces = pieces().into_iter().map(|model| model.open(|_| {}).unwrap());
+    for text in [gguf_text(|_| {})].into_iter().chain(pieces) {
+        let dir = tempfile::tempdir().unwrap();
+        text.save(dir.path()).unwrap();
+        let saved = Text::from_directory(dir.path(), 520).unwrap();
+        let ids = text.encode(spoken).unwrap();
+        assert_eq!(saved.encode(spoken).unwrap(), ids);
+        assert_eq!(saved.decode(&ids, false).unwrap(), spoken);
+        assert_eq!(saved.eos_ids(), text.eos_ids());
+        assert_eq!(saved.chat(None, "Hi").unwrap(), text.chat(None, "Hi").unwrap());
+    }
+}
+
+#[test]
 fn broken_text_files_are_named() {
     let error = one_line(&text_of(&[("tokenizer.json", json!({"model": 1}))]).unwrap_err());
     assert!(error.contains("tokenizer.json: not a tokenizer"), "{error}");
     let dir = tempfile::tempdir().unwrap();
     write_text_side(dir.path(), &tiny());
     let error = one_line(&Text::from_directory(dir.path(), 100).unwrap_err());
-    assert!(error.contains("tokenizer.json: has 258 tokens, the model only 100"), "{error}");
+    assert!(error.contains("tokenizer.json: has 256 tokens, the model only 100"), "{error}");
     fs::write(dir.path().join("tokenizer_config.json"), "{").unwrap();
     let error = one_line(&Text::from_directory(dir.path(), 320).unwrap_err());
     assert!(error.contains("tokenizer_config.json: not valid JSON"), "{error}");

@@ -33,6 +33,28 @@ pub struct SumDifference {
     pub executed: Sum,
 }
 
+/// A graph of launches that a device recorded and replayed, from both sides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GraphView {
+    /// Nodes of the graph, as the device's driver lists them.
+    pub nodes: usize,
+    /// Launches that went into it.
+    pub launches: usize,
+    /// Where the two differ.
+    pub difference: Option<String>,
+}
+
+impl GraphView {
+    /// Of two graphs, all nodes and launches, and the first difference.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            nodes: self.nodes + other.nodes,
+            launches: self.launches + other.launches,
+            difference: self.difference.or(other.difference),
+        }
+    }
+}
+
 /// Both sides of one workload, compared.
 #[derive(Debug, Clone)]
 pub struct Audit {
@@ -48,6 +70,8 @@ pub struct Audit {
     pub key_differences: Vec<KeyDifference>,
     /// Where the closed form differs from what ran.
     pub sum_differences: Vec<SumDifference>,
+    /// What was replayed from a recording, seen from both sides.
+    pub graph: Option<GraphView>,
 }
 
 impl Audit {
@@ -104,12 +128,25 @@ impl Audit {
             keys_compared,
             key_differences,
             sum_differences,
+            graph: None,
         })
     }
 
-    /// Whether all three countings agree.
+    /// The same with what was replayed, which balances only where the device's own list of it is
+    /// what was launched.
+    pub fn with_graphs(self, graphs: impl IntoIterator<Item = GraphView>) -> Self {
+        Self { graph: graphs.into_iter().reduce(GraphView::and), ..self }
+    }
+
+    fn graph_difference(&self) -> Option<&str> {
+        self.graph.as_ref()?.difference.as_deref()
+    }
+
+    /// Whether all three countings agree, and recordings with what was launched.
     pub fn balanced(&self) -> bool {
-        self.key_differences.is_empty() && self.sum_differences.is_empty()
+        self.key_differences.is_empty()
+            && self.sum_differences.is_empty()
+            && self.graph_difference().is_none()
     }
 
     /// (closed form, predicted, executed) totals under `prices`, in FLOPs.
@@ -130,6 +167,10 @@ impl Audit {
             return Ok(());
         }
         let (keys, sums) = (self.key_differences.len(), self.sum_differences.len());
+        if let (0, 0, Some(difference)) = (keys, sums, self.graph_difference()) {
+            let why = format!("the device's list of the recorded graph differs: {difference}");
+            return Err(Error::Unbalanced(why).into());
+        }
         let first = match (self.key_differences.first(), self.sum_differences.first()) {
             (Some(d), _) => {
                 format!("{}: {} predicted, {} executed", d.key, d.predicted, d.executed)

@@ -283,16 +283,21 @@ impl Workload {
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
     /// logits with their f32 copy. In training, layer upon layer, what gradients will read.
     pub fn activations_bytes(&self) -> u128 {
-        let [batch, seq, held, head_rows] = self.largest_pass();
+        let [batch, seq, _, head_rows] = self.largest_pass();
         let model = &self.model;
         let (rows, layers) = (batch * seq, model.num_hidden_layers as u128);
-        let of_heads = batch * model.num_attention_heads as u128 * seq * held;
-        let wide = 3 * model.intermediate_size as u128 + 4 * model.hidden_size as u128;
-        let once = 2 * of_heads + seq * held + rows * wide;
+        let [d, f, q, kv] =
+            [model.hidden_size, model.intermediate_size, model.q_width(), model.kv_width()]
+                .map(|n| n as u128);
+        let wide = 3 * f + 4 * d;
+        let [of_heads, masks] = self.scores();
+        let once = 2 * of_heads + masks + rows * wide;
         // Softmax's output; queries, keys and values; gate, up and their product; both norms'
-        // inputs and outputs.
-        let kept =
-            of_heads + rows * (wide + model.q_width() as u128 + 2 * model.kv_width() as u128);
+        // inputs and outputs. Of further norms, their inputs: what attention and the MLP give, and
+        // queries and keys as projected.
+        let outer = if model.sandwich_norms { 2 * d } else { 0 };
+        let of_qk = if model.qk_norm { q + kv } else { 0 };
+        let kept = of_heads + rows * (wide + q + 2 * kv + outer + of_qk);
         let layered = match self.task {
             Task::Train { recompute: true, .. } => kept + layers * rows * model.hidden_size as u128,
             Task::Train { .. } => layers * kept,
@@ -305,9 +310,23 @@ impl Workload {
 
     /// Of which scores and their mask, which a kernel for all of attention never holds.
     pub fn scores_bytes(&self) -> u128 {
+        let [of_heads, masks] = self.scores();
+        (2 * of_heads + masks) * u128::from(self.dtype.bytes())
+    }
+
+    /// Elements of one layer's scores in the largest pass, of the layer that sees most, and of the
+    /// masks: one for each kind of layer.
+    fn scores(&self) -> [u128; 2] {
         let [batch, seq, held, _] = self.largest_pass();
-        let of_heads = batch * self.model.num_attention_heads as u128 * seq * held;
-        (2 * of_heads + seq * held) * u128::from(self.dtype.bytes())
+        let model = &self.model;
+        let windowed = model.windowed_layers();
+        let width = model.window.as_ref().map_or(held, |window| window.width as u128);
+        let seen = seq + (held - seq).min(width - 1);
+        let kinds = [(windowed < model.num_hidden_layers, held), (windowed > 0, seen)];
+        let keys = kinds.into_iter().filter(|(any, _)| *any).map(|(_, keys)| keys);
+        let most = keys.clone().max().unwrap_or(held);
+        let of_heads = batch * model.num_attention_heads as u128 * seq * most;
+        [of_heads, seq * keys.sum::<u128>()]
     }
 
     /// (sequences, tokens fed, tokens held after it, rows of logits at once) of the largest pass.
@@ -328,5 +347,27 @@ impl Workload {
             }
         };
         [batch, seq, held, head_rows].map(u128::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_bounds_what_is_held_of_scores() {
+        // 6 heads; 1 token on top of 99: 8 keys in a window of 8, all 100 without one.
+        let model = ModelConfig::preset("tiny-mistral").unwrap();
+        let of = |model: &ModelConfig, seq, past| {
+            let task = Task::Forward { batch: 1, seq, past, logits: Logits::Last };
+            let (model, lora) = (model.clone(), LoraConfig::none());
+            Workload { model, lora, dtype: Dtype::F32, task }.scores()
+        };
+        assert_eq!(of(&model, 1, 99), [6 * 8, 8]);
+        assert_eq!(of(&model, 12, 0), [6 * 12 * 12, 12 * 12]);
+        assert_eq!(of(&ModelConfig { window: None, ..model }, 1, 99), [6 * 100, 100]);
+        // Layers of both kinds have a mask each.
+        let both = ModelConfig::preset("tiny-gemma3").unwrap();
+        assert_eq!(of(&both, 2, 99), [4 * 2 * 101, 2 * (101 + 9)]);
     }
 }

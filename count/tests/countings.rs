@@ -12,6 +12,29 @@ use flopaudit_count::{
 use proptest::prelude::*;
 use random::{LARGE, SMALL, workloads};
 
+/// Every source of one side of the two.
+fn sources(files: &[&str]) -> String {
+    let analytic = concat!(env!("CARGO_MANIFEST_DIR"), "/src/analytic");
+    let read = |file: &&str| std::fs::read_to_string(format!("{analytic}/{file}")).unwrap();
+    files.iter().map(read).collect()
+}
+
+#[test]
+fn the_two_share_no_derivation() {
+    let listed = sources(&["predict/mod.rs", "predict/flow.rs", "predict/training.rs"]);
+    let closed = sources(&["closed_form.rs", "training.rs", "moments.rs", "pieces.rs"]);
+    let imports = |source: &str| -> Vec<String> {
+        source.split("use ").skip(1).map(|rest| rest.split(';').next().unwrap().into()).collect()
+    };
+    for import in imports(&listed) {
+        let other = ["closed_form", "moments", "pieces"].iter().any(|side| import.contains(side));
+        assert!(!other && !import.contains("super::super"), "{import}");
+    }
+    for import in imports(&closed) {
+        assert!(!import.contains("predict") && !import.contains("ledger::Op"), "{import}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
 

@@ -183,3 +183,39 @@ fn an_evaluation_is_its_passes_and_their_loss() {
     let way = reconcile("tiny", &[workload], &end(Structure::Torch), &end(Structure::Exact));
     assert_eq!(named(&way.unwrap()), []);
 }
+
+#[test]
+fn what_further_families_have_is_named() {
+    let way = |preset, from, to, task, prices: Prices| {
+        let model = ModelConfig::preset(preset).unwrap();
+        let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
+        let end = |structure| End { structure, prices: prices.clone() };
+        named(&reconcile(preset, &[workload], &end(from), &end(to)).unwrap())
+    };
+    // A token on top of 30. Of 7 layers of 4 heads of width 8, six see 8 keys and not 31.
+    let decode = Task::Forward { batch: 1, seq: 1, past: 30, logits: Logits::All };
+    let to_megatron =
+        way("tiny-gemma3", Structure::Exact, Structure::Megatron, decode, Prices::matmul());
+    assert_eq!(to_megatron, [(Cause::Windows, Side::To, 2 * 2 * 6 * 4 * 8 * (31 - 8))]);
+
+    // Four rows of 24 wide streams and 56 wide gates, 4 heads on 1 of width 8, seven times.
+    let pass = Task::Forward { batch: 1, seq: 4, past: 0, logits: Logits::All };
+    let to_notebook =
+        way("tiny-gemma3", Structure::Exact, Structure::Notebook, pass, Prices::unit());
+    let size = |cause| to_notebook.iter().find(|(c, ..)| *c == cause).map(|(.., flops)| *flops);
+    // A norm of a row of w: 2w muls, w adds, w + 1 divs, a root.
+    let norm = |rows: i128, width: i128| rows * (4 * width + 2);
+    assert_eq!(size(Cause::OuterNorms), Some(-7 * 2 * norm(4, 24)));
+    assert_eq!(size(Cause::HeadNorms), Some(-7 * norm(4 * 5, 8)));
+    assert_eq!(size(Cause::GainOffset), Some(-(7 * (4 * 24 + 2 * 8) + 24)));
+    assert_eq!(size(Cause::EmbeddingScale), Some(-4 * 24));
+    // exp, add and div in place of 3 muls, 2 adds, exp and div.
+    assert_eq!(size(Cause::Gelu), Some(7 * 4 * 56 * (3 - 7)));
+    assert_eq!(size(Cause::AssumedBiases), Some(7 * 3 * 4 * 24));
+    assert_eq!(size(Cause::SiluSign), None);
+
+    // Of Qwen3, N has the gains of q and k: 2·8 beside 2·24 in each of 3 layers, and 24.
+    let to_exact = way("tiny-qwen3", Structure::SixNd, Structure::Torch, pass, Prices::matmul());
+    let vectors = to_exact.iter().find(|(cause, ..)| *cause == Cause::Vectors).unwrap();
+    assert_eq!(vectors.2, -2 * 4 * (3 * (2 * 24 + 2 * 8) + 24));
+}

@@ -128,6 +128,8 @@ impl Runner<'_> {
         let workload = self.workload(model, task);
         let ledger = ledger.into_inner();
         let audit = decoding(&workload, self.units() as u64, &ledger)?;
+        let recording = on_gpu.as_ref().and_then(|decoding| decoding.recording().cloned());
+        let audit = audit.with_graphs(recording);
         Ok(self.measured(workload, timed, ledger, audit))
     }
 

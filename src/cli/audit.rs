@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     analytic::Structure,
-    audit::Audit,
+    audit::{Audit, GraphView},
     error::Result,
     generate::{Request, generate},
     ledger::{Ledger, Phase},
@@ -92,10 +92,10 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     memory::check(&workload, &device)?;
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let observers = RefCell::new((Ledger::default(), trace));
-    execute(model, task, execution, timed, &observers, &interrupt)?;
+    let recording = execute(model, task, execution, timed, &observers, &interrupt)?;
     let (ledger, trace) = observers.into_inner();
     let workloads = vec![workload];
-    let audit = Audit::new(&workloads, &ledger)?;
+    let audit = Audit::new(&workloads, &ledger)?.with_graphs(recording);
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?
         .ran_on(&execution.device);
@@ -110,7 +110,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
 }
 
 /// Runs `task` on random tokens, all ops told to `observer`; cached tokens before a forward pass are
-/// zeros, which cost the same.
+/// zeros, which cost the same. What a GPU replayed comes back from both sides.
 fn execute(
     model: Decoder,
     task: Task,
@@ -118,7 +118,7 @@ fn execute(
     timed: bool,
     observer: &RefCell<impl Observer>,
     interrupt: &Interrupt,
-) -> Result<()> {
+) -> Result<Option<GraphView>> {
     let mut rng = StdRng::seed_from_u64(execution.seed);
     let vocab = model.config().vocab_size as u32;
     let mut tokens = |n: u64| -> Vec<u32> { (0..n).map(|_| rng.random_range(0..vocab)).collect() };
@@ -143,7 +143,8 @@ fn execute(
                 timed,
                 how: execution.how(),
             };
-            generate(&model, &request, observer, |_, _| interrupt.check())?;
+            let generation = generate(&model, &request, observer, |_, _| interrupt.check())?;
+            return Ok(generation.recording);
         }
         Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => {
             let meter = Meter::new(observer, Phase::Setup).timed(timed);
@@ -174,7 +175,8 @@ fn execute(
             }
         }
     }
-    interrupt.check()
+    interrupt.check()?;
+    Ok(None)
 }
 
 /// `batches` micro-batches of batch × seq tokens and the ones after, with weights that sum to 1.

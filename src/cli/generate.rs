@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     analytic::Structure,
-    audit::Audit,
+    audit::{Audit, GraphView},
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
     ledger::{Dtype, Ledger, Phase},
@@ -115,7 +115,7 @@ pub fn run(args: Args) -> Result<()> {
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
     let audit = match args.no_audit {
         true => None,
-        false => Some(Audit::new(&run.workloads(), &run.ledger)?),
+        false => Some(Audit::new(&run.workloads(), &run.ledger)?.with_graphs(run.recordings())),
     };
     let report = audit.iter().try_fold(report, |report, audit| report.with_audit(audit))?;
     let traced = trace::finish(trace, &report);
@@ -135,6 +135,10 @@ struct Run {
 impl Run {
     fn workloads(&self) -> Vec<Workload> {
         self.batches.iter().map(|(_, g)| g.workload.clone()).collect()
+    }
+
+    fn recordings(&self) -> impl Iterator<Item = GraphView> {
+        self.batches.iter().filter_map(|(_, generation)| generation.recording.clone())
     }
 
     /// Sequences in the order of the prompts.

@@ -358,8 +358,7 @@ impl Decoder {
             Parameter { name: name.into(), scope, tensor }
         };
         let embedding = &mut self.embed_tokens;
-        let mut all =
-            vec![outside("model.embed_tokens.weight", Module::EmbedTokens, embedding)];
+        let mut all = vec![outside("model.embed_tokens.weight", Module::EmbedTokens, embedding)];
         for (i, layer) in self.layers.iter_mut().enumerate() {
             layer.parameters(i, &mut all);
         }
@@ -393,7 +392,9 @@ impl Layer {
         o_proj.parameters(layer, all);
         post_attention_layernorm.parameter(layer, all);
         let (before, after) = match sandwich {
-            Some(s) => (Some(&mut s.pre_feedforward_layernorm), Some(&mut s.post_feedforward_layernorm)),
+            Some(s) => {
+                (Some(&mut s.pre_feedforward_layernorm), Some(&mut s.post_feedforward_layernorm))
+            }
             None => (None, None),
         };
         before.into_iter().for_each(|norm| norm.parameter(layer, all));
@@ -475,7 +476,11 @@ impl Gain {
 
     fn parameter<'a>(&'a mut self, layer: usize, all: &mut Vec<Parameter<'a>>) {
         let scope = Scope { layer: Some(layer as u32), module: self.module };
-        all.push(Parameter { name: format!("model.{scope}.weight"), scope, tensor: &mut self.gain });
+        all.push(Parameter {
+            name: format!("model.{scope}.weight"),
+            scope,
+            tensor: &mut self.gain,
+        });
     }
 }
 

@@ -3,10 +3,11 @@
 
 use super::{Cache, Context, Decoder};
 use crate::{
+    audit::GraphView,
     error::Result,
     ledger::{Module, Phase},
     meter::Meter,
-    ops::{Choosing, Fault, GraphView, Recording, Sampler, Workspace, decodes},
+    ops::{Choosing, Fault, Recording, Sampler, Workspace, decodes},
     workload::Logits,
 };
 
@@ -78,12 +79,7 @@ impl Decoding<'_> {
     /// # Errors
     /// Logits that are not finite, a full cache, more steps than there is room for, a device that
     /// counts otherwise than the host, or the device's own.
-    pub fn next(
-        &mut self,
-        meter: Meter,
-        cache: &mut Cache,
-        steps: usize,
-    ) -> Result<Vec<Vec<u32>>> {
+    pub fn next(&mut self, meter: Meter, cache: &mut Cache, steps: usize) -> Result<Vec<Vec<u32>>> {
         let (done, most) = self.steps;
         anyhow::ensure!(done + steps <= most, "{done} + {steps} steps of {most}");
         for _ in 0..steps {

@@ -10,8 +10,9 @@ mod launches;
 
 use super::{
     LowRank, Tensor, Unshared, add, bias,
-    elementwise::{gated, shift},
-    linear, rms_norm,
+    elementwise::gated,
+    linear,
+    norm::{rms_norm, shifted_rms_norm},
 };
 use crate::{config::Activation, error::Result, meter::At};
 
@@ -38,7 +39,7 @@ impl Norm<'_> {
     /// A gain of another width.
     pub fn of(self, x: &Tensor) -> Result<Tensor> {
         match self.one {
-            Some(one) => rms_norm(self.at, x, &shift(self.at, self.gain, one)?, self.eps),
+            Some(one) => shifted_rms_norm(self.at, x, self.gain, one, self.eps),
             None => rms_norm(self.at, x, self.gain, self.eps),
         }
     }

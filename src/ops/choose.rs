@@ -230,7 +230,8 @@ impl Kernel for Chosen<'_> {
         };
         let (logits, held, penalties) = (self.logits, self.held, rule.penalties);
         let (seen, first) = (seen.as_ref(), *first);
-        kernels.choose(nodes, Choose { ids, held, done, chosen, first, seen, penalties, logits, how })
+        kernels
+            .choose(nodes, Choose { ids, held, done, chosen, first, seen, penalties, logits, how })
     }
 }
 

@@ -5,14 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::Device;
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::{Gate, Kernels, Map}, dtype_of, portable,
+    Kernel, Nodes, Ops, Tensor,
+    backend::Backend,
+    cpu,
+    cuda::{Gate, Kernels, Map},
+    dtype_of, portable,
 };
-use crate::{
-    config::Activation,
-    error::Result,
-    ledger::Op,
-    meter::At,
-};
+use crate::{config::Activation, error::Result, ledger::Op, meter::At};
 
 /// What an element becomes, from it and one of the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,15 +147,13 @@ pub fn scale(at: At, x: &Tensor, factor: &Tensor) -> Result<Tensor> {
     Ok(scaled.made_from(at, x, move |at, dy| scale(at, dy, &factor)))
 }
 
-/// x + 1, `one` being a tensor of it: the gain of a norm that multiplies by 1 + gain. Towards x,
-/// the gradient as it is.
+/// x + 1 without a graph, `one` being a tensor of 1: the gain of a norm that multiplies by 1 + gain.
 ///
 /// # Errors
 /// More than one element in `one`.
-pub fn shift(at: At, x: &Tensor, one: &Tensor) -> Result<Tensor> {
+pub(super) fn shift(at: At, x: &Tensor, one: &Tensor) -> Result<Tensor> {
     anyhow::ensure!(one.elements() == 1, "one has one element, not {:?}", one.dims());
-    let shifted = at.launch(&Elementwise::new(Element::Shift, x, one))?;
-    Ok(shifted.made_from(at, x, |_, dy| Ok(dy.clone())))
+    at.launch(&Elementwise::new(Element::Shift, x, one))
 }
 
 /// x / (1 + exp(−x)).

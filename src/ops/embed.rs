@@ -39,9 +39,8 @@ pub fn embed(at: At, table: &Tensor, ids: Ids, factor: Option<&Tensor>) -> Resul
     };
     let rows = at.launch(&Embed { table, ids: &ids, batch })?;
     let vocab = table.dims()[0];
-    let rows = rows.made_from(at, table, move |at, dy| {
-        at.launch(&EmbedGrad { vocab, ids: &ids, dy })
-    });
+    let rows =
+        rows.made_from(at, table, move |at, dy| at.launch(&EmbedGrad { vocab, ids: &ids, dy }));
     Ok(Unshared(factor.map_or(Ok(rows.clone()), |factor| scale(at, &rows, factor))?))
 }
 
@@ -58,8 +57,8 @@ fn on_device(table: &Tensor, ids: &[u32], batch: usize) -> Result<candle_core::T
 }
 
 struct Embed<'a> {
-    table: &'a Tensor,               // (V, D)
-    ids: &'a candle_core::Tensor,    // (B·T)
+    table: &'a Tensor,            // (V, D)
+    ids: &'a candle_core::Tensor, // (B·T)
     batch: usize,
 }
 

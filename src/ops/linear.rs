@@ -74,11 +74,8 @@ impl Kernel for FewRows<'_> {
 pub fn matmul(at: At, a: &Tensor, b: &Tensor) -> Result<Unshared> {
     let Unshared(product) = at.launch(&MatMul { a: &a.data, b: &b.data })?;
     let (to_a, to_b) = (b.detach(), a.detach());
-    let product =
-        product.made_from(at, a, move |at, dy| Ok(matmul(at, dy, &to_a.t()?)?.share()));
-    Ok(Unshared(
-        product.made_from(at, b, move |at, dy| Ok(matmul(at, &to_b.t()?, dy)?.share())),
-    ))
+    let product = product.made_from(at, a, move |at, dy| Ok(matmul(at, dy, &to_a.t()?)?.share()));
+    Ok(Unshared(product.made_from(at, b, move |at, dy| Ok(matmul(at, &to_b.t()?, dy)?.share()))))
 }
 
 /// x · wᵀ for a weight (n, k): (…, k) → (…, n), all rows in one product. Towards x the gradient is

@@ -75,8 +75,8 @@ impl CausalMask {
     /// Refuses scores (…, T, S) of another shape.
     pub(super) fn check(&self, scores: &Tensor) -> Result<()> {
         let (rows, width) = scores.rows_width()?;
-        let fits = width as usize == self.past + self.seq
-            && rows.is_multiple_of(self.seq.max(1) as u64);
+        let fits =
+            width as usize == self.past + self.seq && rows.is_multiple_of(self.seq.max(1) as u64);
         anyhow::ensure!(fits, "a mask of {self:?} for scores {:?}", scores.dims());
         Ok(())
     }
@@ -139,7 +139,8 @@ mod tests {
             let mask = CausalMask::new(seq, past, window, Dtype::F32, &Device::Cpu).unwrap();
             let values = mask.values.unwrap();
             let width = values.dims()[1];
-            let seen = values.to_vec().unwrap().iter().map(|&v| u8::from(v == 0.0)).collect::<Vec<_>>();
+            let seen =
+                values.to_vec().unwrap().iter().map(|&v| u8::from(v == 0.0)).collect::<Vec<_>>();
             seen.chunks(width).map(<[u8]>::to_vec).collect::<Vec<_>>()
         };
         assert_eq!(rows(2, 1, None), [[1, 1, 0], [1, 1, 1]]);

@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 
-use super::{Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, portable};
+use super::{Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, elementwise::shift, portable};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// x / sqrt(mean(x²) + eps) · gain over the last dimension.
@@ -10,8 +10,28 @@ use crate::{error::Result, ledger::Op, meter::At};
 /// # Errors
 /// A gain of another width.
 pub fn rms_norm(at: At, x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
-    let y = at.launch(&RmsNorm { x, gain, eps })?;
-    let (to_x, to_gain) = ((x.detach(), gain.detach()), x.detach());
+    normed(at, x, gain, gain, eps)
+}
+
+/// x / sqrt(mean(x²) + eps) · (1 + gain), `one` being a tensor of 1. The gradient towards the gain
+/// is that towards 1 + gain.
+///
+/// # Errors
+/// A gain of another width.
+pub fn shifted_rms_norm(
+    at: At,
+    x: &Tensor,
+    gain: &Tensor,
+    one: &Tensor,
+    eps: f64,
+) -> Result<Tensor> {
+    normed(at, x, gain, &shift(at, &gain.detach(), one)?, eps)
+}
+
+/// Normed x times `factor`, made from `gain`.
+fn normed(at: At, x: &Tensor, gain: &Tensor, factor: &Tensor, eps: f64) -> Result<Tensor> {
+    let y = at.launch(&RmsNorm { x, gain: factor, eps })?;
+    let (to_x, to_gain) = ((x.detach(), factor.detach()), x.detach());
     let y = y.made_from(at, x, move |at, dy| {
         at.launch(&RmsNormGrad { x: &to_x.0, gain: &to_x.1, eps, dy })
     });

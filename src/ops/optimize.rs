@@ -6,7 +6,9 @@
 use candle_core::{DType, Device};
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu,
+    Kernel, Nodes, Ops, Tensor,
+    backend::Backend,
+    cpu,
     cuda::{AdamWFactors, Kernels},
     portable,
 };

@@ -9,7 +9,7 @@ use super::{
     Launched,
     cuda::{Graph, Listed, witness},
 };
-use crate::{error::Result, meter::Meter};
+use crate::{audit::GraphView, error::Result, meter::Meter};
 
 pub use super::cuda::Fault;
 
@@ -34,17 +34,6 @@ pub struct Recording {
     graph: Graph,
     launches: Vec<Launched>,
     view: GraphView,
-}
-
-/// A recording from both sides: what was launched, and what CUDA lists.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GraphView {
-    /// Nodes of the graph, as CUDA lists them.
-    pub nodes: usize,
-    /// Launches that went into it.
-    pub launches: usize,
-    /// Where the two differ.
-    pub difference: Option<String>,
 }
 
 impl std::fmt::Debug for Recording {

@@ -109,7 +109,13 @@ fn frequencies(rope: &Rope, head_dim: usize) -> (Vec<f32>, Option<f32>) {
                 let smooth = (original / wavelength - low) / (high - low);
                 let between = (1.0 - smooth) * scaled + smooth * f;
                 let (long, short) = (wavelength > original / low, wavelength < original / high);
-                (if long { scaled } else if short { f } else { between }) as f32
+                (if long {
+                    scaled
+                } else if short {
+                    f
+                } else {
+                    between
+                }) as f32
             };
             (plain.map(stretched).collect(), None)
         }

@@ -127,6 +127,15 @@ pub struct AuditReport {
     pub executed_flops: u128,
     /// Distinct (phase, scope, op, dtype) on either side.
     pub keys_compared: usize,
+    /// Nodes of recorded CUDA graphs as CUDA lists them, where steps were replayed from any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub graph_nodes: Option<usize>,
+    /// Launches that went into them: a product by cuBLAS may be several nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub graph_launches: Option<usize>,
+    /// Where CUDA's list is not what was launched.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub graph_difference: Option<String>,
     /// Every disagreement.
     pub differences: Vec<Difference>,
 }
@@ -317,6 +326,9 @@ impl Report {
             predicted_flops,
             executed_flops,
             keys_compared: audit.keys_compared,
+            graph_nodes: audit.graph.as_ref().map(|graph| graph.nodes),
+            graph_launches: audit.graph.as_ref().map(|graph| graph.launches),
+            graph_difference: audit.graph.as_ref().and_then(|graph| graph.difference.clone()),
             differences: keys.chain(sums).collect::<Result<_>>()?,
         });
         Ok(self)

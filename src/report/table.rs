@@ -315,10 +315,17 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
             out,
             "\n{GOOD}{yes}the audit balances{GOOD:#}: closed form = predicted = executed = {flops} FLOPs"
         )?;
-        return Ok(writeln!(
+        writeln!(
             out,
             "{FAINT}{keys} distinct ops compared by phase, scope, dimensions, dtype and calls{FAINT:#}"
-        )?);
+        )?;
+        if let (Some(nodes), Some(launches)) = (audit.graph_nodes, audit.graph_launches) {
+            writeln!(
+                out,
+                "{FAINT}CUDA lists {nodes} nodes of the recorded step: its {launches} launches{FAINT:#}"
+            )?;
+        }
+        return Ok(());
     }
     writeln!(out, "\n{BAD}{no}the audit does not balance{BAD:#} ({keys} distinct ops compared)")?;
     for (name, flops) in [
@@ -327,6 +334,12 @@ fn verdict(out: &mut impl Write, audit: &AuditReport, unicode: bool) -> Result<(
         ("executed", audit.executed_flops),
     ] {
         writeln!(out, "  {name:<12}{:>28} FLOPs", digits(flops))?;
+    }
+    if let Some(difference) = &audit.graph_difference {
+        writeln!(out, "  CUDA's list of the recorded step differs: {difference}")?;
+    }
+    if audit.differences.is_empty() {
+        return Ok(());
     }
     let mut table = new_table(unicode);
     table.set_header(["phase", "scope", "op", "calls predicted", "executed", "FLOPs apart"]);

@@ -215,4 +215,51 @@ mod tests {
         let error = render("{% if %}").unwrap_err().to_string();
         assert!(!error.contains('\n') && error.contains("template fails"), "{error}");
     }
+    #[test]
+    fn what_the_families_templates_do_works() {
+        let messages = [
+            Message::new("system", "Be brief."),
+            Message::new("user", " Hi "),
+            Message::new("assistant", "<think>\nx\n</think>\n\nYes"),
+        ];
+        for (source, expected) in [
+            // Qwen3: the last question, and the answer without its reasoning.
+            (
+                "{%- set ns = namespace(last=0) %}{%- for m in messages[::-1] %}\
+                 {%- if m.role == 'user' and m.content is string %}\
+                 {%- set ns.last = (messages|length - 1) - loop.index0 %}{% endif %}{% endfor %}\
+                 {{ ns.last }}{{ messages[-1].content.split('</think>')[-1].lstrip('\\n') }}\
+                 {%- if enable_thinking is defined and enable_thinking is false %}!{% endif %}",
+                "1Yes",
+            ),
+            // Llama 3: what may be defined, and a conversation without its first message.
+            (
+                "{%- if not date_string is defined %}{%- set date_string = 'today' %}{% endif %}\
+                 {%- set system = messages[0]['content']|trim %}{%- set messages = messages[1:] %}\
+                 {{- bos_token + system + date_string }}{%- for m in messages %}\
+                 {%- if not (m.role == 'ipython' or 'tool_calls' in m) %}\
+                 {{- m['content'] | trim }}|{% endif %}{% endfor %}",
+                "<s>Be brief.todayHi|<think>\nx\n</think>\n\nYes|",
+            ),
+            // Mistral: the questions alone.
+            (
+                "{%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}\
+                 {%- for m in messages %}{%- if m == asked[-1] %}[INST]{{ m.content }}{% endif %}\
+                 {%- if m.tool_calls is defined and m.tool_calls is not none %}!{% endif %}\
+                 {% endfor %}",
+                "[INST] Hi ",
+            ),
+            // Gemma: content that may be a list.
+            (
+                "{%- for m in messages %}{%- if m['content'] is string -%}\
+                 {{ ('model' if m['role'] == 'assistant' else m.role) + (':' if loop.first else '') }}\
+                 {%- elif m['content'] is iterable -%}!{%- else -%}{{ raise_exception('x') }}\
+                 {%- endif -%}{% endfor %}",
+                "system:usermodel",
+            ),
+        ] {
+            let template = Template::new(source.into(), Some("<s>".into()), None);
+            assert_eq!(template.render(&messages, true).unwrap(), expected);
+        }
+    }
 }

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     ledger::Phase,
     meter::Meter,
-    model::{Labelled, Decoder},
+    model::{Decoder, Labelled},
     ops::Gradients,
 };
 

@@ -18,7 +18,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{Labelled, Decoder, Trained},
+    model::{Decoder, Labelled, Trained},
     weights::Named,
     workload::{Task, Workload},
 };

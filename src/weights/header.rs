@@ -1,5 +1,5 @@
-//! What candle's GGUF reader takes on trust: that the file is one at all, and an alignment that
-//! it divides by.
+//! What candle's GGUF reader takes on trust, or reports by number: that the file is one at all, an
+//! alignment that it divides by, and how tensors are stored.
 
 /// Refuses a file that is no GGUF, or whose header would bring the reader down.
 ///
@@ -14,27 +14,28 @@ pub(super) fn check(file: &[u8]) -> Result<(), String> {
         _ if file.is_empty() => return Err("is empty, no GGUF file".into()),
         _ => return Err("is not a GGUF file: it does not begin with `GGUF`".into()),
     }
-    match zero_alignment(file) {
-        Some(true) => Err("malformed GGUF header: `general.alignment` is 0".into()),
-        _ => Ok(()),
-    }
+    Walk { rest: &file[4..], version: 0 }.header().unwrap_or(Ok(()))
 }
 
-/// Whether any `general.alignment` is 0 (the last one counts); `None` where the walk ended early.
-fn zero_alignment(file: &[u8]) -> Option<bool> {
-    let mut walk = Walk { rest: file.get(4..)?, version: 0 };
-    walk.version = u32::from_le_bytes(walk.take(4)?.try_into().ok()?);
-    walk.length()?;
-    let mut zero = false;
-    for _ in 0..walk.length()? {
-        let length = walk.length()?;
-        let is_alignment = walk.take(length)? == b"general.alignment";
-        let kind = walk.kind()?;
-        let value = walk.value(kind, 0)?;
-        zero |= is_alignment && value.iter().all(|byte| *byte == 0);
-    }
-    Some(zero)
-}
+/// How a file may store a tensor, by ggml's numbers, and the names of other ways.
+const STORED: [u32; 13] = [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30];
+const OTHERS: [(u32, &str); 15] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (20, "IQ4_NL"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+];
 
 struct Walk<'a> {
     rest: &'a [u8],
@@ -42,13 +43,47 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
+    /// What is wrong with a header; `None` where it ends early.
+    fn header(mut self) -> Option<Result<(), String>> {
+        self.version = self.number()?;
+        let tensors = self.length()?;
+        for _ in 0..self.length()? {
+            let length = self.length()?;
+            let is_alignment = self.take(length)? == b"general.alignment";
+            let kind = self.number()?;
+            let value = self.value(kind, 0)?;
+            if is_alignment && value.iter().all(|byte| *byte == 0) {
+                return Some(Err("malformed GGUF header: `general.alignment` is 0".into()));
+            }
+        }
+        for _ in 0..tensors {
+            let length = self.length()?;
+            let name = String::from_utf8_lossy(self.take(length)?);
+            for _ in 0..self.number()? {
+                self.length()?;
+            }
+            let stored = self.number()?;
+            if !STORED.contains(&stored) {
+                let known = OTHERS.iter().find(|(number, _)| *number == stored);
+                let how =
+                    known.map_or_else(|| format!("type {stored}"), |(_, how)| how.to_string());
+                return Some(Err(format!(
+                    "tensor `{name}` is stored as {how}, which is not supported; quantize the \
+                     model as Q8_0, Q6_K or Q4_K, say"
+                )));
+            }
+            self.take(8)?;
+        }
+        Some(Ok(()))
+    }
+
     fn take(&mut self, n: u64) -> Option<&'a [u8]> {
         let (taken, rest) = self.rest.split_at_checked(usize::try_from(n).ok()?)?;
         self.rest = rest;
         Some(taken)
     }
 
-    /// A count: 4 bytes in version 1, else 8.
+    /// A count or a tensor's dimension: 4 bytes in version 1, else 8.
     fn length(&mut self) -> Option<u64> {
         match self.version {
             1 => Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?).into()),
@@ -56,7 +91,7 @@ impl<'a> Walk<'a> {
         }
     }
 
-    fn kind(&mut self) -> Option<u32> {
+    fn number(&mut self) -> Option<u32> {
         Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
     }
 
@@ -72,7 +107,7 @@ impl<'a> Walk<'a> {
             STRING => self.length()?,
             // The reader refuses arrays nested deeper than this.
             ARRAY if depth <= 64 => {
-                let kind = self.kind()?;
+                let kind = self.number()?;
                 let n = self.length()?;
                 for _ in 0..n {
                     self.value(kind, depth + 1)?;
@@ -120,6 +155,27 @@ mod tests {
             check(&header(version, 32)).unwrap();
             let error = check(&header(version, 0)).unwrap_err();
             assert!(error.contains("`general.alignment` is 0"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_tensor_that_is_stored_in_an_unknown_way_is_named() {
+        for (stored, how) in [(0, None), (20, Some("as IQ4_NL")), (99, Some("as type 99"))] {
+            let mut file = header(3, 32);
+            file[8] = 1;
+            file.extend(1u64.to_le_bytes());
+            file.extend(b"w");
+            file.extend(2u32.to_le_bytes());
+            file.extend([32u64, 1].map(u64::to_le_bytes).as_flattened());
+            file.extend(u32::to_le_bytes(stored));
+            file.extend(0u64.to_le_bytes());
+            match (check(&file), how) {
+                (Ok(()), None) => {}
+                (Err(error), Some(how)) => {
+                    assert!(error.starts_with(&format!("tensor `w` is stored {how}")), "{error}");
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 

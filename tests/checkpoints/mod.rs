@@ -46,7 +46,7 @@ pub fn values(tensor: &Tensor) -> Vec<f32> {
 
 /// config.json and a byte-level tokenizer.json with two special tokens.
 pub fn write_text_side(dir: &Path, config: &ModelConfig) {
-    fs::write(dir.join("config.json"), config.to_hub().to_string()).unwrap();
+    fs::write(dir.join("config.json"), config.to_hub().unwrap().to_string()).unwrap();
     let vocab: BTreeMap<String, usize> = alphabet().into_iter().zip(0..).collect();
     let special = |id, content| {
         serde_json::json!({

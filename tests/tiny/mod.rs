@@ -11,7 +11,7 @@ use flopaudit::{
     config::{LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     ledger::{Dtype, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Labelled, Decoder, Trained},
+    model::{AdapterSource, Decoder, Labelled, Trained},
     ops::Tensor,
     weights::synthetic,
 };

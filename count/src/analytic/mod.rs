@@ -1,10 +1,11 @@
 //! The analytic side: what a workload must cost, from its config alone.
 //!
-//! Two countings of what this program executes, independent of each other and of the model's
-//! code: [`closed_form`] is a polynomial in the lengths, evaluated in O(1) however many tokens are
+//! Two countings of what is executed, independent of each other and of the model's code:
+//! [`closed_form`] is a polynomial in the lengths, evaluated in O(1) however many tokens are
 //! generated; [`predict`] lists every op. Beside them, the countings of others: [`count`] takes
-//! any [`Structure`], and [`terms`] says why it differs. Nothing here may import `ops`, `model` or
-//! `meter`, or the audit would compare a thing with itself; a test reads the imports.
+//! any [`Structure`], and [`terms`] says why it differs. What executes is in another crate, and the
+//! two countings share no derivation, or the audit would compare a thing with itself: a test reads
+//! their imports.
 
 mod moments;
 mod pieces;

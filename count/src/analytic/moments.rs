@@ -53,9 +53,9 @@ impl Scores {
 
 /// How far windowed layers see: W, or beyond any context where the model has none.
 #[derive(Debug, Clone, Copy)]
-struct Reach(Option<u128>);
+struct Sight(Option<u128>);
 
-impl Reach {
+impl Sight {
     /// min(past, W − 1): how many of `past` keys the first of new tokens sees.
     fn back(self, past: u128) -> u128 {
         self.0.map_or(past, |width| past.min(width - 1))
@@ -71,7 +71,7 @@ impl Reach {
 
 impl Moments {
     /// One pass.
-    fn pass(batch: u128, seq: u128, past: u128, logits: Logits, reach: Reach) -> Self {
+    fn pass(batch: u128, seq: u128, past: u128, logits: Logits, sight: Sight) -> Self {
         let rows = batch * seq;
         let masked = u128::from(seq > 1);
         let scores = |keys| Scores { all: rows * keys, masked: masked * rows * keys };
@@ -87,14 +87,14 @@ impl Moments {
                 Logits::Last => batch,
             },
             whole: scores(seq + past),
-            windowed: scores(seq + reach.back(past)),
+            windowed: scores(seq + sight.back(past)),
         }
     }
 
     /// Steps i = 1 … n of one token each, S = p + i.
-    fn cached_steps(batch: u128, p: u128, n: u128, reach: Reach) -> Self {
+    fn cached_steps(batch: u128, p: u128, n: u128, sight: Sight) -> Self {
         let rows = batch * n;
-        let scores = |reach: Reach| Scores { all: batch * reach.of_steps(p, n), masked: 0 };
+        let scores = |sight: Sight| Scores { all: batch * sight.of_steps(p, n), masked: 0 };
         Self {
             passes: n,
             cached_passes: n,
@@ -103,8 +103,8 @@ impl Moments {
             rows,
             squares: rows,
             head_rows: rows,
-            whole: scores(Reach(None)),
-            windowed: scores(reach),
+            whole: scores(Sight(None)),
+            windowed: scores(sight),
         }
     }
 
@@ -130,9 +130,9 @@ impl Moments {
 
     /// The passes of a task as they run; of training, those of one micro-step.
     pub fn of(task: &Task, model: &ModelConfig) -> Vec<(Phase, Self)> {
-        let reach = Reach(model.window.as_ref().map(|window| window.width as u128));
+        let sight = Sight(model.window.as_ref().map(|window| window.width as u128));
         let whole = |batch: u64, seq: u64, past: u64, logits| {
-            Self::pass(batch.into(), seq.into(), past.into(), logits, reach)
+            Self::pass(batch.into(), seq.into(), past.into(), logits, sight)
         };
         match *task {
             Task::Forward { batch, seq, past, logits } => {
@@ -147,7 +147,7 @@ impl Moments {
                 let prefill = Self { cached_passes: u128::from(kv_cache), ..prefill };
                 let (b, p, n) = (batch.into(), prompt_tokens.into(), u128::from(new_tokens) - 1);
                 let decode = match kv_cache {
-                    true => Self::cached_steps(b, p, n, reach),
+                    true => Self::cached_steps(b, p, n, sight),
                     false => Self::uncached_steps(b, p, n),
                 };
                 vec![(Phase::Prefill, prefill), (Phase::Decode, decode)]
@@ -213,11 +213,11 @@ mod tests {
             for p in 1..12 {
                 for n in 0..12 {
                     let steps: u128 = (1..=n).map(|i| (p + i).min(width)).sum();
-                    assert_eq!(Reach(Some(width)).of_steps(p, n), steps);
+                    assert_eq!(Sight(Some(width)).of_steps(p, n), steps);
                 }
             }
         }
-        assert_eq!(Reach(None).of_steps(3, 4), 4 + 5 + 6 + 7);
-        assert_eq!([0, 3, 4, 9].map(|past| Reach(Some(5)).back(past)), [0, 3, 4, 4]);
+        assert_eq!(Sight(None).of_steps(3, 4), 4 + 5 + 6 + 7);
+        assert_eq!([0, 3, 4, 9].map(|past| Sight(Some(5)).back(past)), [0, 3, 4, 4]);
     }
 }

@@ -4,9 +4,12 @@ use super::{
     super::{
         Attention, KvCache, Tensor, Unshared, Workspace,
         cuda::{Kernels, attend_space},
-            },
+    },
     LowRank, Norm, Product,
-    launches::{Adapted, AddedInto, AttendOne, BiasInto, EmbedInto, GateInto, Library, NormInto, Projected, To},
+    launches::{
+        Adapted, AddedInto, AttendOne, BiasInto, EmbedInto, GateInto, Library, NormInto, Projected,
+        To,
+    },
 };
 use crate::{config::Activation, error::Result, meter::At};
 
@@ -276,12 +279,7 @@ impl<'a> Fused<'a> {
     }
 
     /// Adds what their adapters make of x to products (B, 1, n), up to three at once.
-    fn adapt(
-        &self,
-        x: &candle_core::Tensor,
-        products: &[Product],
-        outs: &[Tensor],
-    ) -> Result<()> {
+    fn adapt(&self, x: &candle_core::Tensor, products: &[Product], outs: &[Tensor]) -> Result<()> {
         let adapters: Vec<(LowRank, candle_core::Tensor)> = products
             .iter()
             .zip(outs)

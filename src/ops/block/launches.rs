@@ -168,7 +168,9 @@ impl Kernel for Projected<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
-        let pair = |product: &Product<'_>| (product.weight.data.clone(), product.bias.map(|b| b.data.clone()));
+        let pair = |product: &Product<'_>| {
+            (product.weight.data.clone(), product.bias.map(|b| b.data.clone()))
+        };
         let pairs: Vec<_> = self.products.iter().map(pair).collect();
         let products: Vec<_> = pairs.iter().map(|(w, b)| (w, b.as_ref())).collect();
         let ahead: Vec<_> = self.ahead.iter().map(|weight| &weight.data).collect();

@@ -146,6 +146,7 @@ pub struct Run {
     pub predicted_flops: Option<u128>,
     pub executed_flops: Option<u128>,
     pub keys_compared: Option<u64>,
+    pub graph_difference: Option<String>,
     #[serde(default)]
     pub differences: Vec<Difference>,
     // And a generation's.

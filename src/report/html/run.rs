@@ -113,7 +113,10 @@ fn verdict(run: &Run) -> Verdict {
                 .iter()
                 .filter_map(|(name, flops)| Some(format!("{name} {}", digits((*flops)?))))
                 .collect();
-            let detail = format!("{} FLOPs; {keys} distinct ops compared", sides.join(", "));
+            let graph = run.graph_difference.as_ref();
+            let graph = graph.map_or(String::new(), |why| format!("; the recorded step: {why}"));
+            let sides = sides.join(", ");
+            let detail = format!("{sides} FLOPs; {keys} distinct ops compared{graph}");
             Verdict::of(false, "The audit does not balance", detail)
         }
         (None, _) => Verdict::plain(

@@ -1,4 +1,4 @@
-//! Byte-level BPE: the ways to split text before its bytes are merged, by llama.cpp's names of them.
+//! Byte-level BPE: the ways to split text before its bytes are merged, by llama.cpp's names.
 
 use std::collections::HashSet;
 

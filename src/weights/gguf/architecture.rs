@@ -224,7 +224,8 @@ impl Architecture {
         config.window = found.map(|width| Window { width, layers });
         if let Some(windows) = &self.windows {
             let theta = metadata.float(&key("rope.freq_base_swa"))?.unwrap_or(windows.theta);
-            config.local_rope = Some(Rope { theta, ..Rope::default() });
+            let local = Rope { theta, ..Rope::default() };
+            config.local_rope = Some(local).filter(|rope| *rope != config.rope);
             let by_width = config.num_hidden_layers == windows.by_width;
             let (d, h) = (config.hidden_size as f64, config.num_attention_heads as f64);
             let scalar = if by_width { d / h } else { config.head_dim() as f64 };

@@ -52,16 +52,14 @@ pub(super) fn read(
         }
         _ => metadata.refuse_unless(&key("scaling.attn_factor"), 1.0)?,
     }
-    let refuse = |why: &str| Error::tensor(metadata.origin(), FREQUENCY_FACTORS, why).into();
     let scaling = match (scaling, factors) {
-        (scaling, None) => scaling,
-        (RopeScaling::Default, Some(factors)) => {
-            llama3(factors, theta, width).ok_or_else(|| -> anyhow::Error {
-                refuse("holds factors that are not Llama 3's; no others are supported")
-            })?
-        }
-        (_, Some(_)) => return Err(refuse("scales frequencies that other keys scale too")),
+        (scaling, None) => Ok(scaling),
+        (RopeScaling::Default, Some(factors)) => llama3(factors, theta, width)
+            .ok_or("holds factors that are not Llama 3's; no others are supported"),
+        (_, Some(_)) => Err("scales frequencies that other keys scale too"),
     };
+    let scaling =
+        scaling.map_err(|why| Error::tensor(metadata.origin(), FREQUENCY_FACTORS, why))?;
     Ok(Rope { theta, scaling })
 }
 
@@ -238,7 +236,8 @@ mod tests {
     fn other_scaling_is_refused_by_name() {
         let yarn = ("scaling.type", text("yarn"));
         let factor = ("scaling.factor", Value::F32(4.0));
-        let cases: [(&[(&str, Value)], Option<&[f32]>, &str); 7] = [
+        type Case<'a> = (&'a [(&'a str, Value)], Option<&'a [f32]>, &'a str);
+        let cases: [Case; 7] = [
             (&[("scaling.type", text("longrope"))], None, "`longrope` RoPE scaling"),
             (std::slice::from_ref(&yarn), None, "`x.rope.scaling.factor` is missing"),
             (&[("scaling.attn_factor", Value::F32(1.5))], None, "attn_factor` is 1.5"),

@@ -1,0 +1,132 @@
+//! Facts: which op ran, where, with which dimensions, how often.
+//!
+//! A [`Key`] names an op; a [`Ledger`] is a multiset of keys. Both the predicted and the executed
+//! side of an audit are ledgers. What an op costs is an opinion and lives in [`crate::prices`].
+
+mod op;
+mod scope;
+
+use std::{collections::BTreeMap, fmt, time::Duration};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use op::Op;
+pub use scope::{Lora, Module, Phase, Scope};
+
+/// Element type that an op computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    #[cfg_attr(feature = "clap", value(name = "bf16"))]
+    BF16,
+}
+
+impl Dtype {
+    /// Lower-case name, as flags and JSON spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+        }
+    }
+
+    /// Bytes of one element.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+}
+
+/// What makes two calls the same fact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Key {
+    /// What the run was doing.
+    pub phase: Phase,
+    /// Where in the model.
+    pub scope: Scope,
+    /// Which op, with its dimensions.
+    pub op: Op,
+    /// In which element type.
+    pub dtype: Dtype,
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} {}", self.phase.name(), self.scope, self.op, self.dtype.name())
+    }
+}
+
+/// How often a key ran and, where it was asked for, how long in all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Entry {
+    /// Calls.
+    pub calls: u64,
+    /// Time of all calls; zero where ops were not timed.
+    pub time: Duration,
+}
+
+/// The multiset {(phase, scope, op, dtype)} → calls.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Ledger(BTreeMap<Key, Entry>);
+
+impl Serialize for Ledger {
+    /// As a list of [key, calls]; times are not kept.
+    fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(self.iter().map(|(key, entry)| (key, entry.calls)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Ledger {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        let mut ledger = Self::default();
+        for (key, calls) in Vec::<(Key, u64)>::deserialize(d)? {
+            ledger.add(key, calls, Duration::ZERO);
+        }
+        Ok(ledger)
+    }
+}
+
+impl Ledger {
+    /// Counts `calls` more calls of `key`.
+    pub fn add(&mut self, key: Key, calls: u64, time: Duration) {
+        let entry = self.0.entry(key).or_default();
+        entry.calls += calls;
+        entry.time += time;
+    }
+
+    /// Adds everything that `other` holds.
+    pub fn extend(&mut self, other: Self) {
+        for (key, entry) in other.0 {
+            self.add(key, entry.calls, entry.time);
+        }
+    }
+
+    /// Keys in order, with their entries.
+    pub fn iter(&self) -> impl Iterator<Item = (&Key, &Entry)> {
+        self.0.iter()
+    }
+
+    /// Calls of `key`; 0 if it never ran.
+    pub fn calls(&self, key: &Key) -> u64 {
+        self.0.get(key).map_or(0, |e| e.calls)
+    }
+
+    /// Distinct keys.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether nothing ran.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
