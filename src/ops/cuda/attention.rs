@@ -49,9 +49,9 @@ impl Kernels {
             && k.stride() == v.stride()
     }
 
-    /// softmax(q · kᵀ + mask) · v for q (B, H, T, d), scaled already, and k and v (B, K, S, d), which
-    /// may be the held part of a cache: (B, T, H·d). All scores are computed, also those that the
-    /// mask hides.
+    /// softmax(q · kᵀ + mask) · v for q (B, H, T, d), scaled already, and k and v (B, K, S, d),
+    /// which may be the held part of a cache: (B, T, H·d). All scores are computed, also those that
+    /// the mask hides.
     ///
     /// # Errors
     /// Tensors that [`Self::attention_serves`] refuses, not as many keys as the queries see; the

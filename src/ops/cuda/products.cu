@@ -15,7 +15,8 @@ enum Kind {
 template <int KIND> constexpr int SETS_OF = KIND == GATED ? 2 : 1;
 
 // Row `r` of all weights, of k elements.
-template <typename T> __device__ __forceinline__ const T *row_of(const Weights<T> &w, u32 r, u32 k) {
+template <typename T>
+__device__ __forceinline__ const T *row_of(const Weights<T> &w, u32 r, u32 k) {
     if (r < w.ends[0]) return w.weights[0] + (u64)r * k;
     if (r < w.ends[1]) return w.weights[1] + (u64)(r - w.ends[0]) * k;
     return w.weights[2] + (u64)(r - w.ends[1]) * k;
@@ -77,8 +78,8 @@ __device__ __forceinline__ float activated(float x, bool gelu) {
 
 // What becomes of a column's sums, for one row of the input, where `old` is there.
 template <int KIND, typename T, int SETS = SETS_OF<KIND>>
-__device__ __forceinline__ T finished(const float (&sums)[SETS], const float (&biases)[SETS], float old,
-                                      bool gelu) {
+__device__ __forceinline__ T finished(const float (&sums)[SETS], const float (&biases)[SETS],
+                                      float old, bool gelu) {
     float y[SETS];
 #pragma unroll
     for (int s = 0; s < SETS; s++) y[s] = rounded<T>(rounded<T>(sums[s]) + biases[s]);
@@ -202,11 +203,11 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's rows
-// are the rows of a tile, the input's its columns. A block takes one tile of the weight (of each, if
-// gated); its warps take turns along the summed dimension, 32 elements at a time, of which a lane
-// loads 8 that lie together. The order in which a tile sums them is of no account, so these serve
-// as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
+// `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's
+// rows are the rows of a tile, the input's its columns. A block takes one tile of the weight (of
+// each, if gated); its warps take turns along the summed dimension, 32 elements at a time, of which a
+// lane loads 8 that lie together. The order in which a tile sums them is of no account, so these
+// serve as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
 template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a) {
     static_assert(TILE_ROWS == 16 && TILE_COLUMNS == 8, "as the instruction takes them");
     constexpr int SETS = SETS_OF<KIND>, TURNS = 4;
