@@ -41,7 +41,8 @@ __device__ __forceinline__ u32 packed(float a, float b) {
 // (batch, kv_heads, …, D), of which each head has `held` tokens and begins `stride` elements after
 // the one before. The queries are the last `seq` of these tokens; each sees no token after its own
 // and none before its window.
-template <int D, int MT, int BN> __device__ void attention(const Attention<bf16> &a) {
+template <int D, int MT, int BN, bool WINDOWED>
+__device__ void attention(const Attention<bf16> &a) {
     constexpr int THREADS = ATTENTION_WARPS * 32;
     constexpr int CHUNKS = D / 8; // of 16 bytes in a row
     __shared__ __align__(128) bf16 tiles[2][2][BN * D]; // [buffer][keys, values]
@@ -49,8 +50,8 @@ template <int D, int MT, int BN> __device__ void attention(const Attention<bf16>
     u32 head = blockIdx.y, b = blockIdx.z;
     u32 seq = a.seq, held = a.held, heads = a.heads;
     u32 first = (blockIdx.x * ATTENTION_WARPS + warp) * 16 * MT;
-    u64 start = ((u64)b * a.kv_heads + head / (heads / a.kv_heads)) * a.stride;
-    const bf16 *k = a.keys + start, *v = a.values + start;
+    const bf16 *k = a.keys + ((u64)b * a.kv_heads + head / (heads / a.kv_heads)) * a.stride;
+    const bf16 *v = a.values + (k - a.keys);
 
     // Rows are stored with their chunks permuted, so that eight rows' same chunk lies in all banks.
     auto place = [&](int buffer, int which, u32 row, u32 chunk) {
@@ -116,14 +117,16 @@ template <int D, int MT, int BN> __device__ void attention(const Attention<bf16>
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 row = first + m * 16 + half * 8 + g;
-                Seen seen(min(held - seq + row + 1, held), a.window);
+                u32 own = min(held - seq + row + 1, held); // and what is before it
+                Seen seen(own, a.window);
                 float top = max[m][half];
 #pragma unroll
                 for (int n = 0; n < BN / 8; n++) {
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
                         float &x = scores[m][n][half * 2 + j];
-                        x += seen.has(from + n * 8 + 2 * t + j) ? 0.0f : -INFINITY;
+                        u32 token = from + n * 8 + 2 * t + j;
+                        x += (WINDOWED ? seen.has(token) : token < own) ? 0.0f : -INFINITY;
                         top = fmaxf(top, x);
                     }
                 }
@@ -191,10 +194,11 @@ template <int D, int MT, int BN> __device__ void attention(const Attention<bf16>
     }
 }
 
-#define ATTENTION(T, t, D, MT, BN)                                                                 \
+#define ATTENTION(NAME, WINDOWED, T, t, D, MT, BN)                                                 \
     extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)                             \
-        attention_##t##_##D(Attention<T> a) {                                                      \
-        attention<D, MT, BN>(a);                                                                   \
+        NAME##_##t##_##D(Attention<T> a) {                                                         \
+        attention<D, MT, BN, WINDOWED>(a);                                                         \
     }
 
-ATTENTION_SHAPES(ATTENTION, bf16, bf16)
+ATTENTION_SHAPES(ATTENTION, attention, false, bf16, bf16)
+ATTENTION_SHAPES(ATTENTION, attention_windowed, true, bf16, bf16)

@@ -49,9 +49,9 @@ impl Kernels {
             && k.stride() == v.stride()
     }
 
-    /// softmax(q · kᵀ + mask) · v for q (B, H, T, d), scaled already, and k and v (B, K, S, d), which
-    /// may be the held part of a cache: (B, T, H·d). All scores are computed, also those that the
-    /// mask hides.
+    /// softmax(q · kᵀ + mask) · v for q (B, H, T, d), scaled already, and k and v (B, K, S, d),
+    /// which may be the held part of a cache: (B, T, H·d). All scores are computed, also those that
+    /// the mask hides.
     ///
     /// # Errors
     /// Tensors that [`Self::attention_serves`] refuses, not as many keys as the queries see; the
@@ -64,7 +64,8 @@ impl Kernels {
         v: &Tensor,
         causal: Causal,
     ) -> Result<Tensor> {
-        let call = self.call(nodes, File::Attention, "attention");
+        let name = if causal.window.is_some() { "attention_windowed" } else { "attention" };
+        let call = self.call(nodes, File::Attention, name);
         let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
         let fits = causal.seq == seq && causal.own(held).is_some();
         call.check(fits && Self::attention_serves(q, k, v), &[q, k, v])?;

@@ -170,7 +170,8 @@ struct Stretch {
     float *row;
     u32 from, to;
 
-    // f(i) for all i, of which `load(i)` gives what it takes, eight of a thread's under way at once.
+    // f(i) for all i, of which `load(i)` gives what it takes, eight of a thread's under way at
+    // once.
     template <typename L, typename F> __device__ __forceinline__ void each(L load, F f) const {
         for (u32 start = from + threadIdx.x; start < to; start += 8 * DRAWERS) {
             float v[8];
@@ -204,7 +205,8 @@ __device__ Place first_past(const Bins &bins, bool by_count, u32 mark, Mass befo
 
 // The element, of those whose floats' bits from `shift` on are `prefix`, in the order of the row,
 // with which the running count or sum from `before` on passes `mark`.
-__device__ Place in_order(Stretch all, u32 shift, u32 prefix, bool by_count, u32 mark, Mass before) {
+__device__ Place in_order(Stretch all, u32 shift, u32 prefix, bool by_count, u32 mark,
+                          Mass before) {
     __shared__ Place found;
     __shared__ Mass own;
     // A stretch of the stretch for each warp.

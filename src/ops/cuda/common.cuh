@@ -146,7 +146,7 @@ struct Gelu {
     }
 };
 
-// The tokens that a query sees: of its own and all before it, so many, the last that a window shows.
+// The tokens that a query sees: of `all`, its own and those before it, the last that a window shows.
 struct Seen {
     u32 first, count;
 

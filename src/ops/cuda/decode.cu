@@ -25,7 +25,8 @@ template <typename T> __device__ void embed(const Embed<T> &a) {
 // A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
 // groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
 #define KEYS 2 // that a group looks at together
-template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a) {
+template <typename T, int D, int MOST, bool NORMED>
+__device__ void attend(const Attend<T> &a) {
     constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES, WARPS = LOOKERS / 32;
     u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
     u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
@@ -36,8 +37,7 @@ template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a
     T *keys = a.keys + ((u64)b * a.kv_heads + head) * a.capacity * D + lane * 8;
     T *values = a.values + (keys - a.keys);
     u32 hidden = Seen(past + 1, a.window).first, seen = past - hidden;
-    u32 start = hidden + (u64)seen * split / splits;
-    u32 end = hidden + (u64)seen * (split + 1) / splits;
+    u32 start = hidden + seen * split / splits, end = hidden + seen * (split + 1) / splits;
     Raw<T> next_key[KEYS], next_value[KEYS];
     auto fetch = [&](u32 from) {
 #pragma unroll
@@ -58,8 +58,8 @@ template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a
                            : a.k + (u64)b * a.kv_stride + head * D;
     };
     auto norm_of = [&](u32 g) -> const Normed<T> & { return g < g_count ? a.q_norm : a.k_norm; };
-    __shared__ float inverse[MOST + 1]; // 1 / root of the mean square
-    if (a.q_norm.gain || a.k_norm.gain) {
+    __shared__ float inverse[NORMED ? MOST + 1 : 1]; // 1 / root of the mean square
+    if constexpr (NORMED) {
         for (u32 g = warp; g <= g_count; g += WARPS) {
             const T *from = vector(g);
             float sum = 0.0f;
@@ -76,7 +76,7 @@ template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a
         u32 g = i / (D / 2), j = i % (D / 2);
         const T *from = vector(g);
         float first = widen(from[j]), second = widen(from[j + D / 2]);
-        if (norm_of(g).gain) {
+        if constexpr (NORMED) {
             const Normed<T> &norm = norm_of(g);
             float r = inverse[g];
             first = rounded<T>(first * r * (norm.shift + widen(norm.gain[j])));
@@ -252,13 +252,19 @@ template <typename T, int D, int MOST> __device__ void attend(const Attend<T> &a
 
 // ---- what the host calls ------------------------------------------------------------------------
 
-#define ATTEND(T, t, D, MOST)                                                                      \
-    extern "C" __global__ void __launch_bounds__(LOOKERS) attend_##t##_##D##_##MOST(Attend<T> a) { \
-        attend<T, D, MOST>(a);                                                                     \
+// Left to itself, the compiler takes so many registers for one query head that a multiprocessor has
+// room for two blocks, not three.
+#define TOGETHER(T, MOST) (MOST == 1 && sizeof(T) == 2 ? 3 : 1)
+
+#define ATTEND(NAME, NORMED, T, t, D, MOST)                                                        \
+    extern "C" __global__ void __launch_bounds__(LOOKERS, TOGETHER(T, MOST))                       \
+        NAME##_##t##_##D##_##MOST(Attend<T> a) {                                                   \
+        attend<T, D, MOST, NORMED>(a);                                                             \
     }
 
 #define ALL(T, t)                                                                                  \
-    ATTEND_SHAPES(ATTEND, T, t)                                                                    \
+    ATTEND_SHAPES(ATTEND, attend, false, T, t)                                                     \
+    ATTEND_SHAPES(ATTEND, attend_normed, true, T, t)                                               \
     extern "C" __global__ void embed_##t(Embed<T> a) { embed<T>(a); }
 
 ALL(float, f32)

@@ -36,7 +36,7 @@ pub(in crate::ops) struct Attend<'a> {
     pub sin: &'a Tensor,
     /// One element.
     pub scale: &'a Tensor,
-    /// Gain of d.
+    /// Gain of d; where q has a norm, k has one too.
     pub q_norm: Option<Norm<'a>>,
     /// Gain of d.
     pub k_norm: Option<Norm<'a>>,
@@ -126,7 +126,10 @@ impl Kernels {
     /// # Errors
     /// Shapes that do not fit one another; the device's.
     pub(in crate::ops) fn attend(&self, nodes: &Nodes, a: Attend) -> Result<()> {
-        let call = self.call(nodes, File::Decode, "attend");
+        let normed = a.q_norm.is_some();
+        let name = if normed { "attend_normed" } else { "attend" };
+        let call = self.call(nodes, File::Decode, name);
+        call.check(a.k_norm.is_some() == normed, &[a.q, a.k])?;
         let [batch, kv_heads, capacity, d] = call.dims(a.keys)?;
         let [rows, width, q_stride] = call.columns(a.q)?;
         let [k_rows, k_width, kv_stride] = call.columns(a.k)?;
@@ -184,6 +187,8 @@ impl Kernels {
             kv_stride: call.size(kv_stride)?,
             window: window(a.window),
         };
+        // The kernel multiplies the two.
+        call.size(capacity * splits)?;
         let variant = [d, if together == 1 { 1 } else { most }].map(|n| n as u32);
         // SAFETY: the tensors have these dimensions, and the caches room for one more token than
         // are held: whoever counts them stops at their capacity.

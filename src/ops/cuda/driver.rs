@@ -94,8 +94,8 @@ pub(super) unsafe fn launch<A: Copy>(
 }
 
 /// out = x · weightᵀ, plus what `out` held where `add` says so: the one place where a product is
-/// given to cuBLAS, and written to `nodes`. The matrices are weight, x and out, by columns; the sizes
-/// n, m, k, and the elements between two of out's.
+/// given to cuBLAS, and written to `nodes`. The matrices are weight, x and out, by columns; the
+/// sizes n, m, k, and the elements between two of out's.
 ///
 /// # Safety
 /// The matrices are of these sizes and of `dtype`, and live until the product is done.

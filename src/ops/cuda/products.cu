@@ -12,17 +12,25 @@ enum Kind {
     ADD = 1,   // out = out + sum
     GATED = 2, // out = activation of the sum with the first weight · sum with the second
 };
+template <int KIND> constexpr int SETS_OF = KIND == GATED ? 2 : 1;
 
 // Row `r` of all weights, of k elements.
-template <typename T> __device__ __forceinline__ const T *row_of(const Weights<T> &w, u32 r, u32 k) {
+template <typename T>
+__device__ __forceinline__ const T *row_of(const Weights<T> &w, u32 r, u32 k) {
     if (r < w.ends[0]) return w.weights[0] + (u64)r * k;
     if (r < w.ends[1]) return w.weights[1] + (u64)(r - w.ends[0]) * k;
     return w.weights[2] + (u64)(r - w.ends[1]) * k;
 }
-// What is added to its product.
-template <typename T> __device__ __forceinline__ float bias_of(const Weights<T> &w, u32 r) {
-    const T *b = r < w.ends[0] ? w.biases[0] : r < w.ends[1] ? w.biases[1] : w.biases[2];
-    return b ? widen(b[r < w.ends[0] ? r : r < w.ends[1] ? r - w.ends[0] : r - w.ends[1]]) : 0.0f;
+// What is added to the product of row `r` of all weights, or of weight `set` of a gated unit.
+template <int KIND, typename T>
+__device__ __forceinline__ float bias_of(const Weights<T> &w, int set, u32 r) {
+    u32 first = 0;
+    if constexpr (KIND != GATED) {
+        if (r >= w.ends[0]) set = 1, first = w.ends[0];
+        if (r >= w.ends[1]) set = 2, first = w.ends[1];
+    }
+    const T *b = set == 0 ? w.biases[0] : set == 1 ? w.biases[1] : w.biases[2];
+    return b ? widen(b[r - first]) : 0.0f;
 }
 
 // A share, by each of `count` threads, of weights that a later kernel reads: fetched into the L2
@@ -62,29 +70,30 @@ template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
     return v[0];
 }
 
-// What becomes of one column's sums, of one row of the input: `first`, or both of a gated unit.
-template <int KIND, typename T>
-__device__ __forceinline__ void finish(const Project<T> &a, u32 b, u32 row, float first, float second) {
-    auto biased = [&](float sum, float bias) { return rounded<T>(rounded<T>(sum) + bias); };
-    T *to = a.out + (u64)b * a.w.ends[2] + row;
-    if constexpr (KIND == GATED) {
-        float gate = biased(first, a.w.biases[0] ? widen(a.w.biases[0][row]) : 0.0f);
-        float up = biased(second, a.w.biases[1] ? widen(a.w.biases[1][row]) : 0.0f);
-        *to = narrow<T>(rounded<T>(a.gelu ? Gelu::of(gate) : Silu::of(gate)) * up);
-    } else {
-        float sum = biased(first, bias_of(a.w, row));
-        *to = narrow<T>(KIND == ADD ? widen(*to) + sum : sum);
-    }
+// The gate's activation, GELU or SiLU, told apart without a branch.
+__device__ __forceinline__ float activated(float x, bool gelu) {
+    float a = gelu ? Gelu::A : -1.0f, b = gelu ? Gelu::B : 0.0f;
+    return __fdividef(x, 1.0f + __expf(x * (a + b * x * x)));
+}
+
+// What becomes of a column's sums, for one row of the input, where `old` is there.
+template <int KIND, typename T, int SETS = SETS_OF<KIND>>
+__device__ __forceinline__ T finished(const float (&sums)[SETS], const float (&biases)[SETS],
+                                      float old, bool gelu) {
+    float y[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) y[s] = rounded<T>(rounded<T>(sums[s]) + biases[s]);
+    if constexpr (KIND == GATED) return narrow<T>(rounded<T>(activated(y[0], gelu)) * y[1]);
+    return narrow<T>(KIND == ADD ? old + y[0] : y[0]);
 }
 
 // out (batch, n) from x (batch, k), B rows at most; with a norm, x is normalized first.
 // AHEAD packs of every row are under way at once.
 template <typename T, int B, int R, int KIND, int AHEAD>
 __device__ void project(const Project<T> &a) {
-    constexpr int SETS = KIND == GATED ? 2 : 1;
-    const T *gain = a.norm.gain;
+    constexpr int SETS = SETS_OF<KIND>, SUMS = SETS * R * B;
+    const T *gain = KIND == ADD ? nullptr : a.norm.gain; // what is added is never normed
     u32 batch = a.batch, k = a.k, n = a.w.ends[2];
-    constexpr int SUMS = SETS * R * B;
     u32 first = blockIdx.x * R;
     const T *rows[SETS * R];
 #pragma unroll
@@ -115,19 +124,17 @@ __device__ void project(const Project<T> &a) {
         for (int c = 0; c < AHEAD; c++) {
             u32 i = start + c * THREADS * 8;
             if (i >= k) break;
-            float g[8], v[B][8];
+            float v[B][8];
+#pragma unroll
+            for (int b = 0; b < B; b++) load<8>(a.x + (u64)min(b, batch - 1) * k + i, v[b]);
             if (gain) {
+                float g[8];
                 load<8>(gain + i, g);
 #pragma unroll
-                for (int j = 0; j < 8; j++) g[j] += a.norm.shift;
-            }
-#pragma unroll
-            for (int b = 0; b < B; b++) {
-                if (b < batch) load<8>(a.x + (u64)b * k + i, v[b]);
-#pragma unroll
                 for (int j = 0; j < 8; j++) {
-                    if (b >= batch) v[b][j] = 0.0f;
-                    if (gain) {
+                    g[j] += a.norm.shift;
+#pragma unroll
+                    for (int b = 0; b < B; b++) {
                         squares[b] += v[b][j] * v[b][j];
                         v[b][j] *= g[j];
                     }
@@ -145,6 +152,16 @@ __device__ void project(const Project<T> &a) {
             }
             fetch(c, i + AHEAD * THREADS * 8);
         }
+    }
+    // What the end reads is fetched meanwhile.
+    u32 r = threadIdx.x / B, b = threadIdx.x % B, row = first + r;
+    bool ends = r < R && b < batch && row < n;
+    T *to = a.out + (u64)b * n + row;
+    float biases[SETS] = {}, old = 0.0f;
+    if (ends) {
+#pragma unroll
+        for (int s = 0; s < SETS; s++) biases[s] = bias_of<KIND>(a.w, s, row);
+        if (KIND == ADD) old = widen(*to);
     }
     constexpr int WARPS = THREADS / 32;
     __shared__ float parts[WARPS][SUMS + B];
@@ -166,18 +183,17 @@ __device__ void project(const Project<T> &a) {
         if (lane % (32 / B) == 0) parts[warp][SUMS + lane / (32 / B)] = sum;
     }
     __syncthreads();
-    int r = threadIdx.x / B, b = threadIdx.x % B;
-    if (r >= R || b >= batch || first + r >= n) return;
+    if (!ends) return;
     auto total = [&](int i) {
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < WARPS; j++) sum += parts[j][i];
         return sum;
     };
-    float inverse = gain ? rsqrtf(total(SUMS + b) / k + a.norm.eps) : 1.0f;
-    float sum = total((SETS * r) * B + b) * inverse, second = 0.0f;
-    if constexpr (KIND == GATED) second = total((2 * r + 1) * B + b) * inverse;
-    finish<KIND>(a, b, first + r, sum, second);
+    float inverse = gain ? rsqrtf(total(SUMS + b) / k + a.norm.eps) : 1.0f, all[SETS];
+#pragma unroll
+    for (int s = 0; s < SETS; s++) all[s] = total((SETS * r + s) * B + b) * inverse;
+    *to = finished<KIND, T>(all, biases, old, a.gelu);
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -187,15 +203,15 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's rows
-// are the rows of a tile, the input's its columns. A block takes one tile of the weight (of each, if
-// gated); its warps take turns along the summed dimension, 32 elements at a time, of which a lane
-// loads 8 that lie together. The order in which a tile sums them is of no account, so these serve
-// as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
+// `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's
+// rows are the rows of a tile, the input's its columns. A block takes one tile of the weight (of
+// each, if gated); its warps take turns along the summed dimension, 32 elements at a time, of which a
+// lane loads 8 that lie together. The order in which a tile sums them is of no account, so these
+// serve as what the instruction calls elements 2t, 2t + 1, 2t + 8 and 2t + 9 of two tiles.
 template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a) {
     static_assert(TILE_ROWS == 16 && TILE_COLUMNS == 8, "as the instruction takes them");
-    constexpr int SETS = KIND == GATED ? 2 : 1, TURNS = 4;
-    const bf16 *gain = a.norm.gain;
+    constexpr int SETS = SETS_OF<KIND>, TURNS = 4;
+    const bf16 *gain = KIND == ADD ? nullptr : a.norm.gain;
     u32 batch = a.batch, k = a.k, height = a.w.ends[2];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     u32 first = blockIdx.x * TILE_ROWS;
@@ -292,23 +308,43 @@ template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a
         __syncthreads();
     }
     if (warp) return;
+    float biases[2][SETS], old[NT][4] = {}, inverse[NT][2];
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
+    for (int half = 0; half < 2; half++) {
+        u32 row = min(first + g + half * 8, height - 1);
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 b = n * 8 + 2 * t + j % 2, row = first + g + j / 2 * 8;
-            if (b >= batch || row >= height) continue;
-            float inverse = 1.0f;
-            if (gain) {
-                float sum = 0.0f;
-#pragma unroll
-                for (int i = 0; i < TILE_WARPS; i++) sum += of_squares[i][b];
-                inverse = rsqrtf(sum / k + a.norm.eps);
-            }
-            float second = KIND == GATED ? sums[SETS - 1][n][j] * inverse : 0.0f;
-            finish<KIND>(a, b, row, sums[0][n][j] * inverse, second);
-        }
+        for (int s = 0; s < SETS; s++) biases[half][s] = bias_of<KIND>(a.w, s, row);
     }
+    auto each = [&](auto f) { // a sum's place in the output, its tile, its place in that
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 b = n * 8 + 2 * t + j % 2, row = first + g + j / 2 * 8;
+                if (b < batch && row < height) f(a.out + (u64)b * height + row, n, j);
+            }
+        }
+    };
+    if (KIND == ADD) each([&](bf16 *to, int n, int j) { old[n][j] = widen(*to); });
+#pragma unroll
+    for (int i = 0; i < NT * 2; i++) {
+        float sum = 0.0f;
+        if (gain) {
+#pragma unroll
+            for (int w = 0; w < TILE_WARPS; w++) sum += of_squares[w][i / 2 * 8 + 2 * t + i % 2];
+        }
+        inverse[i / 2][i % 2] = gain ? rsqrtf(sum / k + a.norm.eps) : 1.0f;
+    }
+    bf16 y[NT][4];
+#pragma unroll
+    for (int i = 0; i < NT * 4; i++) {
+        int n = i / 4, j = i % 4;
+        float all[SETS];
+#pragma unroll
+        for (int s = 0; s < SETS; s++) all[s] = sums[s][n][j] * inverse[n][j % 2];
+        y[n][j] = finished<KIND, bf16>(all, biases[j / 2], old[n][j], a.gelu);
+    }
+    each([&](bf16 *to, int n, int j) { *to = y[n][j]; });
 }
 
 // What adapters add to up to three products: to columns of each output scaling · low · Bᵀ, each

@@ -32,7 +32,7 @@ pub(in crate::ops) struct Project<'a> {
     pub out: Out<'a>,
     /// (B, k)
     pub x: &'a Tensor,
-    /// Gain of k.
+    /// Gain of k; none where products are added.
     pub norm: Option<Norm<'a>>,
     /// Each a weight (n, k) and a bias (n).
     pub products: &'a [(&'a Tensor, Option<&'a Tensor>)],
@@ -173,13 +173,16 @@ impl Kernels {
         let (mut weights, heights) = call.weights(products, k)?;
         let n = match (out, heights.as_slice()) {
             (Out::Plain(_), all) => all.iter().sum(),
-            (Out::Added(_), &[n]) => n,
+            (Out::Added(_), &[n]) if norm.is_none() => n,
             (Out::Gated(..), &[n, other]) if n == other => {
                 // A row of both gives one column.
                 weights.ends = [call.size(n)?; 3];
                 n
             }
-            (_, all) => bail!("kernel {name} does not take weights of {all:?} rows"),
+            (_, all) => {
+                let with = if norm.is_some() { "a norm and " } else { "" };
+                bail!("kernel {name} does not take {with}weights of {all:?} rows")
+            }
         };
         let to = out.tensor();
         call.check(k.is_multiple_of(8) && k > 0 && to.dims() == [batch, n], &[to, x])?;

@@ -118,8 +118,8 @@ impl Kernels {
         row_shape(width).is_some()
     }
 
-    /// Softmax of each row, in its place; where `causal` is given, of what the row's query sees: row
-    /// r is query r % seq.
+    /// Softmax of each row, in its place; where `causal` is given, of what the row's query sees:
+    /// row r is query r % seq.
     ///
     /// # Errors
     /// Rows that are too wide, or not as many keys as the queries see; the device's.
@@ -242,8 +242,8 @@ impl Kernels {
         Ok(dx)
     }
 
-    /// Logits (rows, V) → exponentials in their place; losses and sums, (rows) in f32. Targets (rows)
-    /// are below V.
+    /// Logits (rows, V) → exponentials in their place; losses and sums, (rows) in f32. Targets
+    /// (rows) are below V.
     ///
     /// # Errors
     /// Not one target a row; the device's.

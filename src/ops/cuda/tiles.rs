@@ -52,8 +52,8 @@ tiles! {
 
     /// Threads of a block of products.
     PROJECT_THREADS: u32 = 128;
-    /// (rows of the input at most, rows of the weight a block, packs of each under way), of products
-    /// that are written.
+    /// (rows of the input at most, rows of the weight a block, packs of each under way), of
+    /// products that are written.
     PROJECT_SHAPES: [[u32; 3]; 4] = [[1, 4, 1], [2, 4, 1], [4, 4, 1], [8, 4, 1]];
     /// The same of products that are added to what is there.
     PROJECT_ADD_SHAPES: [[u32; 3]; 4] = [[1, 2, 5], [2, 2, 5], [4, 2, 5], [8, 2, 5]];
