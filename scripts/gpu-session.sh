@@ -67,6 +67,14 @@ step() {
     timed "$name" "$limit" "$FLOPAUDIT" "$@" --json "$out/$name.json"
 }
 
+# found NAME SECONDS ARGUMENTS…: flopaudit, whose audit must not balance.
+found() {
+    local name="$1" limit="$2"
+    shift 2
+    # shellcheck disable=SC2016 — the inner shell expands them
+    timed "$name" "$limit" bash -c '"$@"; [ $? = 1 ]' found "$FLOPAUDIT" "$@" --json "$out/$name.json"
+}
+
 on=(--device "$device")
 tiny=(--model synthetic:tiny:1 --lora-rank 4 --lora-targets q_proj,v_proj,down_proj)
 tokens=(--prompt-tokens 16 --new-tokens 24)
@@ -74,7 +82,7 @@ drawn=(--temperature 0.7 --top-k 20 --top-p 0.8 --repeat-penalty 1.1)
 
 correctness() {
     [ -z "${KERNEL_TESTS:-}" ] || timed kernels 120 "$KERNEL_TESTS" --test-threads 1
-    local dtype batch side
+    local dtype batch side fault
     for dtype in f32 bf16; do
         step "audit-forward-$dtype" 60 audit forward "${tiny[@]}" "${on[@]}" --dtype $dtype --seq 32 --batch 2
         for batch in 1 3 9; do
@@ -92,6 +100,20 @@ correctness() {
         step "audit-full-$dtype" 60 audit train --model synthetic:tiny:1 "${on[@]}" --dtype $dtype --seq 32 \
             --full --steps 2
     done
+    local family
+    for family in llama mistral qwen3 gemma3; do
+        step "audit-$family" 60 audit generate --model "synthetic:tiny-$family:1" "${on[@]}" --dtype bf16 \
+            "${tokens[@]}" --batch 3 --lora-rank 4
+        step "audit-train-$family" 60 audit train --model "synthetic:tiny-$family:1" "${on[@]}" --dtype bf16 \
+            --seq 64 --batch 2 --steps 1 --lora-rank 4 --recompute
+    done
+    # A kernel dropped from the recorded graph, or there twice, is found.
+    if $on_gpu; then
+        for fault in drop:0 drop:7 double:3; do
+            found "fault-$fault" 60 audit generate --model synthetic:tiny:1 "${on[@]}" --dtype bf16 \
+                "${tokens[@]}" --plant-fault "$fault"
+        done
+    fi
     # The same training, evaluation and text on both sides, in f32.
     local data=(--data examples/overfit.txt --seq 64 --batch 2)
     local text=("A sentence that every side goes on with" --raw --ignore-eos --max-new-tokens 24 --dtype f32)
@@ -121,9 +143,11 @@ correctness() {
 # Sizes of the benches: those of the tiny model where it is rehearsed.
 if [ "$preset" = tiny ]; then
     batches=1,2 contexts=8,16 lengths=16,32 few_long=64 many=2 train_seqs="16 32" row_tokens=64
+    qwen3_preset=tiny-qwen3 qwen3_contexts=16 few_seq=32
 else
     batches=1,8,64 contexts=128,2048,8192 lengths=512,2048,8192 few_long=32736 many=8
     train_seqs="512 2048" row_tokens=8192
+    qwen3_preset=qwen3-0.6b qwen3_contexts=128,2048 few_seq=2048
 fi
 
 benches() {
@@ -140,6 +164,11 @@ benches() {
         step "bench-full-$seq" 60 bench train "${fast[@]}" "${to[@]}" --batch $((row_tokens / 2 / seq)) \
             --seq "$seq" --full
     done
+    # Heads of 128 with norms, through the same kernels.
+    local qwen3=(--model "synthetic:${qwen3_preset}" "${on[@]}" --dtype bf16 "${to[@]}")
+    step bench-qwen3-decode 60 bench decode "${qwen3[@]}" --batch 1,8 --context $qwen3_contexts --new-tokens 32
+    step bench-qwen3-prefill 60 bench prefill "${qwen3[@]}" --batch 2 --seq $few_seq --repetitions 3
+    step bench-qwen3-lora 60 bench train "${qwen3[@]}" --batch 2 --seq $few_seq --repetitions 3
     # Whole generations: prefill, choice of tokens and all.
     local once=("Once upon a time" --raw "${fast[@]}" --max-new-tokens 512 --ignore-eos)
     step generate-greedy 60 generate "${once[@]}"

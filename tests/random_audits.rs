@@ -1,4 +1,8 @@
-//! The audit balances on random small models and workloads, executed for real.
+//! The audit balances on random small models and workloads, executed for real: models of every
+//! family, and of others that could be.
+
+#[path = "../count/tests/random/mod.rs"]
+mod random;
 
 use std::cell::RefCell;
 
@@ -16,33 +20,10 @@ use flopaudit::{
     workload::{Logits, Sampling, Task, Workload},
 };
 use proptest::prelude::*;
+use random::{SMALL, models};
 
 prop_compose! {
-    fn models()(
-        kv in 1usize..4, group in 1usize..4, half in 1usize..5, explicit_head in any::<bool>(),
-        hidden_extra in 0usize..9, inner in 1usize..40, layers in 1usize..4,
-        vocab in 2usize..60, tied in any::<bool>(),
-    ) -> ModelConfig {
-        let heads = kv * group;
-        // Either D = H·d, or a head_dim of its own beside another D.
-        let hidden_size = if explicit_head { heads * 2 * half + hidden_extra } else { heads * 2 * half };
-        ModelConfig {
-            vocab_size: vocab,
-            hidden_size,
-            intermediate_size: inner,
-            num_hidden_layers: layers,
-            num_attention_heads: heads,
-            num_key_value_heads: kv,
-            head_dim: explicit_head.then_some(2 * half),
-            max_position_embeddings: 128,
-            tie_word_embeddings: tied,
-            ..ModelConfig::preset("tiny").unwrap()
-        }
-    }
-}
-
-prop_compose! {
-    fn adapted()(model in models())(
+    fn adapted()(model in models(SMALL))(
         rank in 0usize..4, mask in 1u8..128, model in Just(model),
     ) -> (ModelConfig, LoraConfig) {
         let targets: Vec<_> =
