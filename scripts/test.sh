@@ -11,7 +11,11 @@ if [ -z "${FLOPAUDIT_WEIGHTS:-}" ]; then
         FLOPAUDIT_WEIGHTS=$PWD/target/weights/model.gguf
     fi
 fi
-export FLOPAUDIT_WEIGHTS
+if [ -z "${FLOPAUDIT_SMOLLM2:-}" ]; then
+    scripts/fetch-weights.sh --smollm2 target/weights/smollm2
+    FLOPAUDIT_SMOLLM2=$PWD/target/weights/smollm2/smollm2.gguf
+fi
+export FLOPAUDIT_WEIGHTS FLOPAUDIT_SMOLLM2
 
 python3 scripts/witness/test.py
 python3 scripts/peers/test.py

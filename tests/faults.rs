@@ -112,6 +112,23 @@ fn an_unmetered_shortcut() {
     assert_eq!(sums, ["GLU"]);
 }
 
+/// A kernel that is given half of its rows says so, since it has nothing else to say it from.
+#[test]
+fn a_kernel_given_half_the_rows() {
+    let norm = "layers.1.post_attention_layernorm";
+    let skip = move |key: &Key| if at(key, norm, "rms_norm") { vec![] } else { vec![*key] };
+    let half = |meter: Meter| {
+        let device = Device::Cpu;
+        let x = Tensor::zeros((2, 5, 32), Dtype::F32, &device).unwrap().narrow(0, 0, 1).unwrap();
+        let gain = Tensor::zeros(32, Dtype::F32, &device).unwrap();
+        let at = meter.layer(1).at(Module::PostAttentionLayernorm);
+        ops::rms_norm(at, &x, &gain, 1e-6).unwrap();
+    };
+    let (keys, sums) = located(&audit(&run(skip, half)));
+    assert_eq!(keys, [(norm.into(), 0, 1), (norm.into(), 1, 0)]);
+    assert_eq!(sums, ["norms"]);
+}
+
 #[test]
 fn an_op_of_the_wrong_shape() {
     let reshape = |key: &Key| {

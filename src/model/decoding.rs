@@ -137,3 +137,78 @@ impl Decoding<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use candle_core::Device;
+
+    use super::*;
+    use crate::{
+        audit::Audit,
+        config::{LoraConfig, ModelConfig},
+        ledger::{Dtype, Ledger},
+        model::AdapterSource,
+        ops::{Ids, Launched},
+        weights::synthetic,
+        workload::{Task, Workload},
+    };
+
+    /// The audit of one step of two sequences that is kept as launches, changed by `fault`, and
+    /// then reported as a replay reports it.
+    fn replayed(preset: &str, fault: impl FnOnce(&mut Vec<Launched>)) -> Audit {
+        let (config, lora) = (ModelConfig::preset(preset).unwrap(), LoraConfig::none());
+        let weights = synthetic(config.clone(), 0).unwrap().weights;
+        let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 0 };
+        let device = Device::Cpu;
+        let model = Decoder::load(&config, &weights, &adapters, Dtype::F32, &device, |_| Ok(()));
+        let model = model.unwrap();
+        let ledger = RefCell::new(Ledger::default());
+        let meter = Meter::new(&ledger, Phase::Setup);
+        let mut cache = model.cache(meter, 2, 13).unwrap();
+        cache.set_held(12).unwrap();
+        let set_up = ledger.borrow().clone();
+
+        let launches = RefCell::new(vec![]);
+        let ids = Ids::Host { ids: &[3, 4], batch: 2 };
+        let recording = meter.phase(Phase::Forward).recording(&launches);
+        model.forward(recording, ids, Context::Cached(&mut cache), Logits::Last).unwrap();
+        assert_eq!(*ledger.borrow(), set_up, "what is recorded is not reported");
+
+        let mut launches = launches.into_inner();
+        fault(&mut launches);
+        meter.replayed(&launches, 13);
+        let task = Task::Forward { batch: 2, seq: 1, past: 12, logits: Logits::Last };
+        let workload = Workload { model: config, lora, dtype: Dtype::F32, task };
+        Audit::new(&[workload], &ledger.into_inner()).unwrap()
+    }
+
+    #[test]
+    fn a_replay_reports_the_very_launches() {
+        for preset in ["tiny", "tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"] {
+            let audit = replayed(preset, |_| ());
+            assert!(audit.balanced(), "{preset}: {:#?}", audit.key_differences);
+        }
+    }
+
+    #[test]
+    fn a_launch_dropped_from_a_recording_or_doubled_in_it_is_found() {
+        let arithmetic = |launched: &Launched| !launched.ops.is_empty();
+        for n in 0..40 {
+            let dropped = replayed("tiny", |launches| drop(launches.remove(n)));
+            assert!(!dropped.balanced(), "launch {n} dropped");
+            let doubled = replayed("tiny", |launches| {
+                assert!(arithmetic(&launches[n]));
+                let ops = std::mem::take(&mut launches[n].ops);
+                let again = |(phase, scope, op, dtype): &(_, _, crate::ops::Reported, _)| {
+                    (*phase, *scope, crate::ops::Reported::Always(op.now()), *dtype)
+                };
+                let copy = ops.iter().map(again).collect();
+                launches[n].ops = ops;
+                launches.push(Launched { ops: copy, nodes: vec![] });
+            });
+            assert!(!doubled.balanced(), "launch {n} doubled");
+        }
+    }
+}

@@ -87,6 +87,8 @@ pub use cache::KvCache;
 pub use choose::Choosing;
 pub use elementwise::{add, gated, gelu, mul, scale, silu};
 pub use embed::{Ids, embed};
+#[cfg(test)]
+pub(crate) use launch::Reported;
 pub(crate) use launch::{Kernel, Launched, Nodes, Ops};
 pub use linear::{bias, linear, matmul};
 pub use loss::{CrossEntropy, Losses};

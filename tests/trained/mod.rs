@@ -14,10 +14,20 @@ use flopaudit::{
 };
 use serde_json::Value;
 
+/// Qwen2.5-Coder-0.5B-Instruct.
 pub fn checkpoint() -> Checkpoint {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/weights/model.gguf");
-    let path = std::env::var_os("FLOPAUDIT_WEIGHTS").map_or(PathBuf::from(default), PathBuf::from);
-    assert!(path.exists(), "{} is missing: run scripts/fetch-weights.sh", path.display());
+    open("FLOPAUDIT_WEIGHTS", "weights/model.gguf", "")
+}
+
+/// SmolLM2-135M-Instruct.
+pub fn smollm2() -> Checkpoint {
+    open("FLOPAUDIT_SMOLLM2", "target/weights/smollm2/smollm2.gguf", " --smollm2")
+}
+
+fn open(variable: &str, default: &str, flag: &str) -> Checkpoint {
+    let default = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(default);
+    let path = std::env::var_os(variable).map_or_else(default, PathBuf::from);
+    assert!(path.exists(), "{} is missing: run scripts/fetch-weights.sh{flag}", path.display());
     weights::open(path.to_str()).unwrap()
 }
 
