@@ -4,7 +4,7 @@
 //! ```text
 //! config + weights ─> model over metered ops ─> ledger ─┐
 //!                                                        ├─> audit ─> reconcile ─> report
-//! config + workload ─> analytic: closed form, predicted ┘
+//! config + workload ─> analytic: closed form, predicted ┘   (the crate flopaudit-count)
 //! ```
 //!
 //! A generation and its audit, on a tiny model of random weights:
@@ -47,7 +47,8 @@
 //! | new | where |
 //! |---|---|
 //! | op | named in [`ledger::Op`]; the compiler then points at its price, and docs/counting.md at the rest |
-//! | model | a file beside [`model`]'s `qwen2.rs`, over [`ops`] alone; its ops listed in [`analytic`] |
+//! | family | data in [`config::ModelConfig`]: see docs/adding-a-family.md |
+//! | kernel | a [`Kernel`](ops) beside its op, its code in `ops/cpu`, `ops/cuda` or `ops/portable.rs` |
 //! | price list | a TOML file, or a preset in [`prices`] |
 //! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms.rs` |
 //! | source of weights | a file in [`weights`] |
@@ -55,6 +56,7 @@
 //! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |
 //! | subcommand | a file in [`cli`] |
 
+// The counting side, a crate of its own: what executes cannot leak into it.
 pub use flopaudit_count::{
     analytic, audit, config, error, ledger, plan, prices, reconcile, sweep, tally, traffic,
     workload,

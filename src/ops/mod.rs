@@ -1,10 +1,10 @@
 //! The metered tensor: it has no arithmetic except the functions of this module, each of which
-//! executes launches ([`launch`]) and so reports what it ran, with the dimensions of the tensors
+//! executes launches and so reports what it ran, with the dimensions of the tensors
 //! that it was given.
 //!
 //! An op's file holds its shapes, its report and its gradient. Kernels are in `cpu`, in `cuda` and,
 //! for devices and element types that have none of ours, in `portable`, of candle's own; which of
-//! them runs is decided in one place, [`backend`]. What a model says in one breath (a norm and the
+//! them runs is decided in one place, `backend`. What a model says in one breath (a norm and the
 //! projections that read it, attention, a gated MLP) is a function too, in `block` and `attend`: op
 //! by op, or, in decoding on a GPU, several ops in one launch.
 //!
