@@ -75,6 +75,16 @@ found() {
     timed "$name" "$limit" bash -c '"$@"; [ $? = 1 ]' found "$FLOPAUDIT" "$@" --json "$out/$name.json"
 }
 
+# Sizes of the benches: those of the tiny model where it is rehearsed.
+if [ "$preset" = tiny ]; then
+    batches=1,2 contexts=8,16 lengths=16,32 few_long=64 many=2 train_seqs="16 32" row_tokens=64
+    qwen3_preset=tiny-qwen3 qwen3_contexts=16 few_seq=32
+else
+    batches=1,8,64 contexts=128,2048,8192 lengths=512,2048,8192 few_long=32736 many=8
+    train_seqs="512 2048" row_tokens=8192
+    qwen3_preset=qwen3-0.6b qwen3_contexts=128,2048 few_seq=2048
+fi
+
 on=(--device "$device")
 tiny=(--model synthetic:tiny:1 --lora-rank 4 --lora-targets q_proj,v_proj,down_proj)
 tokens=(--prompt-tokens 16 --new-tokens 24)
@@ -123,6 +133,7 @@ correctness() {
             --dtype f32 --steps 20 --lr 0.01 --lora-rank 4 --out "$out/run-${side%%:*}"
         step "eval-${side%%:*}" 90 eval "${model[@]}" "${data[@]}" --device "$side" --dtype f32
         step "text-${side%%:*}" 90 generate "${text[@]}" "${model[@]}" --device "$side"
+        step "text-qwen3-${side%%:*}" 90 generate "${text[@]}" --model "synthetic:$qwen3_preset" --device "$side"
         step "drawn-${side%%:*}" 90 generate "${text[@]}" "${model[@]}" --device "$side" "${drawn[@]}"
     done
     # Recorded, launch by launch, op by op.
@@ -139,16 +150,6 @@ correctness() {
     step eval-bf16 60 eval "${model[@]}" "${data[@]}" "${on[@]}" --dtype bf16
     rm -rf "$out"/run-*
 }
-
-# Sizes of the benches: those of the tiny model where it is rehearsed.
-if [ "$preset" = tiny ]; then
-    batches=1,2 contexts=8,16 lengths=16,32 few_long=64 many=2 train_seqs="16 32" row_tokens=64
-    qwen3_preset=tiny-qwen3 qwen3_contexts=16 few_seq=32
-else
-    batches=1,8,64 contexts=128,2048,8192 lengths=512,2048,8192 few_long=32736 many=8
-    train_seqs="512 2048" row_tokens=8192
-    qwen3_preset=qwen3-0.6b qwen3_contexts=128,2048 few_seq=2048
-fi
 
 benches() {
     local seq to=(--ceiling "$out/ceiling.json") fast=("${model[@]}" "${on[@]}" --dtype bf16)

@@ -176,7 +176,9 @@ impl<'a> At<'a> {
 
     /// Executes `kernel` and reports what it computes; while a recording is made, keeps that.
     pub(crate) fn launch<K: Kernel>(self, kernel: &K) -> Result<K::Output> {
-        let (mut ops, nodes) = (Ops::new(self), Nodes::default());
+        let recorded = self.meter.recording.is_some();
+        let nodes = if recorded { Nodes::kept() } else { Nodes::default() };
+        let mut ops = Ops::new(self);
         kernel.report(&mut ops)?;
         let (out, time) = if self.meter.timed {
             kernel.device().synchronize()?;

@@ -40,6 +40,7 @@ def against_cpu(reports: dict[str, dict]) -> tuple[list[list[str]], bool]:
         ("launch by launch", "text-cpu", "text-no-graph"),
         ("op by op", "text-cpu", "text-ops"),
         ("recorded, drawn", "drawn-cpu", "drawn-cuda"),
+        ("recorded, of Qwen3's shapes", "text-qwen3-cpu", "text-qwen3-cuda"),
     ]:
         if theirs in reports and ours in reports:
             a, b = reports[theirs]["token_ids"], reports[ours]["token_ids"]
@@ -58,11 +59,14 @@ def benches(reports: dict[str, dict]) -> list[list[str]]:
     for name, report in reports.items():
         if not name.startswith("bench-"):
             continue
-        what = name.removeprefix("bench-").split("-")[0]
+        parts = name.removeprefix("bench-").split("-")
+        # Of another model, its name comes first.
+        kind = parts[1] if parts[0] == "qwen3" else parts[0]
+        what = f"qwen3 {kind}" if parts[0] == "qwen3" else kind
         for p in report["points"]:
             energy = p.get("energy")
             rows.append([
-                what, str(p["batch"]), str(p["context"] if what == "decode" else p["seq"]),
+                what, str(p["batch"]), str(p["context"] if kind == "decode" else p["seq"]),
                 f"{1e3 * p['seconds']['median']:.3f}", f"{p['tokens_per_s']:,.0f}", f"{p['flops_per_s'] / 1e12:.1f}",
                 share(p["mfu_measured"]), share(p.get("bandwidth_use")),
                 f"{1e3 * energy['joules'] / p['tokens']:.3g}" if energy else "",
@@ -95,7 +99,9 @@ def main() -> int:
     steps = [line.split("\t") for line in (folder / "steps.tsv").read_text().splitlines()]
     failed = [f"{name} ({status})" for name, status, _ in steps if status != "0"]
     reports = {name: r for name, *_ in steps if (r := read(folder / f"{name}.json"))}
-    audited = {name: r["balanced"] for name, r in reports.items() if r.get("balanced") is not None}
+    # A run with a planted fault is a step that passes where its audit does not balance.
+    audited = {name: r["balanced"] for name, r in reports.items()
+               if r.get("balanced") is not None and not name.startswith("fault-")}
     points = [p["balanced"] for r in reports.values() for p in r.get("points", [])]
     gpu = folder / "gpu.txt"
     if gpu.is_file():

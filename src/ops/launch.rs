@@ -48,7 +48,7 @@ pub(crate) struct Ops<'a> {
 impl<'a> Ops<'a> {
     /// None yet, of a launch at `at`.
     pub(crate) fn new(at: At<'a>) -> Self {
-        Self { at, all: vec![] }
+        Self { at, all: Vec::with_capacity(8) }
     }
 
     /// One op of the module that the launch is made at.
@@ -131,19 +131,26 @@ pub(crate) enum Node {
     Library,
 }
 
-/// What a launch starts, in order.
+/// What a launch starts, in order, where somebody keeps it.
 #[derive(Debug, Default)]
-pub(crate) struct Nodes(RefCell<Vec<Node>>);
+pub(crate) struct Nodes(Option<RefCell<Vec<Node>>>);
 
 impl Nodes {
-    /// One more.
+    /// None yet, for a recording.
+    pub fn kept() -> Self {
+        Self(Some(RefCell::default()))
+    }
+
+    /// One more, made only where it is kept.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub fn push(&self, node: Node) {
-        self.0.borrow_mut().push(node);
+    pub fn push(&self, node: impl FnOnce() -> Node) {
+        if let Some(nodes) = &self.0 {
+            nodes.borrow_mut().push(node());
+        }
     }
 
     /// All of them.
     pub fn into_vec(self) -> Vec<Node> {
-        self.0.into_inner()
+        self.0.map(RefCell::into_inner).unwrap_or_default()
     }
 }

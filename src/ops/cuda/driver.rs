@@ -89,7 +89,7 @@ pub(super) unsafe fn launch<A: Copy>(
             .result()
             .w()?;
     }
-    nodes.push(Node::Ours { function, grid, block: [block, 1, 1] });
+    nodes.push(|| Node::Ours { function, grid, block: [block, 1, 1] });
     Ok(())
 }
 
@@ -147,7 +147,7 @@ pub(super) unsafe fn product(
         )
         .w()?;
     }
-    nodes.push(Node::Library);
+    nodes.push(|| Node::Library);
     Ok(())
 }
 

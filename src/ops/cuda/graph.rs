@@ -250,7 +250,7 @@ mod tests {
         }
 
         fn run(&self) -> Result<Vec<crate::ops::launch::Node>> {
-            let (nodes, Self { kernels, x, gain, weight, normed, y }) = (Nodes::default(), self);
+            let (nodes, Self { kernels, x, gain, weight, normed, y }) = (Nodes::kept(), self);
             let norm = Norm { gain, eps: 1e-6, shift: false };
             kernels.rms_norm_into(&nodes, normed, x, norm)?;
             kernels.product(&nodes, y, normed, weight, false)?;

@@ -10,7 +10,7 @@ use crate::ops::launch::Nodes;
 
 #[test]
 fn attention_in_a_window() -> Result<()> {
-    let (device, nodes, dtype) = (gpu(), Nodes::default(), DType::BF16);
+    let (device, nodes, dtype) = (gpu(), Nodes::kept(), DType::BF16);
     let kernels = Kernels::on(&device, dtype).unwrap();
     // (heads, key heads, d, queries, tokens before, window, keys of so many in the cache)
     for (heads, kv_heads, d, seq, past, window, (keys, capacity)) in [
@@ -97,7 +97,7 @@ fn attention_with_one_token() -> Result<()> {
 
 fn attend_once(dtype: DType, case: One) -> Result<()> {
     let One { batch, heads, kv_heads, d, held, window, norms, cut } = case;
-    let (device, nodes, capacity) = (gpu(), Nodes::default(), held + 9);
+    let (device, nodes, capacity) = (gpu(), Nodes::kept(), held + 9);
     let kernels = Kernels::on(&device, dtype).unwrap();
     let (lookers, splits) =
         cut.or_else(|| attend_space(batch, heads, kv_heads, d, capacity)).unwrap();

@@ -82,7 +82,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn gelu_and_its_gradient() -> Result<()> {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     for dtype in TYPES {
         let kernels = Kernels::on(&device, dtype).unwrap();
         for n in [5, 640] {
@@ -114,7 +114,7 @@ fn gelu_and_its_gradient() -> Result<()> {
 
 #[test]
 fn rows_with_a_window_or_a_shift() -> Result<()> {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     for dtype in TYPES {
         let kernels = Kernels::on(&device, dtype).unwrap();
         // (queries, tokens before, window, keys)
@@ -148,7 +148,7 @@ fn rows_with_a_window_or_a_shift() -> Result<()> {
 
 #[test]
 fn an_embedding_times_a_factor() -> Result<()> {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     for dtype in TYPES {
         let kernels = Kernels::on(&device, dtype).unwrap();
         let (table, values) = random(&[9, 300], dtype, 1, &device);
@@ -167,7 +167,7 @@ fn an_embedding_times_a_factor() -> Result<()> {
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     let kernels = Kernels::on(&device, DType::BF16).unwrap();
     let of = |shape: &[usize], dtype| random(shape, dtype, 1, &device).0;
     let bf16 = |shape: &[usize]| of(shape, DType::BF16);

@@ -10,7 +10,7 @@ use crate::ops::launch::Nodes;
 
 #[test]
 fn products_of_few_rows() -> Result<()> {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     let k = 328;
     for (dtype, batches) in
         [(DType::F32, &[1, 2, 3, 7][..]), (DType::BF16, &[1, 2, 3, 8, 9, 25, 32][..])]
@@ -73,7 +73,7 @@ fn products_of_few_rows() -> Result<()> {
 
 #[test]
 fn products_into_columns() -> Result<()> {
-    let (device, nodes) = (gpu(), Nodes::default());
+    let (device, nodes) = (gpu(), Nodes::kept());
     for dtype in TYPES {
         let kernels = Kernels::on(&device, dtype).unwrap();
         let of = |shape: &[usize], seed| random(shape, dtype, seed, &device);
