@@ -1,6 +1,6 @@
 //! The loss of labelled text, and its gradients.
 
-use super::{Context, Decoder, Positions, decoder::Parameter};
+use super::{Context, Decoder, Positions, parameters::Parameter};
 use crate::{
     error::Result,
     ledger::{Module, Phase, Scope},

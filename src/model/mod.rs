@@ -4,7 +4,9 @@ mod context;
 mod decoder;
 mod decoding;
 mod gradients;
+mod load;
 mod lora;
+mod parameters;
 
 pub use context::{Cache, Context, Positions};
 pub use decoder::Decoder;

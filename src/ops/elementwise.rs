@@ -96,7 +96,12 @@ impl Kernel for Elementwise<'_> {
         let Self { what, a, b } = *self;
         let backend = match what {
             Element::SiluGrad | Element::GeluGrad => Backend::wide(&[a, b]),
-            _ => Backend::of(&[a, b]),
+            Element::Add
+            | Element::Mul
+            | Element::Scale
+            | Element::Shift
+            | Element::Silu
+            | Element::Gelu => Backend::of(&[a, b]),
         };
         let repeats = b.elem_count() == 1 || a.dims().ends_with(b.dims());
         Ok(Tensor::of(match backend {

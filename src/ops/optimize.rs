@@ -117,7 +117,7 @@ impl Kernel for ClipFactor<'_> {
 }
 
 /// A parameter's f32 master and the running moments of its gradient: one tensor (3, n).
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Moments(candle_core::Tensor);
 
 impl Moments {

@@ -1,0 +1,135 @@
+//! A decoder from a checkpoint: every tensor by its name there, checked against the config.
+
+use candle_core::Device;
+
+use super::{
+    Adapter, AdapterSource, Decoder,
+    decoder::{Attention, Gain, Layer, Linear, Mlp, Sandwich},
+};
+use crate::{
+    config::{ModelConfig, Projection},
+    error::Result,
+    ledger::{Dtype, Module, Scope},
+    ops::{self, Tensor},
+    weights::Weights,
+};
+
+/// Reads tensors by checkpoint name, in one dtype, on one device.
+struct Loader<'a> {
+    config: &'a ModelConfig,
+    weights: &'a Weights,
+    adapters: &'a AdapterSource,
+    dtype: Dtype,
+    device: &'a Device,
+}
+
+impl Loader<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let dtype = ops::candle_dtype(self.dtype);
+        Ok(Tensor::of(self.weights.tensor(name, shape, dtype, self.device)?))
+    }
+
+    fn constant(&self, value: f64) -> Result<Tensor> {
+        Tensor::from_vec(vec![value as f32], 1, self.dtype, self.device)
+    }
+
+    /// The norm `module` of `width`, at `path` in the checkpoint.
+    fn norm(&self, path: &str, module: Module, width: usize) -> Result<Gain> {
+        let (config, name) = (self.config, Scope { layer: None, module });
+        Ok(Gain {
+            module,
+            gain: self.tensor(&format!("model.{path}{name}.weight"), &[width])?,
+            eps: config.rms_norm_eps,
+            one: config.unit_offset_norms.then(|| self.constant(1.0)).transpose()?,
+        })
+    }
+
+    fn linear(&self, layer: usize, projection: Projection) -> Result<Linear> {
+        let (adapters, config) = (self.adapters, self.config);
+        let (input, output) = projection.widths(config);
+        let name = format!("model.layers.{layer}.{}.{projection}", projection.parent());
+        let bias = || self.tensor(&format!("{name}.bias"), &[output]);
+        Ok(Linear {
+            projection,
+            weight: self.tensor(&format!("{name}.weight"), &[output, input])?,
+            bias: config.has_bias(projection).then(bias).transpose()?,
+            adapter: Adapter::load(adapters, config, layer, projection, self.dtype, self.device)?,
+        })
+    }
+
+    fn layer(&self, i: usize) -> Result<Layer> {
+        let (config, path) = (self.config, format!("layers.{i}."));
+        let wide = |module| self.norm(&path, module, config.hidden_size);
+        let of_heads = |module| self.norm(&path, module, config.head_dim());
+        let head_norms = || anyhow::Ok((of_heads(Module::QNorm)?, of_heads(Module::KNorm)?));
+        let sandwich = || {
+            anyhow::Ok(Sandwich {
+                pre_feedforward_layernorm: wide(Module::PreFeedforwardLayernorm)?,
+                post_feedforward_layernorm: wide(Module::PostFeedforwardLayernorm)?,
+            })
+        };
+        Ok(Layer {
+            input_layernorm: wide(Module::InputLayernorm)?,
+            self_attn: Attention {
+                q_proj: self.linear(i, Projection::QProj)?,
+                k_proj: self.linear(i, Projection::KProj)?,
+                v_proj: self.linear(i, Projection::VProj)?,
+                o_proj: self.linear(i, Projection::OProj)?,
+                norms: config.qk_norm.then(head_norms).transpose()?,
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                scale: self.constant(config.attention_scale())?,
+                window: config.window_of(i),
+            },
+            post_attention_layernorm: wide(Module::PostAttentionLayernorm)?,
+            sandwich: config.sandwich_norms.then(sandwich).transpose()?,
+            mlp: Mlp {
+                gate_proj: self.linear(i, Projection::GateProj)?,
+                up_proj: self.linear(i, Projection::UpProj)?,
+                down_proj: self.linear(i, Projection::DownProj)?,
+                activation: config.activation,
+            },
+        })
+    }
+}
+
+impl Decoder {
+    /// Loads every tensor, checked against `config`; `progress` hears of each finished layer, and
+    /// its error ends the loading.
+    ///
+    /// # Errors
+    /// A tensor that is missing, misshapen or not finite, or a device out of memory.
+    pub fn load(
+        config: &ModelConfig,
+        weights: &Weights,
+        adapters: &AdapterSource,
+        dtype: Dtype,
+        device: &Device,
+        progress: impl Fn(usize) -> Result<()>,
+    ) -> Result<Self> {
+        let loader = Loader { config, weights, adapters, dtype, device };
+        let table = [config.vocab_size, config.hidden_size];
+        let embed_tokens = loader.tensor("model.embed_tokens.weight", &table)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| {
+                progress(i)?;
+                loader.layer(i)
+            })
+            .collect::<Result<_>>()?;
+        let lm_head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.tensor("lm_head.weight", &table)?),
+        };
+        Ok(Self {
+            config: config.clone(),
+            lora: adapters.lora().clone(),
+            embed_tokens,
+            embed_scale: config.embedding_scale().map(|s| loader.constant(s)).transpose()?,
+            layers,
+            norm: loader.norm("", Module::Norm, config.hidden_size)?,
+            lm_head,
+            dtype,
+            device: device.clone(),
+        })
+    }
+}
