@@ -134,6 +134,10 @@ fn train(mut args: Args) -> Result<()> {
     let interrupt = Interrupt::listen()?;
 
     let checkpoint = args.model.open()?;
+    // What the end will save must have a config.json: its family may have no keys for it.
+    if args.steps.full {
+        checkpoint.config.to_hub()?;
+    }
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
     let data = args.rows.load(&args.data, &checkpoint)?;
     let held_out = args.eval_data.as_ref().map(|f| args.rows.load(f, &checkpoint)).transpose()?;
