@@ -93,23 +93,33 @@ impl Kernel for Elementwise<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
-        let Self { what, a, b } = *self;
-        let backend = match what {
-            Element::SiluGrad | Element::GeluGrad => Backend::wide(&[a, b]),
-            Element::Add
-            | Element::Mul
-            | Element::Scale
-            | Element::Shift
-            | Element::Silu
-            | Element::Gelu => Backend::of(&[a, b]),
-        };
-        let repeats = b.elem_count() == 1 || a.dims().ends_with(b.dims());
-        Ok(Tensor::of(match backend {
-            Backend::Cpu if repeats => cpu::map(what, a, b)?,
-            Backend::Cuda(kernels) if repeats => kernels.map(nodes, what.into(), a, b)?,
-            Backend::Cpu | Backend::Cuda(_) | Backend::Portable => portable::map(what, a, b)?,
-        }))
+        computed(self.what, self.a, self.b, nodes)
     }
+}
+
+/// One output for each element of `a`, by whichever kernels take both; `b` again and again where it
+/// is smaller.
+pub(super) fn computed(
+    what: Element,
+    a: &candle_core::Tensor,
+    b: &candle_core::Tensor,
+    nodes: &Nodes,
+) -> candle_core::Result<Tensor> {
+    let backend = match what {
+        Element::SiluGrad | Element::GeluGrad => Backend::wide(&[a, b]),
+        Element::Add
+        | Element::Mul
+        | Element::Scale
+        | Element::Shift
+        | Element::Silu
+        | Element::Gelu => Backend::of(&[a, b]),
+    };
+    let repeats = b.elem_count() == 1 || a.dims().ends_with(b.dims());
+    Ok(Tensor::of(match backend {
+        Backend::Cpu if repeats => cpu::map(what, a, b)?,
+        Backend::Cuda(kernels) if repeats => kernels.map(nodes, what.into(), a, b)?,
+        Backend::Cpu | Backend::Cuda(_) | Backend::Portable => portable::map(what, a, b)?,
+    }))
 }
 
 /// a + b, equal shapes. Towards either side, the gradient as it is.

@@ -51,6 +51,11 @@ impl<'a> Ops<'a> {
         Self { at, all: Vec::with_capacity(8) }
     }
 
+    /// Where the launch is made.
+    pub(crate) fn at(&self) -> At<'a> {
+        self.at
+    }
+
     /// One op of the module that the launch is made at.
     pub(crate) fn add(&mut self, op: Op, dtype: Dtype) {
         self.add_at(self.at, op, dtype);

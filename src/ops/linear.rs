@@ -2,7 +2,10 @@
 
 use candle_core::Device;
 
-use super::{Kernel, Nodes, Ops, Tensor, Unshared, backend::Backend, cpu, dtype_of};
+use super::{
+    Kernel, Nodes, Ops, Tensor, Unshared, cpu, dtype_of,
+    elementwise::{Element, computed},
+};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -138,13 +141,7 @@ impl Kernel for Bias<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
-        use super::elementwise::Element;
-        let (x, bias) = (&self.x.data, &self.bias.data);
-        Ok(Tensor::of(match Backend::of(&[x, bias]) {
-            Backend::Cpu => cpu::map(Element::Add, x, bias)?,
-            Backend::Cuda(kernels) => kernels.map(nodes, Element::Add.into(), x, bias)?,
-            Backend::Portable => x.broadcast_add(bias)?,
-        }))
+        computed(Element::Add, &self.x.data, &self.bias.data, nodes)
     }
 }
 

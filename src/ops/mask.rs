@@ -3,8 +3,9 @@
 use candle_core::Device;
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, Unshared, backend::Backend, candle_dtype, cpu, cuda::Kernels,
-    elementwise::Element, portable,
+    Kernel, Nodes, Ops, Tensor, Unshared, candle_dtype,
+    cuda::Kernels,
+    elementwise::{Element, computed},
 };
 use crate::{
     error::Result,
@@ -120,12 +121,7 @@ impl Kernel for Masked<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
-        let (scores, mask) = (&self.scores.data, &self.mask.data);
-        Ok(Tensor::of(match Backend::of(&[scores, mask]) {
-            Backend::Cpu => cpu::map(Element::Add, scores, mask)?,
-            Backend::Cuda(kernels) => kernels.map(nodes, Element::Add.into(), scores, mask)?,
-            Backend::Portable => portable::map(Element::Add, scores, mask)?,
-        }))
+        computed(Element::Add, &self.scores.data, &self.mask.data, nodes)
     }
 }
 

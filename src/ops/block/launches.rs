@@ -201,9 +201,7 @@ impl Kernel for Library<'_> {
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        let ((m, k), (n, _)) = (self.x.dims2()?, self.weight.data.dims2()?);
-        let op = Op::Matmul { b: 1, m: m as u64, k: k as u64, n: n as u64 };
-        ops.add(op, dtype_of(self.x)?);
+        report_product(ops, ops.at(), self.x, self.weight)?;
         self.out.report(ops)
     }
 
