@@ -132,8 +132,12 @@ pub(crate) enum Node {
         /// Threads of a block in each dimension.
         block: [u32; 3],
     },
-    /// A product by cuBLAS, which starts kernels of its own choice, one or more.
-    Library,
+    /// A product by cuBLAS, which starts kernels of its own choice.
+    Library {
+        /// Nodes that it added to the graph that is being recorded, as CUDA counted them right
+        /// before and after.
+        nodes: usize,
+    },
 }
 
 /// What a launch starts, in order, where somebody keeps it.
@@ -144,6 +148,12 @@ impl Nodes {
     /// None yet, for a recording.
     pub fn kept() -> Self {
         Self(Some(RefCell::default()))
+    }
+
+    /// Whether they are kept: while a graph is recorded.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn are_kept(&self) -> bool {
+        self.0.is_some()
     }
 
     /// One more, made only where it is kept.

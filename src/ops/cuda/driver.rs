@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     ffi::c_void,
+    ptr::null_mut,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -85,9 +86,7 @@ pub(super) unsafe fn launch<A: Copy>(
     // them comes after.
     unsafe {
         let params = params.as_mut_ptr();
-        sys::cuLaunchKernelEx(&config, loaded.cu_function(), params, std::ptr::null_mut())
-            .result()
-            .w()?;
+        sys::cuLaunchKernelEx(&config, loaded.cu_function(), params, null_mut()).result().w()?;
     }
     nodes.push(|| Node::Ours { function, grid, block: [block, 1, 1] });
     Ok(())
@@ -118,6 +117,11 @@ pub(super) unsafe fn product(
         _ => blas::cudaDataType::CUDA_R_32F,
     };
     let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
+    let captured = || match nodes.are_kept() {
+        true => captured_nodes(&device.as_cuda_device()?.cuda_stream()),
+        false => Ok(0),
+    };
+    let before = captured()?;
     // SAFETY: the caller's.
     unsafe {
         gemm_strided_batched_ex(
@@ -147,8 +151,35 @@ pub(super) unsafe fn product(
         )
         .w()?;
     }
-    nodes.push(|| Node::Library);
+    let added = captured()?.saturating_sub(before);
+    nodes.push(|| Node::Library { nodes: added });
     Ok(())
+}
+
+/// Nodes of the graph that `stream` is capturing; 0 where it captures none.
+fn captured_nodes(stream: &CudaStream) -> Result<usize> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    let (mut graph, mut count) = (null_mut(), 0);
+    // SAFETY: what is not asked for has no place; with no place for nodes, their number is told.
+    unsafe {
+        let (status, graph) = (&raw mut status, &raw mut graph);
+        let stream = stream.cu_stream();
+        sys::cuStreamGetCaptureInfo_v3(
+            stream,
+            status,
+            null_mut(),
+            graph,
+            null_mut(),
+            null_mut(),
+            null_mut(),
+        )
+        .result()
+        .w()?;
+        if !(*graph).is_null() {
+            sys::cuGraphGetNodes(*graph, null_mut(), &raw mut count).result().w()?;
+        }
+    }
+    Ok(count)
 }
 
 /// What has been loaded of one context: looking a kernel up takes the driver longer than launching
@@ -179,12 +210,6 @@ fn loaded(stream: &CudaStream, file: File, name: &str) -> Result<CudaFunction> {
     let function = module.load_function(name).w()?;
     loaded.functions.insert(name.to_string(), function.clone());
     Ok(function)
-}
-
-/// Whether a kernel of ours has this name.
-pub(super) fn is_ours(name: &str) -> bool {
-    let all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    all.iter().flat_map(HashMap::values).any(|loaded| loaded.functions.contains_key(name))
 }
 
 /// Where the elements of `tensor` begin.

@@ -16,7 +16,7 @@ use candle_core::{
     },
 };
 
-use super::{Fault, Listed, backend::is_ours, witness::in_order};
+use super::{Fault, Listed, witness::in_order};
 use crate::error::Result;
 
 /// Launches recorded once, to be replayed as one.
@@ -138,13 +138,14 @@ impl Captured {
     /// Plants `fault`, so that whoever looks for one has one to find.
     fn plant(&self, fault: Fault) -> Result<()> {
         let (Fault::Drop(n) | Fault::Double(n)) = fault;
-        let mut ours = vec![];
+        let mut kernels = vec![];
         for node in self.nodes()? {
-            if matches!(listed(node)?, Listed::Kernel { function, .. } if is_ours(&function)) {
-                ours.push(node);
+            if matches!(listed(node)?, Listed::Kernel { .. }) {
+                kernels.push(node);
             }
         }
-        let node = *ours.get(n).with_context(|| format!("no kernel {n} of {}", ours.len()))?;
+        let node =
+            *kernels.get(n).with_context(|| format!("no kernel {n} of {}", kernels.len()))?;
         let edges = self.edges()?;
         let after = edges.iter().filter(|(from, _)| *from == node).map(|&(_, to)| to);
         let before: Vec<_> = match fault {

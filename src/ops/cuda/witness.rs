@@ -19,7 +19,7 @@ pub(in crate::ops) enum Listed {
     Other(String),
 }
 
-/// A fault planted in a recording, to see that it is found. It counts our own kernels alone.
+/// A fault planted in a recording, to see that it is found. It counts kernels, a library's among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The n-th one is left out.
@@ -29,7 +29,7 @@ pub enum Fault {
 }
 
 /// Whether the nodes of a recording are what was launched, one to one and in order. A product by a
-/// library is one or more nodes, none of which has a name of ours.
+/// library is as many nodes as it added, none of which has a name of ours.
 ///
 /// # Errors
 /// The first difference, with both sides.
@@ -38,27 +38,31 @@ pub(in crate::ops) fn witness(launched: &[Node], listed: &[Listed]) -> Result<()
         let Listed::Kernel { function: listed, .. } = node else { return false };
         launched.iter().any(|n| matches!(n, Node::Ours { function, .. } if function == listed))
     };
+    // What a library starts: kernels that are none of ours, and memory set for them.
+    let is_library = |node: &Listed| match node {
+        Listed::Kernel { .. } => !is_ours(node),
+        Listed::Other(kind) => kind == "memset",
+    };
     let mut rest = listed;
     for (i, node) in launched.iter().enumerate() {
-        let same = match (node, rest.first()) {
-            (
-                Node::Ours { function, grid, block },
-                Some(Listed::Kernel { function: f, grid: g, block: b }),
-            ) => (function, grid, block) == (f, g, b),
-            (Node::Library, Some(first)) => !is_ours(first),
-            _ => false,
+        let same = match node {
+            Node::Ours { function, grid, block } => {
+                let of = |f: &String, g, b| (function, grid, block) == (f, g, b);
+                usize::from(
+                    matches!(rest.first(), Some(Listed::Kernel { function: f, grid: g, block: b }) if of(f, g, b)),
+                )
+            }
+            Node::Library { nodes } => {
+                let there = rest.len() >= *nodes && rest[..*nodes].iter().all(is_library);
+                if there { *nodes } else { 0 }
+            }
         };
-        if !same {
+        if same == 0 {
             let there = rest.first().map_or("nothing more".into(), shown_listed);
             let (launch, all) = (shown(node), launched.len());
             return Err(format!("launch {} of {all} is {launch}; in its place is {there}", i + 1));
         }
-        rest = &rest[1..];
-        // The last library product of a row of them has all the nodes that are left.
-        if *node == Node::Library && launched.get(i + 1) != Some(&Node::Library) {
-            let more = rest.iter().take_while(|node| !is_ours(node)).count();
-            rest = &rest[more..];
-        }
+        rest = &rest[same..];
     }
     match rest.first() {
         None => Ok(()),
@@ -72,7 +76,7 @@ pub(in crate::ops) fn witness(launched: &[Node], listed: &[Listed]) -> Result<()
 fn shown(node: &Node) -> String {
     match node {
         Node::Ours { function, grid, block } => shown_kernel(function, grid, block),
-        Node::Library => "a library's product".into(),
+        Node::Library { nodes } => format!("a library's product of {nodes} nodes"),
     }
 }
 
@@ -119,13 +123,17 @@ mod tests {
         Listed::Kernel { function: function.into(), grid: [4, 1, 1], block: [128, 1, 1] }
     }
 
+    fn library(nodes: usize) -> Node {
+        Node::Library { nodes }
+    }
+
     fn memset() -> Listed {
         Listed::Other("memset".into())
     }
 
     #[test]
     fn equal_lists_match() {
-        let launched = [ours("a"), Node::Library, Node::Library, ours("b"), Node::Library];
+        let launched = [ours("a"), library(2), library(1), ours("b"), library(2)];
         let listed = [
             kernel("a"),
             memset(),
@@ -157,9 +165,16 @@ mod tests {
         check(&two, &[kernel("a"), memset(), kernel("b")], &["launch 2 of 2 is b", "kind memset"]);
         let wide = Listed::Kernel { function: "a".into(), grid: [5, 1, 1], block: [128, 1, 1] };
         check(&[ours("a")], &[wide], &["is a on 4 x 1 x 1 blocks of 128", "is a on 5 x 1 x 1"]);
-        let library = [ours("a"), Node::Library, ours("b")];
-        check(&library, &[kernel("a"), kernel("b")], &["launch 2 of 3 is a library's", "is b on"]);
-        let libraries = [Node::Library, Node::Library, ours("b")];
+        let one = [ours("a"), library(1), ours("b")];
+        check(&one, &[kernel("a"), kernel("b")], &["launch 2 of 3 is a library's", "is b on"]);
+        let copy = Listed::Other("memcpy".into());
+        check(&one, &[kernel("a"), copy, kernel("b")], &["launch 2 of 3", "kind memcpy"]);
+        // One kernel more than the product added: twice the same, or somebody else's.
+        for more in ["gemm", "candle_add"] {
+            let listed = [kernel("a"), kernel("gemm"), kernel(more), kernel("b")];
+            check(&one, &listed, &["launch 3 of 3 is b", more]);
+        }
+        let libraries = [library(1), library(1), ours("b")];
         check(&libraries, &[kernel("gemm"), kernel("b")], &["launch 2 of 3 is a library's"]);
         check(&[], &[memset()], &["after all 0 launches there is also a node of kind memset"]);
     }
