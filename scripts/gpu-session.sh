@@ -119,9 +119,12 @@ correctness() {
     done
     # A kernel dropped from the recorded graph, or there twice, is found.
     if $on_gpu; then
-        for fault in drop:0 drop:7 double:3; do
-            found "fault-$fault" 60 audit generate --model synthetic:tiny:1 "${on[@]}" --dtype bf16 \
-                "${tokens[@]}" --plant-fault "$fault"
+        for fault in drop:0 drop:7 double:3 halve:1; do
+            for on_rows in "1 bf16" "9 f32" "65 bf16"; do
+                read -r batch dtype <<<"$on_rows"
+                found "fault-$fault-$batch-$dtype" 60 audit generate --model synthetic:tiny:1 "${on[@]}" \
+                    --dtype "$dtype" "${tokens[@]}" --batch "$batch" --plant-fault "$fault"
+            done
         done
     fi
     # The same training, evaluation and text on both sides, in f32.

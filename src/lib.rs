@@ -37,6 +37,7 @@
 //! let generation = generate(&model, &request, &ledger, |_sequence, _token| Ok(()))?;
 //!
 //! let audit = Audit::new(&[generation.workload], &ledger.into_inner())?;
+//! let audit = audit.with_graphs(generation.recording);
 //! let [closed_form, predicted, executed] = audit.totals(&Prices::matmul())?;
 //! assert!(audit.balanced() && closed_form == executed && predicted == executed);
 //! # anyhow::Ok(())
@@ -50,7 +51,7 @@
 //! | family | data in [`config::ModelConfig`]: see docs/adding-a-family.md |
 //! | kernel | a [`Kernel`](ops) beside its op, its code in `ops/cpu`, `ops/cuda` or `ops/portable.rs` |
 //! | price list | a TOML file, or a preset in [`prices`] |
-//! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms.rs` |
+//! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms/` |
 //! | source of weights | a file in [`weights`] |
 //! | figure or format in reports | [`report`]: one value, one file a format; pages and charts in [`report::html`] |
 //! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |

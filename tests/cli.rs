@@ -358,3 +358,16 @@ fn no_color_and_pipes_are_plain() {
     let text = stdout("audit forward --preset tiny --seq 3");
     assert!(!text.contains('\u{1b}') && text.is_ascii(), "{text}");
 }
+
+#[test]
+fn a_fault_that_nothing_is_recorded_for_is_refused() {
+    let dir = tmp();
+    for task in [
+        "forward --seq 3",
+        "generate --prompt-tokens 3 --new-tokens 2",
+        "train --seq 3 --lora-rank 2",
+    ] {
+        let line = format!("audit {task} --preset tiny --plant-fault drop:0");
+        refused(dir.path(), &line, &["--plant-fault: no CUDA graph was recorded"]);
+    }
+}

@@ -442,6 +442,10 @@ fn a_kernel_dropped_or_doubled_in_the_graph_is_found() {
         assert_eq!((view.nodes, view.launches), (sound.nodes + 1, sound.launches));
         assert!(view.difference.is_some(), "kernel {n} doubled");
     }
+    for (batch, n) in [(1, sound.launches - 2), (9, 3), (65, 3)] {
+        let (view, _) = recorded("tiny", batch, Some(Fault::Halve(n)));
+        assert!(view.difference.is_some(), "kernel {n} of {batch} rows has half of its blocks");
+    }
     // So many rows that cuBLAS computes the products: its kernels are counted too.
     for preset in ["tiny", "tiny-gemma3"] {
         for n in 0..8 {

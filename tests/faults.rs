@@ -5,7 +5,7 @@ use std::{cell::RefCell, time::Duration};
 use candle_core::Device;
 use flopaudit::{
     analytic::{Structure, closed_form, predict},
-    audit::Audit,
+    audit::{Audit, GraphView},
     config::{LoraConfig, ModelConfig, Projection},
     error::Error,
     ledger::{Dtype, Key, Ledger, Module, Op, Phase},
@@ -39,19 +39,21 @@ fn run(fault: impl Fn(&Key) -> Vec<Key> + 'static, more: impl Fn(Meter)) -> Ledg
     let Workload { model, lora, dtype, .. } = workload();
     let weights = weights::synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora, seed: 2 };
-    let qwen = Decoder::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
+    let model =
+        Decoder::load(&model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap();
     let observer = RefCell::new(Faulty(Ledger::default(), fault));
     let meter = Meter::new(&observer, Phase::Setup);
-    let mut cache = qwen.cache(meter, 2, 8).unwrap();
+    let mut cache = model.cache(meter, 2, 8).unwrap();
     cache.set_held(3).unwrap();
     let meter = meter.phase(Phase::Forward);
-    qwen.forward(
-        meter,
-        Ids::Host { ids: &[1; 10], batch: 2 },
-        Context::Cached(&mut cache),
-        Logits::All,
-    )
-    .unwrap();
+    model
+        .forward(
+            meter,
+            Ids::Host { ids: &[1; 10], batch: 2 },
+            Context::Cached(&mut cache),
+            Logits::All,
+        )
+        .unwrap();
     more(meter);
     observer.into_inner().0
 }
@@ -208,20 +210,24 @@ fn another_dtype_is_another_op() {
     assert!(audit.sum_differences.is_empty() && !audit.balanced());
 }
 
+/// What a report with `audit` prints, and its JSON.
+fn reported(audit: &Audit) -> (String, serde_json::Value) {
+    let (tally, prices) = (&audit.executed, Prices::matmul());
+    let report =
+        Report::new("audit", "tiny", vec![workload()], Structure::Exact, &prices, tally).unwrap();
+    let report = report.with_audit(audit).unwrap();
+    let mut out = vec![];
+    render(&mut anstream::StripStream::new(&mut out), &report, Figures::Human, false).unwrap();
+    (String::from_utf8(out).unwrap(), serde_json::to_value(&report).unwrap())
+}
+
 #[test]
 fn the_report_shows_where() {
     let double = |key: &Key| match at(key, "layers.1.mlp.up_proj", "matmul") {
         true => vec![*key; 2],
         false => vec![*key],
     };
-    let audit = audit(&run(double, |_| ()));
-    let (tally, prices) = (&audit.executed, Prices::matmul());
-    let report =
-        Report::new("audit", "tiny", vec![workload()], Structure::Exact, &prices, tally).unwrap();
-    let report = report.with_audit(&audit).unwrap();
-    let mut out = vec![];
-    render(&mut anstream::StripStream::new(&mut out), &report, Figures::Human, false).unwrap();
-    let text = String::from_utf8(out).unwrap();
+    let (text, _) = reported(&audit(&run(double, |_| ())));
     insta::assert_snapshot!(&text[text.find("the audit").unwrap()..]);
 }
 
@@ -277,4 +283,27 @@ fn logits_that_are_not_finite_are_refused_in_every_row() {
     let warm = Sampling { temperature: 1.0, ..Sampling::GREEDY };
     let error = Sampler::new(warm, &[0; 3]).next(at, &logits, &[const { vec![] }; 3]).unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");
+}
+
+/// A device's graph that is not what was launched fails an audit whose ledgers agree, and the
+/// table and the JSON say where.
+#[test]
+fn a_graph_that_differs_fails_the_audit() {
+    let balanced = || audit(&run(|key| vec![*key], |_| ()));
+    let view = |nodes, difference: Option<&str>| GraphView {
+        nodes,
+        launches: 19,
+        difference: difference.map(String::from),
+    };
+    let sound = balanced().with_graphs([view(19, None), view(20, None)]);
+    sound.verdict().unwrap();
+    let why = "launch 4 of 19 is silu; in its place is nothing more";
+    let audit = balanced().with_graphs([view(19, None), view(18, Some(why))]);
+    assert!(!audit.balanced());
+    assert_eq!(Error::exit_code(&audit.verdict().unwrap_err()), 1);
+    let (text, json) = reported(&audit);
+    assert!(text.contains(why), "{text}");
+    assert_eq!(json["audit"]["graph_nodes"], 37);
+    assert_eq!(json["audit"]["graph_launches"], 38);
+    assert_eq!(json["audit"]["graph_difference"], why);
 }

@@ -144,7 +144,8 @@ pub struct ExecutionArgs {
     /// On a GPU, launch each decoding step anew in place of replaying a recorded CUDA graph
     #[arg(long)]
     pub no_cuda_graph: bool,
-    /// Drop or double a kernel of the recorded CUDA graph, to see that the audit finds it: drop:3
+    /// Drop, double or halve a kernel of the recorded CUDA graph, to see that the audit finds it:
+    /// drop:3
     #[arg(long, value_name = "FAULT", hide = true, conflicts_with = "no_cuda_graph")]
     pub plant_fault: Option<Fault>,
     /// Write every op that ran, with its calls, to FILE as JSON; `-` is stdout
@@ -200,6 +201,17 @@ impl ExecutionArgs {
     /// Opens the device.
     pub fn open_device(&self) -> Result<Device> {
         device::open(&self.device)
+    }
+
+    /// Refuses a fault that was to be planted where nothing has been recorded.
+    pub fn fault_was_planted(&self, recorded: bool) -> Result<()> {
+        match self.plant_fault {
+            Some(_) if !recorded => {
+                let why = "no CUDA graph was recorded that a fault could be planted in";
+                Err(Error::Flag { flag: "--plant-fault".into(), why: why.into() }.into())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Opens the file for the ledger before the work starts.

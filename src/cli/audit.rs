@@ -93,6 +93,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let observers = RefCell::new((Ledger::default(), trace));
     let recording = execute(model, task, execution, timed, &observers, &interrupt)?;
+    execution.fault_was_planted(recording.is_some())?;
     let (ledger, trace) = observers.into_inner();
     let workloads = vec![workload];
     let audit = Audit::new(&workloads, &ledger)?.with_graphs(recording);

@@ -51,6 +51,7 @@ pub fn run(args: Args) -> Result<()> {
     let ledger_file = execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
+    execution.fault_was_planted(false)?;
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
     let checkpoint = args.model.open()?;

@@ -112,6 +112,7 @@ pub fn run(args: Args) -> Result<()> {
     let observers = (Ledger::default(), trace);
     let (run, trace) =
         args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
+    args.execution.fault_was_planted(run.recordings().next().is_some())?;
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
     let audit = match args.no_audit {
         true => None,

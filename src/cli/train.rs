@@ -129,6 +129,7 @@ fn train(mut args: Args) -> Result<()> {
     let ledger_file = args.execution.open_ledger()?;
     let budget = args.budget()?;
     let trace = RefCell::new(args.trace.open(&budget.prices)?);
+    args.execution.fault_was_planted(false)?;
     let device = args.execution.open_device()?;
     let saved = folder::open(&args.out, args.resume)?;
     let interrupt = Interrupt::listen()?;

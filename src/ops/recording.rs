@@ -16,14 +16,15 @@ pub use super::cuda::Fault;
 impl FromStr for Fault {
     type Err = String;
 
-    /// `drop:N` or `double:N`.
+    /// `drop:N`, `double:N` or `halve:N`.
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = || format!("`{text}` is neither drop:N nor double:N");
+        let known = || format!("`{text}` is none of drop:N, double:N and halve:N");
         let (what, which) = text.split_once(':').ok_or_else(known)?;
         let which = which.parse().map_err(|_| known())?;
         match what {
             "drop" => Ok(Self::Drop(which)),
             "double" => Ok(Self::Double(which)),
+            "halve" => Ok(Self::Halve(which)),
             _ => Err(known()),
         }
     }

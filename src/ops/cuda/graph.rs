@@ -137,7 +137,7 @@ impl Captured {
 
     /// Plants `fault`, so that whoever looks for one has one to find.
     fn plant(&self, fault: Fault) -> Result<()> {
-        let (Fault::Drop(n) | Fault::Double(n)) = fault;
+        let (Fault::Drop(n) | Fault::Double(n) | Fault::Halve(n)) = fault;
         let mut kernels = vec![];
         for node in self.nodes()? {
             if matches!(listed(node)?, Listed::Kernel { .. }) {
@@ -156,12 +156,23 @@ impl Captured {
             }
             Fault::Double(_) => {
                 let (params, mut copy) = (params(node)?, null_mut());
-                // SAFETY: these are the parameters of a node of this graph.
+                // SAFETY: these are the parameters of a node of this graph. Its attributes are
+                // copied too: a kernel of a library may be one for clusters of blocks.
                 unsafe {
                     sys::cuGraphAddKernelNode_v2(&raw mut copy, self.graph, &node, 1, &params)
                         .result()?;
+                    sys::cuGraphKernelNodeCopyAttributes(copy, node).result()?;
                 }
                 vec![copy]
+            }
+            Fault::Halve(_) => {
+                let mut params = params(node)?;
+                let grid = [&mut params.gridDimX, &mut params.gridDimY, &mut params.gridDimZ];
+                let blocks = grid.into_iter().find(|blocks| **blocks > 1);
+                *blocks.with_context(|| format!("kernel {n} has one block"))? /= 2;
+                // SAFETY: but for the grid, these are the node's own parameters.
+                unsafe { sys::cuGraphKernelNodeSetParams_v2(node, &raw const params).result()? };
+                return Ok(());
             }
         };
         for to in after {
@@ -285,13 +296,13 @@ mod tests {
         let device = tests::gpu();
         let step = Step::new(&device);
         step.run().unwrap();
-        for fault in (0..4).flat_map(|n| [Fault::Drop(n), Fault::Double(n)]) {
+        for fault in (0..5).flat_map(|n| [Fault::Drop(n), Fault::Double(n)]) {
             let (graph, nodes) = Graph::record(&device, Some(fault), || step.run()).unwrap();
             let said = witness(&nodes, &graph.nodes().unwrap()).unwrap_err();
             println!("{fault:?}: {said}");
             graph.replay().unwrap();
         }
-        assert!(Graph::record(&device, Some(Fault::Drop(4)), || step.run()).is_err());
+        assert!(Graph::record(&device, Some(Fault::Drop(5)), || step.run()).is_err());
         // A recording that fails leaves the stream as it was.
         assert!(Graph::record(&device, None, || -> Result<()> { anyhow::bail!("no") }).is_err());
         step.run().unwrap();

@@ -26,6 +26,8 @@ pub enum Fault {
     Drop(usize),
     /// The n-th one is there twice.
     Double(usize),
+    /// The n-th one has half of its blocks, and so computes half of its rows.
+    Halve(usize),
 }
 
 /// Whether the nodes of a recording are what was launched, one to one and in order. A product by a
