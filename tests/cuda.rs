@@ -432,7 +432,7 @@ fn cuda_lists_what_was_launched() {
 }
 
 #[test]
-fn a_kernel_dropped_or_doubled_in_the_graph_is_found() {
+fn a_kernel_dropped_doubled_or_halved_in_the_graph_is_found() {
     let (sound, _) = recorded("tiny", 1, None);
     for n in [0, 5, sound.launches - 2] {
         let (view, _) = recorded("tiny", 1, Some(Fault::Drop(n)));

@@ -19,7 +19,8 @@ pub(in crate::ops) enum Listed {
     Other(String),
 }
 
-/// A fault planted in a recording, to see that it is found. It counts kernels, a library's among them.
+/// A fault planted in a recording, to see that it is found. It counts kernels, a library's among
+/// them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
     /// The n-th one is left out.
@@ -36,35 +37,32 @@ pub enum Fault {
 /// # Errors
 /// The first difference, with both sides.
 pub(in crate::ops) fn witness(launched: &[Node], listed: &[Listed]) -> Result<(), String> {
-    let is_ours = |node: &Listed| {
-        let Listed::Kernel { function: listed, .. } = node else { return false };
-        launched.iter().any(|n| matches!(n, Node::Ours { function, .. } if function == listed))
+    let is_ours = |name: &String| {
+        launched.iter().any(|n| matches!(n, Node::Ours { function, .. } if function == name))
     };
-    // What a library starts: kernels that are none of ours, and memory set for them.
-    let is_library = |node: &Listed| match node {
-        Listed::Kernel { .. } => !is_ours(node),
-        Listed::Other(kind) => kind == "memset",
+    // A library starts kernels that are none of ours, and sets memory for them.
+    let is_of = |launch: &Node, listed: &Listed| match (launch, listed) {
+        (
+            Node::Ours { function, grid, block },
+            Listed::Kernel { function: f, grid: g, block: b },
+        ) => (function, grid, block) == (f, g, b),
+        (Node::Ours { .. }, Listed::Other(_)) => false,
+        (Node::Library { .. }, Listed::Kernel { function, .. }) => !is_ours(function),
+        (Node::Library { .. }, Listed::Other(kind)) => kind == "memset",
     };
     let mut rest = listed;
     for (i, node) in launched.iter().enumerate() {
-        let same = match node {
-            Node::Ours { function, grid, block } => {
-                let of = |f: &String, g, b| (function, grid, block) == (f, g, b);
-                usize::from(
-                    matches!(rest.first(), Some(Listed::Kernel { function: f, grid: g, block: b }) if of(f, g, b)),
-                )
-            }
-            Node::Library { nodes } => {
-                let there = rest.len() >= *nodes && rest[..*nodes].iter().all(is_library);
-                if there { *nodes } else { 0 }
-            }
+        let nodes = match node {
+            Node::Ours { .. } => 1,
+            Node::Library { nodes } => *nodes,
         };
-        if same == 0 {
+        let its = rest.get(..nodes).unwrap_or_default();
+        if its.is_empty() || !its.iter().all(|listed| is_of(node, listed)) {
             let there = rest.first().map_or("nothing more".into(), shown_listed);
             let (launch, all) = (shown(node), launched.len());
             return Err(format!("launch {} of {all} is {launch}; in its place is {there}", i + 1));
         }
-        rest = &rest[same..];
+        rest = &rest[nodes..];
     }
     match rest.first() {
         None => Ok(()),
