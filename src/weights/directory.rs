@@ -16,8 +16,13 @@ use crate::{
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// A PEFT adapter: beside a model it is no part of it.
+/// A PEFT adapter.
 const ADAPTER: &str = "adapter_model.safetensors";
+/// Files that may lie beside a model and are no part of it.
+const ASIDE: [(&str, &str); 2] = [
+    (ADAPTER, "is an adapter; --adapter takes it"),
+    ("checkpoint.safetensors", "is what a training of this program resumes from"),
+];
 
 /// Opens a checkpoint directory; `id` is the hub's name of it, if it came from there.
 pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
@@ -32,6 +37,12 @@ pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
     settle_head(&mut config, &mut shards, &config_file, &mut ignored)?;
     let files = shards.files();
     ignored.append(&mut shards.take_ignored());
+    for (name, why) in ASIDE {
+        let file = dir.join(name);
+        if file.is_file() {
+            ignored.push(Ignored::new(file.display().to_string(), "*", why));
+        }
+    }
     let weights = Weights { source: Source::Safetensors(shards) };
     ignored.extend(weights.check(&config)?);
     let text = Text::from_directory(dir, config.vocab_size)?;
@@ -105,7 +116,7 @@ pub(super) fn only_gguf(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The directory's files whose names end so, sorted; a PEFT adapter's are left out.
+/// The directory's files whose names end so, sorted, without those that may lie beside a model.
 pub(super) fn files_ending(dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
     let fail = |e: std::io::Error| Error::Weights { file: dir.into(), why: e.to_string() };
     let mut files = vec![];
@@ -113,7 +124,7 @@ pub(super) fn files_ending(dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
         let entry = entry.map_err(fail)?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.ends_with(end) && name != ADAPTER {
+        if name.ends_with(end) && ASIDE.iter().all(|(aside, _)| name != *aside) {
             files.push(entry.path());
         }
     }

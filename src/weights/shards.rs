@@ -20,9 +20,10 @@ use crate::{
 };
 
 /// How the names of tensors end that hold a quantized weight, and of what scheme they are.
-const QUANTIZED: [(&str, &str); 9] = [
+const QUANTIZED: [(&str, &str); 10] = [
     (".qweight", "GPTQ or AWQ"),
     (".qzeros", "GPTQ or AWQ"),
+    (".scales", "MLX, GPTQ or AWQ"),
     (".weight_packed", "compressed-tensors"),
     (".weight_scale", "fp8 or int8"),
     (".weight_scale_inv", "fp8"),
@@ -89,7 +90,7 @@ impl Shards {
         for (tensor, shard) in tensors {
             let path = dir.join(shard);
             let file = shards.files.iter().find(|(file, _)| *file == path);
-            if !file.is_some_and(|(_, file)| file.get(tensor).is_ok()) {
+            if file.is_none_or(|(_, file)| file.get(tensor).is_err()) {
                 let why = format!("is missing, though {INDEX} places it there");
                 return Err(Error::tensor(path.display().to_string(), tensor, why).into());
             }
@@ -115,10 +116,11 @@ impl Shards {
             shards.files.push((path, mapped));
             for name in names {
                 let known = known_as(&name);
-                if shards.holder.contains_key(&known) {
-                    shards.hold_twice(&known, file, &name)?;
-                } else {
-                    shards.holder.insert(known, Held { file, name });
+                match shards.holder.get(&known) {
+                    Some(_) => shards.hold_twice(&known, file, &name)?,
+                    None => {
+                        shards.holder.insert(known, Held { file, name });
+                    }
                 }
             }
         }

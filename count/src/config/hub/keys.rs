@@ -172,7 +172,7 @@ enum Neutral {
 }
 
 impl Neutral {
-    /// Whether `value` is this one; null and, where a number asks for something, false are too.
+    /// Whether `value` is this one; false is too where a number asks for something.
     fn is(self, value: &Value) -> bool {
         match self {
             Self::Null => value.is_null(),
@@ -242,7 +242,8 @@ const CHANGING: &[(&str, Neutral)] = &[
 
 /// Refuses a checkpoint of quantized weights, by the method that its config names.
 pub(super) fn refuse_quantization(keys: &Object) -> Result<()> {
-    for key in ["quantization_config", "compression_config"] {
+    // The last is MLX's.
+    for key in ["quantization_config", "compression_config", "quantization"] {
         let Some(value) = keys.get(key) else { continue };
         let method = value.get("quant_method").and_then(Value::as_str).unwrap_or("of some method");
         let why = format!(

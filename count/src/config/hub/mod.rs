@@ -89,8 +89,9 @@ impl ModelConfig {
     }
 
     fn parse(text: &str, origin: &str) -> Result<(Self, Vec<Ignored>)> {
-        let json =
-            serde_json::from_str(text).map_err(|e| bad(origin, format!("not valid JSON: {e}")))?;
+        // A mark at the start of a text file is no part of it.
+        let json = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+            .map_err(|e| bad(origin, format!("not valid JSON: {e}")))?;
         Self::from_value(&json, origin, None)
     }
 
