@@ -2,6 +2,7 @@
 
 mod chat;
 mod gguf;
+mod stand_in;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -116,14 +117,21 @@ impl Text {
         Ok(Self { model: Model::Tokenizer(Box::new(tokenizer)), chat, eos, vocab })
     }
 
-    /// Writes tokenizer.json and what else [`Text::from_directory`] reads to `dir`; nothing for the
-    /// stand-in.
+    /// Writes tokenizer.json and what else [`Text::from_directory`] reads to `dir`; nothing for a
+    /// stand-in of fewer tokens than there are bytes.
     ///
     /// # Errors
     /// A folder that cannot be written.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let Model::Tokenizer(tokenizer) = &self.model else { return Ok(()) };
-        let json = tokenizer.to_string(false).map_err(|e| anyhow::anyhow!("tokenizer: {e}"))?;
+        let json = match &self.model {
+            Model::Tokenizer(tokenizer) => {
+                tokenizer.to_string(false).map_err(|e| anyhow::anyhow!("tokenizer: {e}"))?
+            }
+            Model::Bytes => match stand_in::tokenizer_json(self.vocab) {
+                Some(json) => json,
+                None => return Ok(()),
+            },
+        };
         let write = |name: &str, text: String| {
             Target::open(&dir.join(name))?.write_with(|out| Ok(out.write_all(text.as_bytes())?))
         };

@@ -234,8 +234,11 @@ fn bad_input_is_one_clear_line() {
     refused(path, "count forward --prices neg.toml", &["neg.toml", "line 2"]);
     write("cut.json", "{\"vocab_size\": 3,");
     refused(path, "count forward --config cut.json", &["cut.json", "line 1"]);
-    write("lacks.json", "{\"vocab_size\": 3}");
-    refused(path, "count forward --config lacks.json", &["lacks.json", "hidden_size"]);
+    write("nameless.json", "{\"vocab_size\": 3}");
+    refused(path, "count forward --config nameless.json", &["`model_type` is missing"]);
+    let lacks = r#"{"model_type": "qwen2", "num_attention_heads": 2, "vocab_size": 3}"#;
+    write("lacks.json", lacks);
+    refused(path, "count forward --config lacks.json", &["lacks.json", "`hidden_size` is missing"]);
     write("mamba.json", "{\"model_type\": \"mamba\"}");
     refused(
         path,
@@ -265,7 +268,7 @@ fn usage_errors_are_one_line_too() {
     refused(dir.path(), "count forward --prices free.toml", &["free.toml", "prices nothing"]);
     std::fs::write(dir.path().join("x.gguf"), "GGUF and then nothing").unwrap();
     refused(dir.path(), "generate hi --model x.gguf", &["x.gguf"]);
-    let negative = r#"{"vocab_size": -4, "hidden_size": 8, "intermediate_size": 8,
+    let negative = r#"{"model_type": "qwen2", "vocab_size": -4, "hidden_size": 8, "intermediate_size": 8,
         "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
         "max_position_embeddings": 8}"#;
     std::fs::write(dir.path().join("negative.json"), negative).unwrap();

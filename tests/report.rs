@@ -354,7 +354,7 @@ fn a_file_that_is_no_report_is_refused_with_the_key_at_fault() {
         (run.to_string() + "{}", &["bad.json", "trailing"]),
         (
             workload("/model/hidden_size", json!("x")),
-            &["`workload.model`", "`hidden_size`", "\"x\""],
+            &["`workload.model`", "`hidden_size` is `x`, not a count"],
         ),
         (workload("/dtype", json!("f7")), &["`workload.dtype`", "`f7`"]),
         (many, &["`workload[1].model`"]),

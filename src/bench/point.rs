@@ -5,7 +5,7 @@ use std::{fmt, path::Path};
 use serde::{Deserialize, Serialize};
 
 use super::{Ceiling, DeviceInfo};
-use crate::{error::Result, ledger::Phase, traffic::Traffic, workload::Workload};
+use crate::{config::Ignored, error::Result, ledger::Phase, traffic::Traffic, workload::Workload};
 
 /// Version of the JSON of [`Ceiling`] and [`BenchReport`]; raised when a field changes its
 /// meaning.
@@ -22,6 +22,9 @@ pub struct BenchReport {
     pub kind: Kind,
     /// Where config and weights came from.
     pub model: String,
+    /// What its files hold and was not used; absent where there were no files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ignored: Option<Vec<Ignored>>,
     /// Parameters of the base model.
     pub parameters: u128,
     /// Where it ran.

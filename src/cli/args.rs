@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{device, interrupt::Interrupt};
 use crate::{
     analytic::Structure,
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{Ignored, LoraConfig, Matters, ModelConfig, Projection},
     error::{Error, Result},
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Decoder, How},
@@ -41,32 +41,76 @@ pub struct ModelArgs {
 impl ModelArgs {
     /// Opens the checkpoint, with tensors and tokenizer.
     pub fn open(&self) -> Result<Checkpoint> {
-        match self.config()? {
-            Some((config, _)) => weights::synthetic(config, 0),
-            None => weights::open(self.model.as_deref()),
-        }
+        let checkpoint = match self.config()? {
+            Some(Described { config, ignored, .. }) => {
+                let ignored = ignored.unwrap_or_default();
+                Checkpoint { ignored, ..weights::synthetic(config, 0)? }
+            }
+            None => weights::open(self.model.as_deref())?,
+        };
+        say_what_matters(&checkpoint.ignored);
+        Ok(checkpoint)
     }
 
-    /// The config alone, and where it came from.
-    pub fn config_only(&self) -> Result<(ModelConfig, String)> {
+    /// The config alone.
+    pub fn config_only(&self) -> Result<Described> {
         if let Some(found) = self.config()? {
             return Ok(found);
         }
         match &self.model {
             Some(model) => {
                 let checkpoint = weights::open(Some(model))?;
-                Ok((checkpoint.config, checkpoint.origin))
+                say_what_matters(&checkpoint.ignored);
+                let ignored = checkpoint.listed().map(<[Ignored]>::to_vec);
+                let Checkpoint { config, origin, .. } = checkpoint;
+                Ok(Described { config, origin, ignored })
             }
-            None => Ok((ModelConfig::preset(DEFAULT_PRESET)?, format!("preset {DEFAULT_PRESET}"))),
+            None => Described::preset(DEFAULT_PRESET),
         }
     }
 
-    fn config(&self) -> Result<Option<(ModelConfig, String)>> {
+    fn config(&self) -> Result<Option<Described>> {
         if let Some(file) = &self.config {
-            return Ok(Some((ModelConfig::from_file(file)?, file.display().to_string())));
+            let (config, ignored) = ModelConfig::read(file)?;
+            let (origin, ignored) = (file.display().to_string(), Some(ignored));
+            return Ok(Some(Described { config, origin, ignored }));
         }
-        let preset = self.preset.as_deref();
-        preset.map(|p| Ok((ModelConfig::preset(p)?, format!("preset {p}")))).transpose()
+        self.preset.as_deref().map(Described::preset).transpose()
+    }
+}
+
+/// A config, where it came from, and what of its files is not used, where there are files.
+pub struct Described {
+    /// The model's widths and counts.
+    pub config: ModelConfig,
+    /// Its file, checkpoint or preset.
+    pub origin: String,
+    /// What is not used.
+    pub ignored: Option<Vec<Ignored>>,
+}
+
+impl Described {
+    fn preset(name: &str) -> Result<Self> {
+        let (config, origin) = (ModelConfig::preset(name)?, format!("preset {name}"));
+        Ok(Self { config, origin, ignored: None })
+    }
+}
+
+/// A document with what of the model's files was not used.
+#[derive(serde::Serialize)]
+pub struct Listing<'a, T> {
+    #[serde(flatten)]
+    pub document: &'a T,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ignored: Option<Vec<Ignored>>,
+}
+
+/// Where a checkpoint says two things, which of them was taken.
+fn say_what_matters(ignored: &[Ignored]) {
+    let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+    for Ignored { file, key, reason, .. } in ignored.iter().filter(|i| i.matters == Matters::Always)
+    {
+        anstream::eprintln!("{yellow}warning:{yellow:#} {file}: `{key}` {reason}");
     }
 }
 

@@ -306,6 +306,7 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
         command: "bench".into(),
         kind: unit.kind(),
         model: checkpoint.origin.clone(),
+        ignored: checkpoint.listed().map(<[_]>::to_vec),
         parameters: checkpoint.config.parameters(),
         device: DeviceInfo::of(&opened, &grid.device),
         date: now(),

@@ -6,8 +6,8 @@ use clap::{Args, Subcommand};
 
 use super::{
     args::{
-        CountingArgs, EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, StructureArg,
-        TrainingArgs,
+        CountingArgs, Described, EvaluationArgs, ForwardArgs, GenerationArgs, Listing, OutputArgs,
+        StructureArg, TrainingArgs,
     },
     workload::WorkloadArgs,
 };
@@ -81,10 +81,11 @@ fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     }
     let output = args.output.open()?;
     let prices = args.counting.prices()?;
-    let (workload, origin) = args.workload.of(task)?;
+    let (workload, Described { origin, ignored, .. }) = args.workload.of(task)?;
     let structure = args.structure.structure;
     let tally = analytic::count(structure, &workload)?;
-    let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?;
+    let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?
+        .with_ignored(ignored.as_deref());
     output.write(&report.sized_for(args.workload.device()), false)
 }
 
@@ -95,7 +96,7 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let axes: Vec<Axis> =
         args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
     let prices = args.counting.prices()?;
-    let (model, origin) = args.workload.model.config_only()?;
+    let Described { config: model, origin, ignored } = args.workload.model.config_only()?;
     let lora = &args.workload.lora;
     let base = Base {
         model,
@@ -107,7 +108,8 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
     let style = args.output.style();
     let human = !matches!(csv, Some(Target::Stdout));
+    let listing = Listing { document: &sweep, ignored };
     output
-        .write_with(&sweep, || if human { report::print_sweep(&sweep, style) } else { Ok(()) })?;
+        .write_with(&listing, || if human { report::print_sweep(&sweep, style) } else { Ok(()) })?;
     csv.map_or(Ok(()), |csv| csv.write_with(|out| report::csv(out, &sweep)))
 }

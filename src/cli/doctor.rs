@@ -13,11 +13,11 @@ use serde::Serialize;
 use super::{args::OutputArgs, device, memory};
 use crate::{
     bench::{Ceiling, DeviceInfo},
-    config::ModelConfig,
+    config::{Ignored, ModelConfig},
     error::{Error, Result},
     ledger::Dtype,
     report::bytes,
-    weights,
+    weights::{self, Checkpoint},
 };
 
 /// Version of the JSON; raised when a field changes its meaning.
@@ -46,6 +46,8 @@ struct Diagnosis {
     ceiling_cache: Option<PathBuf>,
     /// What a run without `--model` takes; absent where there is nothing to take.
     default_model: Option<String>,
+    /// What of its files is not used, with the reasons.
+    ignored: Vec<Ignored>,
     /// Whether nothing is missing.
     ready: bool,
     findings: Vec<Finding>,
@@ -116,7 +118,9 @@ impl Diagnosis {
         let memory_free_bytes = memory::available();
         let gpus = device::gpus();
         let hub_cache = weights::hub_cache();
-        let (default_model, weights) = weights_finding();
+        let (default, weights) = weights_finding();
+        let (default_model, ignored) = default.map(|c| (c.origin, c.ignored)).unzip();
+        let ignored = ignored.unwrap_or_default();
         let mut findings = vec![
             build(&features),
             cpu(&device.name, threads, &instruction_sets),
@@ -126,6 +130,7 @@ impl Diagnosis {
             cache(hub_cache.as_deref()),
             ceiling(&device),
         ];
+        findings.extend(ignored_finding(&ignored));
         findings.extend(environment());
         Ok(Self {
             schema_version: SCHEMA_VERSION,
@@ -139,6 +144,7 @@ impl Diagnosis {
             hub_cache,
             ceiling_cache: Ceiling::cache(),
             default_model,
+            ignored,
             ready: findings.iter().all(|f| f.status != Status::Missing),
             findings,
         })
@@ -249,7 +255,7 @@ fn nvidia_driver() -> Option<String> {
 }
 
 /// The checkpoint that a run without `--model` takes: its files are there and fit its config.
-fn weights_finding() -> (Option<String>, Finding) {
+fn weights_finding() -> (Option<Checkpoint>, Finding) {
     if !weights::default_is_local() {
         let later = if cfg!(feature = "hub") { "; a run asks the hub" } else { "" };
         let found = format!("no ./weights, {} not cached{later}", weights::DEFAULT_MODEL);
@@ -259,13 +265,23 @@ fn weights_finding() -> (Option<String>, Finding) {
     match weights::open(None) {
         Ok(checkpoint) => {
             let found = format!("{}; a run without --model takes them", checkpoint.origin);
-            (Some(checkpoint.origin), Finding::ok("weights", found))
+            (Some(checkpoint), Finding::ok("weights", found))
         }
         Err(e) => {
             let hint = "fetch it anew (scripts/fetch-weights.sh), or name another with --model";
             (None, Finding::missing("weights", format!("{e:#}"), hint))
         }
     }
+}
+
+/// What of the default model's files is not used; none where all is.
+fn ignored_finding(ignored: &[Ignored]) -> Option<Finding> {
+    if ignored.is_empty() {
+        return None;
+    }
+    let keys: Vec<&str> = ignored.iter().map(|entry| entry.key.as_str()).collect();
+    let found = format!("{} (--json gives the reasons)", keys.join(", "));
+    Some(Finding::ok("ignored", found))
 }
 
 fn cache(dir: Option<&Path>) -> Finding {

@@ -268,6 +268,7 @@ impl Args {
         let origin = &checkpoint.origin;
         let (workloads, exact) = (run.workloads(), Structure::Exact);
         let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?
+            .with_ignored(checkpoint.listed())
             .ran_on(&self.execution.device);
         if self.trace.timed(&self.execution) {
             report = report.with_times(&run.ledger);

@@ -5,11 +5,14 @@ use std::path::{Path, PathBuf};
 use clap::{Subcommand, ValueEnum};
 
 use super::{
-    args::{EvaluationArgs, ForwardArgs, GenerationArgs, OutputArgs, TrainingArgs},
+    args::{
+        Described, EvaluationArgs, ForwardArgs, GenerationArgs, Listing, OutputArgs, TrainingArgs,
+    },
     workload::WorkloadArgs,
 };
 use crate::{
     analytic::Structure,
+    config::Ignored,
     error::{Error, Result},
     prices::Prices,
     reconcile::{End, Reconciliation, Run, reconcile},
@@ -55,7 +58,7 @@ enum Command {
 }
 
 impl Command {
-    fn workload(&self) -> Result<(Workload, String)> {
+    fn workload(&self) -> Result<(Workload, Described)> {
         match self {
             Self::Forward(args) => args.of(args.task.task()),
             Self::Generate(args) => args.of(args.task.task()?),
@@ -117,25 +120,31 @@ impl Named {
 pub fn run(args: Args) -> Result<()> {
     let output = args.output.open()?;
     let (from, to) = (Named::read("--from", &args.from)?, Named::read("--to", &args.to)?);
-    let (workloads, model) = args.workloads(&from, &to)?;
+    let (workloads, model, ignored) = args.workloads(&from, &to)?;
     let [from_end, to_end] = args.ends(&from, &to)?;
     let mut way = reconcile(&model, &workloads, &from_end, &to_end)?;
     way.from.run = from.check(&from_end.prices, way.from.total_flops)?;
     way.to.run = to.check(&to_end.prices, way.to.total_flops)?;
-    output.write_with(&way, || report::print_way(&way, args.output.style()))?;
+    let listing = Listing { document: &way, ignored };
+    output.write_with(&listing, || report::print_way(&way, args.output.style()))?;
     verdict(&way)
 }
 
 impl Args {
-    fn workloads(&self, from: &Named, to: &Named) -> Result<(Vec<Workload>, String)> {
+    /// What is counted, where its config came from, and what of that is not used.
+    fn workloads(
+        &self,
+        from: &Named,
+        to: &Named,
+    ) -> Result<(Vec<Workload>, String, Option<Vec<Ignored>>)> {
         let fail = |why: &str| Err(Error::flag("--from, --to", why).into());
         match (&self.workload, from.run(), to.run()) {
             (Some(command), None, None) => {
-                let (workload, model) = command.workload()?;
-                Ok((vec![workload], model))
+                let (workload, Described { origin, ignored, .. }) = command.workload()?;
+                Ok((vec![workload], origin, ignored))
             }
             (None, Some(run), None) | (None, None, Some(run)) => {
-                Ok((run.workload.clone(), run.model.clone()))
+                Ok((run.workload.clone(), run.model.clone(), None))
             }
             (_, Some(_), Some(_)) => fail("one run at a time; the other end is a structure"),
             (Some(_), _, _) => fail("a run brings its workload; name no other"),

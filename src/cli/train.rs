@@ -15,6 +15,7 @@ use super::{
 use crate::{
     analytic::Structure,
     audit::Audit,
+    config::{Ignored, Matters},
     error::{Error, Result},
     ledger::Dtype,
     report::{Report, TrainingReport, human},
@@ -135,6 +136,7 @@ fn train(mut args: Args) -> Result<()> {
     let interrupt = Interrupt::listen()?;
 
     let checkpoint = args.model.open()?;
+    refuse_dropout(&checkpoint)?;
     // What the end will save must have a config.json: its family may have no keys for it.
     if args.steps.full {
         checkpoint.config.to_hub()?;
@@ -407,6 +409,7 @@ impl Args {
         let audit = Audit::new(&workloads, &ledger)?;
         let (origin, exact, prices) = (&checkpoint.origin, Structure::Exact, &budget.prices);
         let mut report = Report::new("train", origin, workloads, exact, prices, &audit.executed)?
+            .with_ignored(checkpoint.listed())
             .ran_on(&self.execution.device);
         if self.trace.timed(&self.execution) {
             report = report.with_times(&ledger);
@@ -414,6 +417,16 @@ impl Args {
         report.training = Some(TrainingReport::new(session, budget, &self.out)?);
         Ok((report.with_audit(&audit)?, audit))
     }
+}
+
+/// Refuses a checkpoint that is to be trained with dropout, which this training has not.
+fn refuse_dropout(checkpoint: &Checkpoint) -> Result<()> {
+    let missed = |entry: &&Ignored| entry.matters == Matters::InTraining;
+    let Some(Ignored { file, key, .. }) = checkpoint.ignored.iter().find(missed) else {
+        return Ok(());
+    };
+    let why = "is not 0, and this program trains without dropout; write 0 to train so";
+    Err(Error::Config { origin: file.clone(), key: key.clone(), why: why.into() }.into())
 }
 
 /// FLOPs of all that has run, as the budget counts.

@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::args::{DtypeArg, LoraArgs, ModelArgs};
+use super::args::{Described, DtypeArg, LoraArgs, ModelArgs};
 use crate::{
     error::Result,
     workload::{Task, Workload},
@@ -35,10 +35,11 @@ impl<T: Args> WorkloadArgs<T> {
     }
 
     /// The workload of `task`, and where its config came from.
-    pub fn of(&self, task: Task) -> Result<(Workload, String)> {
-        let (model, origin) = self.model.config_only()?;
+    pub fn of(&self, task: Task) -> Result<(Workload, Described)> {
+        let described = self.model.config_only()?;
+        let model = described.config.clone();
         let lora = self.lora.config(&model)?;
         let dtype = self.dtype.on(self.device());
-        Ok((Workload { model, lora, dtype, task }, origin))
+        Ok((Workload { model, lora, dtype, task }, described))
     }
 }

@@ -2,25 +2,27 @@
 //! or shards with an index), tokenizer.json and what goes with it.
 
 use std::{
-    collections::{HashMap, HashSet},
-    fs::File,
-    io::Read,
+    collections::HashMap,
     path::{Path, PathBuf},
 };
 
-use candle_core::{Device, Tensor, safetensors::MmapedSafetensors};
-
-use super::{Checkpoint, Source, Weights, cause};
+pub(super) use super::shards::Shards;
+use super::{Checkpoint, Source, Weights};
 use crate::{
-    config::ModelConfig,
+    config::{Ignored, Matters, ModelConfig},
     error::{Error, Result},
     text::Text,
 };
 
-const SINGLE: &str = "model.safetensors";
+pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
-/// A PEFT adapter: beside a model it is no part of it.
+/// A PEFT adapter.
 const ADAPTER: &str = "adapter_model.safetensors";
+/// Files that may lie beside a model and are no part of it.
+const ASIDE: [(&str, &str); 2] = [
+    (ADAPTER, "is an adapter; --adapter takes it"),
+    ("checkpoint.safetensors", "is what a training of this program resumes from"),
+];
 
 /// Opens a checkpoint directory; `id` is the hub's name of it, if it came from there.
 pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
@@ -29,17 +31,58 @@ pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
         let why = "holds no config.json (and not exactly one .gguf file)".into();
         return Err(Error::Weights { file: dir.into(), why }.into());
     }
-    let config = ModelConfig::from_file(&config_file)?;
-    let shards = Shards::open_model(dir)?;
-    let files = shards.files.len();
+    let (mut config, mut ignored) = ModelConfig::read(&config_file)?;
+    let mut shards = Shards::open_model(dir)?;
+    shards.refuse_quantized()?;
+    settle_head(&mut config, &mut shards, &config_file, &mut ignored)?;
+    let files = shards.files();
+    ignored.append(&mut shards.take_ignored());
+    for (name, why) in ASIDE {
+        let file = dir.join(name);
+        if file.is_file() {
+            ignored.push(Ignored::new(file.display().to_string(), "*", why));
+        }
+    }
     let weights = Weights { source: Source::Safetensors(shards) };
-    weights.check(&config)?;
+    ignored.extend(weights.check(&config)?);
     let text = Text::from_directory(dir, config.vocab_size)?;
     let name = id.map_or_else(|| dir.display().to_string(), String::from);
     let from = if id.is_some() { " from the hub" } else { "" };
     let plural = if files == 1 { "" } else { "s" };
     let origin = format!("{name}{from} (safetensors, {files} file{plural})");
-    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false })
+    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false, ignored })
+}
+
+/// What becomes of a head where the config says that it is the embedding: saved under one name, the
+/// pair is found by the other; saved as two tensors that differ, it is no pair.
+fn settle_head(
+    config: &mut ModelConfig,
+    shards: &mut Shards,
+    config_file: &Path,
+    ignored: &mut Vec<Ignored>,
+) -> Result<()> {
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    if !config.tie_word_embeddings {
+        return Ok(());
+    }
+    match (shards.shape(EMBEDDING), shards.shape(HEAD)) {
+        (_, None) => {}
+        (None, Some(_)) => shards.rename(HEAD, EMBEDDING),
+        (Some(one), Some(other)) if one == other && shards.same(EMBEDDING, HEAD)? => {
+            let why = "is the embedding once more, which the config makes the head";
+            ignored.push(Ignored::new(shards.origin(HEAD), HEAD, why));
+        }
+        (Some(_), Some(_)) => {
+            config.tie_word_embeddings = false;
+            let why = "is true, but the head that is stored is not the embedding: the stored one \
+                       is used";
+            let file = config_file.display().to_string();
+            let entry = Ignored::new(file, "tie_word_embeddings", why);
+            ignored.push(entry.where_it(Matters::Always));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a directory holds any model file at all.
@@ -73,15 +116,15 @@ pub(super) fn only_gguf(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// The directory's files whose names end so, sorted; a PEFT adapter's are left out.
-fn files_ending(dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
+/// The directory's files whose names end so, sorted, without those that may lie beside a model.
+pub(super) fn files_ending(dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
     let fail = |e: std::io::Error| Error::Weights { file: dir.into(), why: e.to_string() };
     let mut files = vec![];
     for entry in std::fs::read_dir(dir).map_err(fail)? {
         let entry = entry.map_err(fail)?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.ends_with(end) && name != ADAPTER {
+        if name.ends_with(end) && ASIDE.iter().all(|(aside, _)| name != *aside) {
             files.push(entry.path());
         }
     }
@@ -109,138 +152,26 @@ pub(super) fn read_index(file: &Path) -> Result<HashMap<String, String>> {
     Ok(index.weight_map)
 }
 
-/// Memory-mapped safetensors files and which of them holds each tensor.
-pub(super) struct Shards {
-    dir: PathBuf,
-    files: Vec<(PathBuf, MmapedSafetensors)>,
-    holder: HashMap<String, usize>,
-}
-
-impl std::fmt::Debug for Shards {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let files: Vec<_> = self.files.iter().map(|(path, _)| path).collect();
-        f.debug_struct("Shards").field("files", &files).finish_non_exhaustive()
+/// Refuses a directory that holds no safetensors, with what it does hold.
+pub(super) fn no_weights(dir: &Path) -> Result<anyhow::Error> {
+    const OTHERS: [&str; 7] = [".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx"];
+    let weights = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        // Beside weights, a training leaves other files of that kind.
+        (!name.starts_with("training_args") && !name.starts_with("optimizer")).then_some(name)
+    };
+    let mut found = vec![];
+    for end in OTHERS {
+        found.extend(files_ending(dir, end)?.iter().filter_map(weights));
     }
-}
-
-impl Shards {
-    /// A model's files: the single one, the index's shards, or all safetensors that are there.
-    fn open_model(dir: &Path) -> Result<Self> {
-        let single = dir.join(SINGLE);
-        if single.is_file() {
-            return Self::open_files(dir, vec![single]);
-        }
-        let index = dir.join(INDEX);
-        if index.is_file() {
-            return Self::open_index(dir, &index);
-        }
-        let files = files_ending(dir, ".safetensors")?;
-        if files.is_empty() {
-            let why = format!("holds no weights: no {SINGLE}, no {INDEX}, no .gguf");
-            return Err(Error::Weights { file: dir.into(), why }.into());
-        }
-        Self::open_files(dir, files)
-    }
-
-    fn open_index(dir: &Path, index: &Path) -> Result<Self> {
-        let map = read_index(index)?;
-        let mut names: Vec<&String> = map.values().collect();
-        names.sort();
-        names.dedup();
-        for name in &names {
-            if !dir.join(name).is_file() {
-                let why = format!("missing, though {INDEX} names it");
-                return Err(Error::Weights { file: dir.join(name), why }.into());
-            }
-        }
-        let shards = Self::open_files(dir, names.iter().map(|name| dir.join(name)).collect())?;
-        let mut tensors: Vec<_> = map.iter().collect();
-        tensors.sort();
-        for (tensor, shard) in tensors {
-            let held = shards.holder.get(tensor).map(|&i| &shards.files[i].0);
-            if held != Some(&dir.join(shard)) {
-                let origin = dir.join(shard).display().to_string();
-                let why = format!("is missing, though {INDEX} places it there");
-                return Err(Error::tensor(origin, tensor, why).into());
-            }
-        }
-        Ok(shards)
-    }
-
-    /// Maps each file and reads its header.
-    pub(super) fn open_files(dir: &Path, paths: Vec<PathBuf>) -> Result<Self> {
-        let mut files = Vec::with_capacity(paths.len());
-        let mut holder = HashMap::new();
-        for path in paths {
-            let mapped = map(&path)?;
-            for (name, _) in mapped.tensors() {
-                holder.insert(name, files.len());
-            }
-            files.push((path, mapped));
-        }
-        Ok(Self { dir: dir.into(), files, holder })
-    }
-
-    /// Every tensor's name, in no order.
-    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
-        self.holder.keys().map(String::as_str)
-    }
-
-    /// The names of the tensors that are none of `names` and of consequence.
-    pub(super) fn beside<'a>(
-        &'a self,
-        names: impl Iterator<Item = &'a str>,
-    ) -> impl Iterator<Item = &'a str> {
-        // A head of its own beside a tied one is never read; frequencies are computed.
-        let idle = |name: &str| name == "lm_head.weight" || name.ends_with("rotary_emb.inv_freq");
-        let used: HashSet<&str> = names.collect();
-        self.names().filter(move |name| !used.contains(name) && !idle(name))
-    }
-
-    /// The shape that the header declares.
-    pub(super) fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        let file = &self.files[*self.holder.get(name)?].1;
-        file.get(name).ok().map(|view| view.shape().to_vec())
-    }
-
-    /// The file that holds `name`; the only file, or the directory, where none does.
-    pub(super) fn origin(&self, name: &str) -> String {
-        let file = match (self.holder.get(name), self.files.as_slice()) {
-            (Some(&index), files) => &files[index].0,
-            (None, [(only, _)]) => only,
-            _ => &self.dir,
-        };
-        file.display().to_string()
-    }
-
-    /// The tensor on the CPU, in the file's dtype.
-    pub(super) fn load(&self, name: &str) -> Result<Tensor> {
-        let missing = || Error::tensor(self.origin(name), name, "is missing");
-        let &index = self.holder.get(name).ok_or_else(missing)?;
-        self.files[index]
-            .1
-            .load(name, &Device::Cpu)
-            .map_err(|e| Error::tensor(self.origin(name), name, cause(&e)).into())
-    }
-}
-
-fn map(path: &Path) -> Result<MmapedSafetensors> {
-    // SAFETY: the map is only read. A file that another process shortens meanwhile would end
-    // this one, as it would any reader of a memory map.
-    unsafe { MmapedSafetensors::new(path) }.map_err(|e| {
-        let why = if is_lfs_pointer(path) {
-            "is a Git LFS pointer, not the weights; run `git lfs pull`".into()
-        } else {
-            format!("truncated or not a safetensors file: {}", cause(&e))
-        };
-        Error::Weights { file: path.into(), why }.into()
-    })
-}
-
-/// What a clone without Git LFS leaves in a file's place.
-fn is_lfs_pointer(path: &Path) -> bool {
-    const START: &[u8] = b"version https://git-lfs";
-    let mut head = vec![];
-    let read = File::open(path).and_then(|f| f.take(START.len() as u64).read_to_end(&mut head));
-    read.is_ok() && head == START
+    let adapter = dir.join(ADAPTER).is_file();
+    let why = match found.first() {
+        Some(name) => format!(
+            "holds `{name}`, and no safetensors; that kind of file is not read: load it with \
+             transformers and save it by save_pretrained"
+        ),
+        None if adapter => format!("holds {ADAPTER} alone; give it by --adapter, with its base"),
+        None => format!("holds no weights: no {SINGLE}, no {INDEX}, no .gguf"),
+    };
+    Ok(Error::Weights { file: dir.into(), why }.into())
 }

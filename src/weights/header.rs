@@ -1,6 +1,8 @@
 //! What candle's GGUF reader takes on trust, or reports by number: that the file is one at all, an
 //! alignment that it divides by, and how tensors are stored.
 
+use std::collections::HashSet;
+
 /// Refuses a file that is no GGUF, or whose header would bring the reader down.
 ///
 /// Anything else that is wrong (a cut-off value, an absurd length) ends the walk silently: the
@@ -19,7 +21,9 @@ pub(super) fn check(file: &[u8]) -> Result<(), String> {
 
 /// How a file may store a tensor, by ggml's numbers, and the names of other ways.
 const STORED: [u32; 13] = [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 30];
-const OTHERS: [(u32, &str); 15] = [
+const OTHERS: [(u32, &str); 28] = [
+    (4, "Q4_2"),
+    (5, "Q4_3"),
     (9, "Q8_1"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
@@ -30,9 +34,20 @@ const OTHERS: [(u32, &str); 15] = [
     (21, "IQ3_S"),
     (22, "IQ2_S"),
     (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
     (29, "IQ1_M"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
     (34, "TQ1_0"),
     (35, "TQ2_0"),
+    (36, "IQ4_NL_4_4"),
+    (37, "IQ4_NL_4_8"),
+    (38, "IQ4_NL_8_8"),
     (39, "MXFP4"),
     (40, "NVFP4"),
 ];
@@ -47,18 +62,30 @@ impl<'a> Walk<'a> {
     fn header(mut self) -> Option<Result<(), String>> {
         self.version = self.number()?;
         let tensors = self.length()?;
+        let mut keys = HashSet::new();
         for _ in 0..self.length()? {
             let length = self.length()?;
-            let is_alignment = self.take(length)? == b"general.alignment";
+            let key = self.take(length)?;
+            if !keys.insert(key) {
+                let key = String::from_utf8_lossy(key);
+                return Some(Err(format!("malformed GGUF header: `{key}` is there twice")));
+            }
+            let is_alignment = key == b"general.alignment";
             let kind = self.number()?;
             let value = self.value(kind, 0)?;
             if is_alignment && value.iter().all(|byte| *byte == 0) {
                 return Some(Err("malformed GGUF header: `general.alignment` is 0".into()));
             }
         }
+        let mut names = HashSet::new();
         for _ in 0..tensors {
             let length = self.length()?;
-            let name = String::from_utf8_lossy(self.take(length)?);
+            let name = self.take(length)?;
+            let again = !names.insert(name);
+            let name = String::from_utf8_lossy(name);
+            if again {
+                return Some(Err(format!("holds tensor `{name}` twice")));
+            }
             for _ in 0..self.number()? {
                 self.length()?;
             }

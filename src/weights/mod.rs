@@ -3,6 +3,7 @@
 //! [`open`] turns `--model` into a [`Checkpoint`] whose tensors all exist with the shapes that
 //! the config asks for; [`Weights::tensor`] then loads one, converted, placed and finite.
 
+mod aliases;
 mod directory;
 mod gguf;
 mod header;
@@ -10,6 +11,7 @@ mod hub;
 mod peft;
 mod place;
 mod save;
+mod shards;
 mod synthetic;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ pub use self::{
     synthetic::synthetic,
 };
 use crate::{
-    config::{ModelConfig, Projection},
+    config::{Ignored, ModelConfig, Projection},
     error::{Error, Result},
     text::Text,
 };
@@ -49,6 +51,15 @@ pub struct Checkpoint {
     pub origin: String,
     /// Random weights of the true shapes: the same FLOPs, meaningless text.
     pub synthetic: bool,
+    /// What its files hold and a run does not use, with the reasons.
+    pub ignored: Vec<Ignored>,
+}
+
+impl Checkpoint {
+    /// What of its files is not used; none where there are no files.
+    pub fn listed(&self) -> Option<&[Ignored]> {
+        (!self.synthetic || !self.ignored.is_empty()).then_some(&self.ignored)
+    }
 }
 
 /// The tensors of a checkpoint, by the names of its Hugging Face layout. Shared freely between
@@ -207,18 +218,33 @@ impl Weights {
 
     /// Names the first tensor that the config asks for and the file does not hold as such, or that
     /// the file holds and the config does not ask for: it would change what the model computes.
-    fn check(&self, config: &ModelConfig) -> Result<()> {
+    /// What is left over and would not is listed.
+    fn check(&self, config: &ModelConfig) -> Result<Vec<Ignored>> {
         let shapes = tensor_shapes(config);
         shapes.iter().try_for_each(|(name, shape)| self.check_shape(name, shape))?;
         let names = shapes.iter().map(|(name, _)| name.as_str());
-        let beside = match &self.source {
-            Source::Safetensors(shards) => shards.beside(names).min(),
-            Source::Gguf(gguf) => gguf.beside(names).min(),
-            Source::Synthetic(_) => None,
+        let mut beside: Vec<&str> = match &self.source {
+            Source::Safetensors(shards) => shards.beside(names).collect(),
+            Source::Gguf(gguf) => gguf.beside(names).collect(),
+            Source::Synthetic(_) => vec![],
         };
-        let Some(name) = beside else { return Ok(()) };
-        let why = "is no part of the model that the config describes";
-        Err(Error::tensor(self.origin(name), name, why).into())
+        beside.sort_unstable();
+        // The head is settled before: beside a tied one it is the embedding once more.
+        beside.retain(|name| *name != "lm_head.weight");
+        let (computed, foreign): (Vec<_>, Vec<_>) =
+            beside.into_iter().partition(|name| name.ends_with("rotary_emb.inv_freq"));
+        if let Some(name) = foreign.first() {
+            let more = match foreign.len() {
+                1 => String::new(),
+                n => format!(" (nor are {} others)", n - 1),
+            };
+            let why = format!("is no part of the model that the config describes{more}");
+            return Err(Error::tensor(self.origin(name), *name, why).into());
+        }
+        let listed = |name: &str| {
+            Ignored::new(self.origin(name), name, "is computed from the config, not read")
+        };
+        Ok(computed.into_iter().map(listed).collect())
     }
 }
 

@@ -32,16 +32,17 @@ pub(super) struct Synthetic {
 /// Opens `synthetic[:preset][:seed]`; a path to a config.json may stand for the preset.
 pub(super) fn open(spec: &str) -> Result<Checkpoint> {
     let (preset, seed) = parse(spec)?;
-    let config = if preset.ends_with(".json") || preset.contains('/') {
-        ModelConfig::from_file(Path::new(preset))?
+    let (config, ignored) = if preset.ends_with(".json") || preset.contains('/') {
+        ModelConfig::read(Path::new(preset))?
     } else {
-        ModelConfig::preset(preset).map_err(|error| match error.downcast() {
+        let config = ModelConfig::preset(preset).map_err(|error| match error.downcast() {
             Ok(Error::Flag { why, .. }) => Error::flag("--model", why).into(),
             Ok(other) => other.into(),
             Err(other) => other,
-        })?
+        })?;
+        (config, vec![])
     };
-    let mut checkpoint = synthetic(config, seed)?;
+    let mut checkpoint = Checkpoint { ignored, ..synthetic(config, seed)? };
     checkpoint.name = format!("synthetic:{preset}:{seed}");
     checkpoint.origin = format!("{} (random weights)", checkpoint.name);
     Ok(checkpoint)
@@ -81,6 +82,7 @@ pub fn synthetic(config: ModelConfig, seed: u64) -> Result<Checkpoint> {
         name: format!("synthetic, seed {seed}"),
         origin: format!("synthetic, seed {seed} (random weights)"),
         synthetic: true,
+        ignored: vec![],
         config,
     })
 }

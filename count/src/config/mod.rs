@@ -1,11 +1,13 @@
 //! What a model is: its widths and counts ([`ModelConfig`]) and its adapters ([`LoraConfig`]).
 
 mod hub;
+mod ignored;
 mod lora;
 mod presets;
 mod projection;
 mod validate;
 
+pub use ignored::{Ignored, Matters};
 pub use lora::LoraConfig;
 pub use projection::Projection;
 
@@ -130,6 +132,19 @@ pub enum RopeScaling {
         /// The ramp's ends are rounded to whole pairs.
         truncate: bool,
     },
+}
+
+impl RopeScaling {
+    /// The same without a scaling that scales by 1: one name for what is one model.
+    #[must_use]
+    pub fn simplified(self) -> Self {
+        match self {
+            Self::Linear { factor: 1.0 }
+            | Self::Llama3 { factor: 1.0, .. }
+            | Self::Yarn { factor: 1.0, attention_factor: 1.0, .. } => Self::Default,
+            Self::Default | Self::Linear { .. } | Self::Llama3 { .. } | Self::Yarn { .. } => self,
+        }
+    }
 }
 
 /// Sliding-window attention.

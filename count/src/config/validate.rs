@@ -74,11 +74,9 @@ impl ModelConfig {
                 return fail("layer_types", format!("names {answers} layers of {layers}"));
             }
         }
-        self.ropes().iter().try_for_each(|rope| {
-            rope.fault().map_or(Ok(()), |(key, value)| {
-                fail(key, format!("is {value}; it must be a positive number"))
-            })
-        })
+        self.ropes()
+            .iter()
+            .try_for_each(|rope| rope.fault().map_or(Ok(()), |(key, why)| fail(key, why)))
     }
 }
 
@@ -87,9 +85,9 @@ fn positive(x: f64) -> bool {
 }
 
 impl Rope {
-    /// The first key whose value is no positive number.
-    fn fault(&self) -> Option<(&'static str, f64)> {
-        let mut numbers = vec![("rope_theta", self.theta)];
+    /// The first key whose value makes no sense, and why.
+    pub(super) fn fault(&self) -> Option<(&'static str, String)> {
+        let (mut numbers, mut rising) = (vec![("rope_theta", self.theta)], None);
         match self.scaling {
             RopeScaling::Default => {}
             RopeScaling::Linear { factor } => numbers.push(("factor", factor)),
@@ -98,12 +96,16 @@ impl Rope {
                 low_freq_factor,
                 high_freq_factor,
                 original_max_position_embeddings,
-            } => numbers.extend([
-                ("factor", factor),
-                ("low_freq_factor", low_freq_factor),
-                ("high_freq_factor", high_freq_factor),
-                ("original_max_position_embeddings", original_max_position_embeddings as f64),
-            ]),
+            } => {
+                numbers.extend([
+                    ("factor", factor),
+                    ("low_freq_factor", low_freq_factor),
+                    ("high_freq_factor", high_freq_factor),
+                    ("original_max_position_embeddings", original_max_position_embeddings as f64),
+                ]);
+                let ends = [low_freq_factor, high_freq_factor];
+                rising = Some(("low_freq_factor", "high_freq_factor", ends));
+            }
             RopeScaling::Yarn {
                 factor,
                 beta_fast,
@@ -111,15 +113,28 @@ impl Rope {
                 original_max_position_embeddings,
                 attention_factor,
                 truncate: _,
-            } => numbers.extend([
-                ("factor", factor),
-                ("beta_fast", beta_fast),
-                ("beta_slow", beta_slow),
-                ("original_max_position_embeddings", original_max_position_embeddings as f64),
-                ("attention_factor", attention_factor),
-            ]),
+            } => {
+                numbers.extend([
+                    ("factor", factor),
+                    ("beta_fast", beta_fast),
+                    ("beta_slow", beta_slow),
+                    ("original_max_position_embeddings", original_max_position_embeddings as f64),
+                    ("attention_factor", attention_factor),
+                ]);
+                rising = Some(("beta_slow", "beta_fast", [beta_slow, beta_fast]));
+            }
         }
-        numbers.into_iter().find(|(_, value)| !positive(*value))
+        if let Some((key, value)) = numbers.iter().find(|(_, value)| !positive(*value)) {
+            return Some((key, format!("is {value}; it must be a positive number")));
+        }
+        // Angles that grow with the pair, or a context that shrinks, are of no model.
+        let least = ["rope_theta", "factor"];
+        if let Some((key, value)) = numbers.iter().find(|(key, v)| least.contains(key) && *v < 1.0)
+        {
+            return Some((key, format!("is {value}; it must be 1 at least")));
+        }
+        let (low, high, [a, b]) = rising.filter(|(_, _, [a, b])| a >= b)?;
+        Some((low, format!("is {a}; it must be below `{high}`, {b}")))
     }
 }
 
@@ -144,5 +159,18 @@ mod tests {
         assert!(refused(|c| c.vocab_size = 1 << 40).contains("`vocab_size` is 1099511627776"));
         assert!(refused(|c| c.head_dim = Some(7)).contains("`head_dim` is 7"));
         assert!(refused(|c| c.rope.theta = f64::NAN).contains("`rope_theta`"));
+        let stretch = |scaling| refused(|c| c.rope.scaling = scaling);
+        let shrunk = stretch(RopeScaling::Linear { factor: 0.5 });
+        assert!(shrunk.contains("`factor` is 0.5; it must be 1 at least"), "{shrunk}");
+        let swapped = stretch(RopeScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 4.0,
+            high_freq_factor: 1.0,
+            original_max_position_embeddings: 64,
+        });
+        assert!(
+            swapped.contains("`low_freq_factor` is 4; it must be below `high_freq"),
+            "{swapped}"
+        );
     }
 }

@@ -49,7 +49,7 @@ pub const LARGE: Sizes = Sizes {
 };
 
 fn ropes() -> impl Strategy<Value = Rope> {
-    let positive = || 0.5f64..100.0;
+    let positive = || 1.5f64..100.0;
     let scaling = prop_oneof![
         Just(RopeScaling::Default),
         positive().prop_map(|factor| RopeScaling::Linear { factor }),

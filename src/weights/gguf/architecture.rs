@@ -2,8 +2,8 @@
 
 use super::{Metadata, metadata::every_but_last, rope};
 use crate::{
-    config::{Activation, Biases, Family, ModelConfig, Projection, Rope, Window},
-    error::Result,
+    config::{Activation, Biases, Family, Ignored, ModelConfig, Projection, Rope, Window},
+    error::{Error, Result},
 };
 
 /// What the name of an architecture says of a model, beyond what its keys do.
@@ -104,7 +104,27 @@ const UNSUPPORTED: [(&str, f64); 15] = [
 ];
 
 /// Keys under an architecture's name that change nothing that is computed.
-const IDLE: [&str; 3] = ["rope.scaling.finetuned", "tensor_data_layout", "vocab_size"];
+const IDLE: [&str; 2] = ["rope.scaling.finetuned", "tensor_data_layout"];
+
+/// What a GGUF calls the keys of a `config.json`, after the architecture's name.
+const OWN_NAMES: [(&str, &str); 16] = [
+    ("vocab_size", "vocab_size"),
+    ("hidden_size", "embedding_length"),
+    ("intermediate_size", "feed_forward_length"),
+    ("num_hidden_layers", "block_count"),
+    ("num_attention_heads", "attention.head_count"),
+    ("num_key_value_heads", "attention.head_count_kv"),
+    ("head_dim", "attention.key_length"),
+    ("max_position_embeddings", "context_length"),
+    ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    ("sliding_window", "attention.sliding_window"),
+    ("layer_types", "attention.sliding_window_pattern"),
+    ("rope_theta", "rope.freq_base"),
+    ("factor", "rope.scaling.factor"),
+    ("beta_fast", "rope.scaling.yarn_beta_fast"),
+    ("beta_slow", "rope.scaling.yarn_beta_slow"),
+    ("original_max_position_embeddings", "rope.scaling.original_context_length"),
+];
 
 /// What the tensors say of a model, beside what the keys do.
 pub(super) struct Tensors<'a> {
@@ -178,8 +198,13 @@ impl Architecture {
             scaled_embedding: self.scaled_embedding,
             query_pre_attn_scalar: None,
         };
+        let known = key("vocab_size");
+        if let Some(said) = metadata.integer(&known)?.filter(|said| *said != tensors.vocab) {
+            let why = format!("is {said}, and `token_embd.weight` has {} rows", tensors.vocab);
+            return Err(metadata.bad(&known, why));
+        }
         // Before anything is worked out from these.
-        config.validate(&metadata.origin())?;
+        self.validate(&config, metadata)?;
         let width = config.head_dim();
         config.rope = rope::read(metadata, &prefix, width, context, tensors.factors)?;
         self.read_windows(metadata, &prefix, &mut config)?;
@@ -194,8 +219,35 @@ impl Architecture {
             metadata.refuse_unless(&key(rest), harmless)?;
         }
         metadata.refuse_unread(&prefix, &IDLE)?;
-        config.validate(&metadata.origin())?;
+        self.validate(&config, metadata)?;
         Ok(config)
+    }
+
+    /// [`ModelConfig::validate`], its errors in the file's own words.
+    fn validate(&self, config: &ModelConfig, metadata: &Metadata) -> Result<()> {
+        let own = |key: &str| OWN_NAMES.iter().find(|(name, _)| *name == key).map(|(_, own)| own);
+        config.validate(&metadata.origin()).map_err(|error| match error.downcast() {
+            Ok(Error::Config { origin, key, why }) => {
+                let key = own(&key).map_or(key, |own| format!("{}.{own}", self.name));
+                let words = why.split(' ').map(|word| own(word).map_or(word, |own| *own));
+                Error::Config { origin, key, why: words.collect::<Vec<_>>().join(" ") }.into()
+            }
+            Ok(other) => other.into(),
+            Err(other) => other,
+        })
+    }
+
+    /// The keys that nobody has read, by now that the text side has been too.
+    pub(super) fn ignored(&self, metadata: &Metadata) -> Vec<Ignored> {
+        let reason = |key: &str| match key.split('.').next().unwrap_or_default() {
+            "general" | "split" => "describes the file",
+            "tokenizer" => "is not read by a tokenizer of this kind",
+            "quantize" | "imatrix" => "says how the file was quantized",
+            own if own == self.name => "changes nothing that is computed",
+            _ => "is no key of this architecture",
+        };
+        let listed = |key: &str| Ignored::new(metadata.origin(), key, reason(key));
+        metadata.unread().into_iter().map(listed).collect()
     }
 
     /// Which layers are windowed, and what such layers have of their own.
@@ -210,7 +262,10 @@ impl Architecture {
         let width = key("attention.sliding_window");
         let pattern = key("attention.sliding_window_pattern");
         let picked = metadata.pattern(&pattern, layers)?;
-        let found = metadata.integer(&width)?.filter(|width| *width > 0);
+        let context = config.max_position_embeddings;
+        // Where windowed layers have positions of their own, a window counts however wide it is.
+        let counts = |width: &usize| *width > 0 && (self.windows.is_some() || *width < context);
+        let found = metadata.integer(&width)?.filter(counts);
         let layers = match (found, picked, &self.windows) {
             (None, _, None) => return Ok(()),
             (None, _, Some(_)) => return Err(metadata.missing(&width)),

@@ -108,6 +108,15 @@ impl<'a> Metadata<'a> {
         }
     }
 
+    /// The keys that nobody has read, sorted.
+    pub(super) fn unread(&self) -> Vec<&'a str> {
+        let read = self.read.borrow();
+        let mut unread: Vec<&str> = self.values.keys().map(String::as_str).collect();
+        unread.retain(|key| !read.contains(*key));
+        unread.sort_unstable();
+        unread
+    }
+
     /// Refuses the first key that starts with `prefix` and that nobody has read; one after the
     /// prefix that is in `idle` changes nothing.
     pub(crate) fn refuse_unread(&self, prefix: &str, idle: &[&str]) -> Result<()> {

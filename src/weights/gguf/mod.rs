@@ -62,8 +62,9 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     let name = path.display().to_string();
     let origin = format!("{name} (GGUF, {})", file.types().join("/"));
     let weights = Weights { source: Source::Gguf(Gguf::new(file, architecture, &config)) };
-    weights.check(&config)?;
-    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false })
+    let mut ignored = architecture.ignored(&metadata);
+    ignored.extend(weights.check(&config)?);
+    Ok(Checkpoint { config, weights, text, name, origin, synthetic: false, ignored })
 }
 
 /// The tensors of a file, by the names and in the form of a Hugging Face checkpoint.

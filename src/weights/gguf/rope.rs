@@ -21,7 +21,14 @@ pub(super) fn read(
     let theta = float("freq_base")?.unwrap_or(10_000.0);
     // llama.cpp's defaults: a factor without a type is linear, and it once had another key.
     let kind = metadata.text(&key("scaling.type"))?.unwrap_or("linear");
-    let factor = float("scaling.factor")?.or(float("scale_linear")?).filter(|f| *f != 0.0);
+    let [factor, older] = [float("scaling.factor")?, float("scale_linear")?];
+    if let (Some(a), Some(b)) = (factor, older)
+        && a != b
+    {
+        let why = format!("is {b}, and `{}` is {a}", key("scaling.factor"));
+        return Err(metadata.bad(&key("scale_linear"), why));
+    }
+    let factor = factor.or(older).filter(|factor| *factor != 0.0);
     let original = metadata.integer(&key("scaling.original_context_length"))?;
     let attention = float("scaling.attn_factor")?.unwrap_or(1.0);
     let yarn = Yarn {
@@ -60,7 +67,7 @@ pub(super) fn read(
     };
     let scaling =
         scaling.map_err(|why| Error::tensor(metadata.origin(), FREQUENCY_FACTORS, why))?;
-    Ok(Rope { theta, scaling })
+    Ok(Rope { theta, scaling: scaling.simplified() })
 }
 
 /// What the file says of YaRN beside its factor.

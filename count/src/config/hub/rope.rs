@@ -1,173 +1,231 @@
 //! Rotary positions: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of
 //! transformers 5, there also by kind of layer.
 
-use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Origin, keys::Keys};
+use super::object::{Object, shown};
 use crate::{
     config::{Family, ModelConfig, Rope, RopeScaling},
-    error::Result,
+    error::{Error, Result},
 };
 
-/// The keys of one kind of positions; or of two, by kind of layer.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
-pub(super) struct RopeKeys {
-    rope_type: Option<String>,
-    /// The same in older files.
-    #[serde(rename = "type")]
-    kind: Option<String>,
-    rope_theta: Option<f64>,
-    partial_rotary_factor: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<usize>,
-    attention_factor: Option<f64>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-    truncate: Option<bool>,
-    full_attention: Option<Box<RopeKeys>>,
-    sliding_attention: Option<Box<RopeKeys>>,
-}
+const FULL: &str = "full_attention";
+const WINDOWED: &str = "sliding_attention";
 
-/// One table of positions in the making: its keys, where they stand, and what holds where they are
-/// silent.
-struct Table<'a> {
-    keys: &'a RopeKeys,
-    at: &'static str,
-    theta: f64,
+/// What holds where a table of positions is silent.
+#[derive(Clone, Copy)]
+struct Beside {
+    /// The key outside the table that has the base.
+    key: &'static str,
+    theta: Option<f64>,
+    /// The base where neither has it.
+    silent: f64,
     /// The context of the whole model.
     context: usize,
     /// The family has a table for each kind of layers.
     by_layers: bool,
-    origin: Origin<'a>,
 }
 
-/// Positions of layers that see the whole context.
-pub(super) fn global(keys: &Keys, family: Family, origin: Origin) -> Result<Rope> {
-    let none = RopeKeys::default();
+impl Beside {
+    /// The base: the table's or the one beside it, which must be one.
+    fn theta(self, keys: &Object, inside: Option<f64>) -> Result<f64> {
+        match (self.theta, inside) {
+            (Some(a), Some(b)) if a != b => {
+                let why = format!("is {a}, and `{}` is {b}", keys.full("rope_theta"));
+                Err(Error::Config { origin: keys.origin().into(), key: self.key.into(), why }
+                    .into())
+            }
+            (beside, inside) => Ok(inside.or(beside).unwrap_or(self.silent)),
+        }
+    }
+
+    /// Positions where there is no table.
+    fn alone(self) -> Rope {
+        Rope { theta: self.theta.unwrap_or(self.silent), scaling: RopeScaling::Default }
+    }
+}
+
+/// Positions of the layers that see the whole context; beside them, those of windowed layers in the
+/// family that has such.
+pub(super) fn of(
+    keys: &Object,
+    family: Family,
+    context: usize,
+    kinds: Kinds,
+) -> Result<(Rope, Option<Rope>)> {
     let by_layers = family == Family::Gemma3;
-    let (at, table) = match (&keys.rope_scaling, &keys.rope_parameters) {
-        (Some(old), Some(new)) if by_layers || old != new => {
-            let why = "stands beside `rope_parameters`, and they are not the same";
-            return Err(origin.refuse("rope_scaling", why));
-        }
-        (Some(old), _) => ("rope_scaling", old),
-        (None, Some(new)) if by_layers => {
-            new.only_by_layers(origin)?;
-            ("rope_parameters.full_attention", new.full_attention.as_deref().unwrap_or(&none))
-        }
-        (None, Some(new)) => ("rope_parameters", new),
-        (None, None) => ("rope_parameters", &none),
+    let silent = if by_layers { 1e6 } else { 10_000.0 };
+    let theta = keys.number("rope_theta")?;
+    let global = Beside { key: "rope_theta", theta, silent, context, by_layers };
+    let key = "rope_local_base_freq";
+    let theta = if by_layers { keys.number(key)? } else { None };
+    let local = Beside { key, theta, silent: 10_000.0, context, by_layers };
+    let read = |key: &str| -> Result<_> {
+        let Some(table) = keys.object(key)? else { return Ok(None) };
+        pair(&table, family, global, local, kinds).map(Some)
     };
-    let theta = keys.rope_theta.unwrap_or(if by_layers { 1e6 } else { 10_000.0 });
-    Table { keys: table, at, theta, context: keys.max_position_embeddings, by_layers, origin }
-        .rope()
-}
-
-/// Those of windowed layers, where the family has them.
-pub(super) fn local(keys: &Keys, family: Family, origin: Origin) -> Result<Option<Rope>> {
-    match family {
-        Family::Qwen2 | Family::Llama | Family::Mistral | Family::Qwen3 => return Ok(None),
-        Family::Gemma3 => {}
+    match (read("rope_scaling")?, read("rope_parameters")?) {
+        (Some(old), Some(new)) if old != new => {
+            let why = "stands beside `rope_parameters`, and they are not the same";
+            Err(keys.refuse("rope_scaling", why))
+        }
+        (Some(both), _) | (None, Some(both)) => Ok(both),
+        (None, None) => Ok((global.alone(), by_layers.then(|| local.alone()))),
     }
-    let none = RopeKeys::default();
-    let by_layers = keys.rope_parameters.as_ref();
-    let table = by_layers.and_then(|r| r.sliding_attention.as_deref()).unwrap_or(&none);
-    let (at, theta) =
-        ("rope_parameters.sliding_attention", keys.rope_local_base_freq.unwrap_or(10_000.0));
-    let context = keys.max_position_embeddings;
-    Table { keys: table, at, theta, context, by_layers: true, origin }.rope().map(Some)
 }
 
-impl RopeKeys {
-    /// Refuses keys that stand beside the two kinds of layers and would be lost.
-    fn only_by_layers(&self, origin: Origin) -> Result<()> {
-        let rest = Self { full_attention: None, sliding_attention: None, ..self.clone() };
-        match rest == Self::default() {
-            true => Ok(()),
-            false => {
-                let why = "must stand under `full_attention` and `sliding_attention`";
-                Err(origin.refuse("rope_parameters", why))
+/// Which kinds of layers a model has.
+#[derive(Clone, Copy)]
+pub(super) struct Kinds {
+    pub full: bool,
+    pub windowed: bool,
+}
+
+/// Both kinds' positions from one table, or from a table for each kind.
+fn pair(
+    table: &Object,
+    family: Family,
+    global: Beside,
+    local: Beside,
+    kinds: Kinds,
+) -> Result<(Rope, Option<Rope>)> {
+    let [full, windowed] = [table.object(FULL)?, table.object(WINDOWED)?];
+    let by_layers = global.by_layers;
+    if full.is_none() && windowed.is_none() {
+        // The older layout: windowed layers are never stretched.
+        return Ok((rope(table, global)?, by_layers.then(|| local.alone())));
+    }
+    // What stands beside the two kinds would be lost.
+    if let Some((key, _)) = table.unread().into_iter().find(|(_, value)| !value.is_null()) {
+        let why = format!("must stand under `{FULL}` and `{WINDOWED}`");
+        return Err(table.refuse(key, why));
+    }
+    let full = full.map(|keys| rope(&keys, global)).transpose()?;
+    if by_layers {
+        let windowed = windowed.map(|keys| rope(&keys, local)).transpose()?;
+        let windowed = windowed.unwrap_or_else(|| local.alone());
+        return Ok((full.unwrap_or_else(|| global.alone()), Some(windowed)));
+    }
+    let windowed = windowed.map(|keys| rope(&keys, global)).transpose()?;
+    for (kind, there, needed) in [(FULL, &full, kinds.full), (WINDOWED, &windowed, kinds.windowed)]
+    {
+        if needed && there.is_none() {
+            return Err(table.refuse(kind, "is missing, and there are such layers"));
+        }
+    }
+    match (full, windowed) {
+        (Some(a), Some(b)) if a != b && kinds.full && kinds.windowed => {
+            let why = format!("is not as `{FULL}`, and `{}` has one for all", family.name());
+            Err(table.refuse(WINDOWED, why))
+        }
+        (Some(one), None) | (None, Some(one)) => Ok((one, None)),
+        (Some(full), Some(windowed)) => Ok((if kinds.full { full } else { windowed }, None)),
+        (None, None) => Err(table.refuse(FULL, "is missing")),
+    }
+}
+
+/// Positions from one table.
+fn rope(keys: &Object, beside: Beside) -> Result<Rope> {
+    let theta = beside.theta(keys, keys.number("rope_theta")?)?;
+    let [new, old] = [keys.text("rope_type")?, keys.text("type")?];
+    if let (Some(a), Some(b)) = (new, old)
+        && a != b
+    {
+        return Err(keys.refuse("type", format!("is `{b}`, and `rope_type` is `{a}`")));
+    }
+    let factor = keys.number("factor")?;
+    let need = |key: &str| keys.number(key)?.ok_or_else(|| keys.refuse(key, "is missing"));
+    let original = keys.count("original_max_position_embeddings")?;
+    let kind = new.or(old);
+    let scaling = match kind.unwrap_or("default") {
+        "default" => {
+            if let Some(factor) = factor.filter(|factor| *factor != 1.0) {
+                let why = match kind {
+                    Some(kind) => format!("is {factor}, and `{kind}` stretches nothing"),
+                    None => format!("is {factor}, and no `rope_type` says what it is of"),
+                };
+                return Err(keys.refuse("factor", why));
             }
+            RopeScaling::Default
         }
+        "linear" => RopeScaling::Linear { factor: need("factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: need("factor")?,
+            low_freq_factor: need("low_freq_factor")?,
+            high_freq_factor: need("high_freq_factor")?,
+            original_max_position_embeddings: original.unwrap_or(beside.context),
+        },
+        "yarn" => yarn(keys, need("factor")?, original.unwrap_or(beside.context), beside)?,
+        other => {
+            let why = format!("is `{other}`; supported are default, linear, llama3 and yarn");
+            return Err(keys.refuse(if new.is_some() { "rope_type" } else { "type" }, why));
+        }
+    };
+    match scaling {
+        RopeScaling::Default | RopeScaling::Linear { .. } => {
+            keys.ignore("original_max_position_embeddings", "is not read by this kind of scaling")
+        }
+        RopeScaling::Llama3 { .. } | RopeScaling::Yarn { .. } => {}
+    }
+    settle(keys, kind)?;
+    let rope = Rope { theta, scaling };
+    match rope.fault() {
+        Some((key, why)) => Err(keys.refuse(key, why)),
+        None => Ok(Rope { scaling: scaling.simplified(), ..rope }),
     }
 }
 
-impl Table<'_> {
-    fn refuse(&self, key: &str, why: impl Into<String>) -> anyhow::Error {
-        self.origin.refuse(&format!("{}.{key}", self.at), why)
-    }
-
-    fn required(&self, key: &str, value: Option<f64>) -> Result<f64> {
-        value.ok_or_else(|| self.refuse(key, "is missing"))
-    }
-
-    fn rope(&self) -> Result<Rope> {
-        let keys = self.keys;
-        if keys.full_attention.is_some() || keys.sliding_attention.is_some() {
-            let why = "is by kind of layer, which this family is not";
-            return Err(self.origin.refuse(self.at, why));
+/// Decides on the keys that the kind of scaling does not read.
+fn settle(keys: &Object, kind: Option<&str>) -> Result<()> {
+    const NEUTRAL: [&str; 5] = [
+        "partial_rotary_factor",
+        "attention_factor",
+        "attn_factor",
+        "extrapolation_factor",
+        "mscale",
+    ];
+    for (key, value) in keys.unread() {
+        if value.is_null() || key == "finetuned" {
+            keys.ignore(key, "asks for nothing");
+        } else if !(NEUTRAL.contains(&key) && value.as_f64() == Some(1.0)) {
+            let value = shown(value);
+            return Err(keys.refuse(
+                key,
+                match (key, kind) {
+                    ("partial_rotary_factor", _) => format!("is {value}; that is not supported"),
+                    (_, Some(kind)) => format!("is {value}, and `{kind}` reads no such key"),
+                    (_, None) => format!("is {value}, and no `rope_type` says what it is of"),
+                },
+            ));
         }
-        if let Some(part) = keys.partial_rotary_factor.filter(|part| *part != 1.0) {
-            let why = format!("is {part}; that is not supported");
-            return Err(self.refuse("partial_rotary_factor", why));
-        }
-        let kind = keys.rope_type.as_deref().or(keys.kind.as_deref()).unwrap_or("default");
-        let scaling = match kind {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: self.required("factor", keys.factor)? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: self.required("factor", keys.factor)?,
-                low_freq_factor: self.required("low_freq_factor", keys.low_freq_factor)?,
-                high_freq_factor: self.required("high_freq_factor", keys.high_freq_factor)?,
-                original_max_position_embeddings: self.original(),
-            },
-            "yarn" => self.yarn()?,
-            other => {
-                let why = format!("is `{other}`; supported are default, linear, llama3 and yarn");
-                return Err(self.refuse("rope_type", why));
-            }
-        };
-        Ok(Rope { theta: keys.rope_theta.unwrap_or(self.theta), scaling })
     }
+    Ok(())
+}
 
-    /// The context before it was stretched.
-    fn original(&self) -> usize {
-        self.keys.original_max_position_embeddings.unwrap_or(self.context)
+/// YaRN, its factors resolved as transformers does: a 0 there is silence too.
+fn yarn(keys: &Object, factor: f64, original: usize, beside: Beside) -> Result<RopeScaling> {
+    let given = |key: &str| -> Result<_> { Ok(keys.number(key)?.filter(|value| *value != 0.0)) };
+    let magnitude = |scale: f64| match factor <= 1.0 {
+        true => 1.0,
+        false => 0.1 * scale * factor.ln() + 1.0,
+    };
+    let by_formula = match (given("mscale")?, given("mscale_all_dim")?) {
+        (Some(scale), Some(of_all)) => magnitude(scale) / magnitude(of_all),
+        (Some(_), None) | (None, Some(_)) | (None, None) => magnitude(1.0),
+    };
+    let truncate = keys.flag("truncate")?.unwrap_or(true);
+    if !truncate && beside.by_layers {
+        let why = "is false, which transformers does not read where positions are by kind of layer";
+        return Err(keys.refuse("truncate", why));
     }
-
-    /// YaRN, its factors resolved as transformers does: a 0 there is silence too.
-    fn yarn(&self) -> Result<RopeScaling> {
-        let keys = self.keys;
-        let given = |value: Option<f64>| value.filter(|value| *value != 0.0);
-        let factor = self.required("factor", keys.factor)?;
-        let magnitude = |scale: f64| match factor <= 1.0 {
-            true => 1.0,
-            false => 0.1 * scale * factor.ln() + 1.0,
-        };
-        let by_formula = match (given(keys.mscale), given(keys.mscale_all_dim)) {
-            (Some(scale), Some(of_all)) => magnitude(scale) / magnitude(of_all),
-            (Some(_), None) | (None, Some(_)) | (None, None) => magnitude(1.0),
-        };
-        let truncate = keys.truncate.unwrap_or(true);
-        if !truncate && self.by_layers {
-            let why =
-                "is false, which transformers does not read where positions are by kind of layer";
-            return Err(self.refuse("truncate", why));
-        }
-        Ok(RopeScaling::Yarn {
-            factor,
-            beta_fast: given(keys.beta_fast).unwrap_or(32.0),
-            beta_slow: given(keys.beta_slow).unwrap_or(1.0),
-            original_max_position_embeddings: self.original(),
-            attention_factor: keys.attention_factor.unwrap_or(by_formula),
-            truncate,
-        })
-    }
+    Ok(RopeScaling::Yarn {
+        factor,
+        beta_fast: given("beta_fast")?.unwrap_or(32.0),
+        beta_slow: given("beta_slow")?.unwrap_or(1.0),
+        original_max_position_embeddings: original,
+        attention_factor: keys.number("attention_factor")?.unwrap_or(by_formula),
+        truncate,
+    })
 }
 
 /// Writes a model's positions: in the older layout, which both versions of transformers read, where

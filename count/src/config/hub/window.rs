@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{Origin, keys::Keys};
+use super::object::Object;
 use crate::{
     config::{Family, ModelConfig, Window},
     error::Result,
@@ -13,64 +13,143 @@ const WIDTH: usize = 4096;
 const FULL: &str = "full_attention";
 const WINDOWED: &str = "sliding_attention";
 
-/// The windows of a model; none where no layer has one. Its number of layers is a valid one.
-pub(super) fn of(keys: &Keys, family: Family, origin: Origin) -> Result<Option<Window>> {
-    let layers = keys.num_hidden_layers;
-    let width = keys.sliding_window.unwrap_or(Some(WIDTH));
-    let listed =
-        keys.layer_types.as_ref().map(|types| listed(types, layers, origin)).transpose()?;
-    let (width, by_family) = match family {
-        Family::Llama => {
-            if let Some(width) = keys.sliding_window.flatten() {
-                let why = format!("is {width}; `llama` has no windows");
-                return Err(origin.refuse("sliding_window", why));
-            }
-            (None, vec![false; layers])
-        }
-        Family::Mistral => (width, vec![width.is_some(); layers]),
-        Family::Qwen2 | Family::Qwen3 => {
-            let width = width.filter(|_| keys.use_sliding_window == Some(true));
-            let first = keys.max_window_layers.unwrap_or(28);
-            (width, (0..layers).map(|layer| width.is_some() && layer >= first).collect())
-        }
-        Family::Gemma3 => {
-            let every = keys.sliding_window_pattern.unwrap_or(6);
-            if every == 0 {
-                return Err(origin.refuse("sliding_window_pattern", "is 0"));
-            }
-            (width, (1..=layers).map(|layer| layer % every != 0).collect())
-        }
+/// What the keys of a family say without a list of layers.
+struct Said {
+    width: Option<usize>,
+    layers: Vec<bool>,
+    /// The key that says which layers, where one does: a list must say the same.
+    by: Option<&'static str>,
+}
+
+/// The windows of a model of a valid number of `layers`; none where no layer has one, or where they
+/// reach over the whole `context`.
+pub(super) fn of(
+    keys: &Object,
+    family: Family,
+    layers: usize,
+    context: usize,
+) -> Result<Option<Window>> {
+    let said = match family {
+        Family::Llama => without(keys, layers)?,
+        Family::Mistral => everywhere(keys, layers)?,
+        Family::Qwen2 | Family::Qwen3 => above(keys, layers)?,
+        Family::Gemma3 => but_each(keys, layers)?,
     };
-    let windowed = match (listed, family) {
-        (None, _) => by_family,
-        // Those two have one kind of layer, whatever a list says.
-        (Some(listed), Family::Llama | Family::Mistral) if listed != by_family => {
-            let why = format!("says otherwise than `{}` does", family.name());
-            return Err(origin.refuse("layer_types", why));
-        }
-        (Some(listed), _) => listed,
+    let windowed = match listed(keys, layers)? {
+        None => said.layers,
+        Some(listed) => match said.by.filter(|_| listed != said.layers) {
+            Some(by) => {
+                let why = format!("says otherwise than {by}");
+                return Err(keys.refuse("layer_types", why));
+            }
+            None => listed,
+        },
     };
-    match (windowed.contains(&true), width) {
-        (false, _) => Ok(None),
-        (true, Some(width)) => Ok(Some(Window { width, layers: windowed })),
-        (true, None) => {
-            Err(origin.refuse("sliding_window", "is off, and some layers are windowed"))
-        }
+    let Some(width) = said.width else {
+        return match windowed.contains(&true) {
+            true => Err(keys.refuse("sliding_window", "is off, and some layers are windowed")),
+            false => Ok(None),
+        };
+    };
+    // Windowed layers of that family have rotary positions of their own, however wide.
+    if width >= context && family != Family::Gemma3 {
+        keys.ignore("sliding_window", "is no shorter than the context");
+        return Ok(None);
+    }
+    Ok(windowed.contains(&true).then_some(Window { width, layers: windowed }))
+}
+
+/// W: a family's own where the file is silent, none where it says null.
+fn width(keys: &Object) -> Result<Option<usize>> {
+    match (keys.count("sliding_window")?, keys.is_null("sliding_window")) {
+        (Some(width), _) => Ok(Some(width)),
+        (None, true) => Ok(None),
+        (None, false) => Ok(Some(WIDTH)),
     }
 }
 
+/// A family without windows.
+fn without(keys: &Object, layers: usize) -> Result<Said> {
+    if let Some(width) = keys.count("sliding_window")? {
+        let why = format!("is {width}; `llama` has no windows");
+        return Err(keys.refuse("sliding_window", why));
+    }
+    if keys.flag("use_sliding_window")? == Some(true) {
+        return Err(keys.refuse("use_sliding_window", "is true; `llama` has no windows"));
+    }
+    keys.ignore("max_window_layers", "is of windows, and there are none");
+    Ok(Said { width: None, layers: vec![false; layers], by: Some("`llama` does") })
+}
+
+/// A family whose layers all have the window.
+fn everywhere(keys: &Object, layers: usize) -> Result<Said> {
+    let width = width(keys)?;
+    if keys.flag("use_sliding_window")?.is_some_and(|on| on != width.is_some()) {
+        let why = "says otherwise than `sliding_window`, which `mistral` goes by";
+        return Err(keys.refuse("use_sliding_window", why));
+    }
+    let layers = vec![width.is_some(); layers];
+    Ok(Said { width, layers, by: Some("`mistral` does") })
+}
+
+/// A family where, if a flag says so, the layers above the first few have it.
+fn above(keys: &Object, layers: usize) -> Result<Said> {
+    const FIRST: usize = 28;
+    let on = keys.flag("use_sliding_window")?.unwrap_or(false);
+    let width = width(keys)?.filter(|_| on);
+    let first = keys.count("max_window_layers")?;
+    if !on {
+        for key in ["sliding_window", "max_window_layers"] {
+            keys.ignore(key, "is of windows, and `use_sliding_window` is not on");
+        }
+    }
+    let layers: Vec<bool> =
+        (0..layers).map(|layer| width.is_some() && layer >= first.unwrap_or(FIRST)).collect();
+    // The number is written into every file, and a list is what goes beside it.
+    let by = first.filter(|first| on && *first != FIRST).map(|_| "`max_window_layers` does");
+    Ok(Said { width, layers, by })
+}
+
+/// A family where all but each so-many-th layer has it.
+fn but_each(keys: &Object, layers: usize) -> Result<Said> {
+    const EACH: usize = 6;
+    let (key, by) = ("sliding_window_pattern", "`sliding_window_pattern` does");
+    let said = keys.count(key)?;
+    // transformers writes this one into every file, and goes by a list of layers that is there.
+    let written = "_sliding_window_pattern";
+    let or = keys.count(written)?;
+    if keys.get("layer_types").is_some() {
+        keys.ignore(written, "stands beside `layer_types`, which says it");
+    } else if let (Some(a), Some(b)) = (said, or)
+        && a != b
+    {
+        return Err(keys.refuse(key, format!("is {a}, and `{written}` is {b}")));
+    }
+    let each = said.or(or).unwrap_or(EACH);
+    if each == 0 {
+        return Err(keys.refuse(key, "is 0"));
+    }
+    if keys.flag("use_sliding_window")? == Some(false) {
+        return Err(keys.refuse("use_sliding_window", "is false; `gemma3_text` has windows"));
+    }
+    keys.ignore("max_window_layers", "is no key of `gemma3_text`, which has a pattern");
+    let windowed = (1..=layers).map(|layer| layer % each != 0).collect();
+    Ok(Said { width: width(keys)?, layers: windowed, by: said.map(|_| by) })
+}
+
 /// `layer_types`, one by one.
-fn listed(types: &[String], layers: usize, origin: Origin) -> Result<Vec<bool>> {
-    let refuse = |why| origin.refuse("layer_types", why);
+fn listed(keys: &Object, layers: usize) -> Result<Option<Vec<bool>>> {
+    let refuse = |why| keys.refuse("layer_types", why);
+    let Some(types) = keys.texts("layer_types")? else { return Ok(None) };
     if types.len() != layers {
         return Err(refuse(format!("names {} layers of {layers}", types.len())));
     }
-    let one = |kind: &String| match kind.as_str() {
+    let one = |kind: &str| match kind {
         FULL => Ok(false),
         WINDOWED => Ok(true),
         other => Err(refuse(format!("names `{other}`; supported are {FULL} and {WINDOWED}"))),
     };
-    types.iter().map(one).collect()
+    types.into_iter().map(one).collect::<Result<_>>().map(Some)
 }
 
 /// Writes a model's windows.
