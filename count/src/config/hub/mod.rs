@@ -79,7 +79,7 @@ impl ModelConfig {
     /// An unreadable file, invalid JSON (with its line), a missing key, a value that
     /// [`ModelConfig::validate`] refuses, or a key that asks for what is not supported.
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
+        let text = crate::input::read_text(path)
             .map_err(|e| Error::File { file: path.into(), why: e.to_string() })?;
         Self::from_json(&text, &path.display().to_string())
     }
