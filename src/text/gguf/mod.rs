@@ -122,14 +122,14 @@ impl Roles {
     /// Encoding with special tokens puts those around the text that the file asks for.
     fn add_to(&self, tokenizer: &mut Tokenizer, metadata: &Metadata) -> Result<()> {
         let added = |wanted: bool, id: Option<u32>, role: &str| {
-            let token = id.and_then(|id| Some((tokenizer.id_to_token(id)?, id)));
+            let id = id.filter(|id| tokenizer.id_to_token(*id).is_some());
             let why = "names no token, and the tokenizer adds it";
             let none = || metadata.bad(&format!("tokenizer.ggml.{role}_token_id"), why);
-            wanted.then(|| token.ok_or_else(none)).transpose()
+            wanted.then(|| id.ok_or_else(none)).transpose()
         };
-        let bos = added(self.add_bos, self.bos, "bos")?;
-        let eos = added(self.add_eos, self.eos, "eos")?;
-        framing::add(tokenizer, bos, eos).map_err(|why| metadata.bad(MODEL, why))
+        let before: Vec<u32> = added(self.add_bos, self.bos, "bos")?.into_iter().collect();
+        let after: Vec<u32> = added(self.add_eos, self.eos, "eos")?.into_iter().collect();
+        framing::surround(tokenizer, &before, &after).map_err(|why| metadata.bad(MODEL, why))
     }
 }
 
