@@ -1,5 +1,6 @@
 //! The text side of a checkpoint: tokenizer, end-of-sequence tokens, chat template.
 
+mod added;
 mod chat;
 mod framing;
 mod gguf;
@@ -81,7 +82,8 @@ impl Text {
 
         let config_file = dir.join("tokenizer_config.json");
         let config = read_json(&config_file)?.unwrap_or_default();
-        framing::complete(&mut tokenizer, &config)
+        added::recognise(&mut tokenizer, &config)
+            .and_then(|()| framing::complete(&mut tokenizer, &config))
             .map_err(|why| Error::File { file: config_file, why })?;
         let token = |key: &str| config.get(key).and_then(token_text).map(str::to_string);
         let (bos, eos_token) = (token("bos_token"), token("eos_token"));

@@ -113,7 +113,8 @@ fn a_ggufs_text_is_split_as_it_says_or_refused() {
     let name = |name: &str| Some(Value::String(name.into()));
     // Of numpy in float64.
     let qwen2 = || Loss(17.762418, 36);
-    let cases: [(&str, &[(&str, Option<Value>)], &str, Scored); 8] = [
+    type Changes<'a> = &'a [(&'a str, Option<Value>)];
+    let cases: [(&str, Changes, &str, Scored); 8] = [
         ("as it is", &[], "", qwen2()),
         ("an alias", &[("pre", name("deepseek-r1-qwen"))], "", qwen2()),
         ("missing", &[("pre", None)], "", Refused(&["`tokenizer.ggml.pre` is missing"])),
@@ -259,6 +260,28 @@ fn flags_and_post_processor_agree_or_are_refused() {
             (found, _) => panic!("{config}: {found:?}"),
         }
     }
+}
+
+#[test]
+fn tokens_listed_beside_the_tokenizer_are_recognised() {
+    let new = |content: &str, special: bool| json!({"content": content, "special": special});
+    let listed = |tokens: Json| framed(&Json::Null, json!({"added_tokens_decoder": tokens}));
+    let known = json!({"256": new("<|im_start|>", true), "258": new("<new>", false)});
+    let text = listed(known).unwrap();
+    // transformers'.
+    assert_eq!(text.encode("a<new>b").unwrap(), [64, 258, 65]);
+    assert_eq!(text.decode(&[64, 258, 65], true).unwrap(), "a<new>b");
+    for (tokens, why) in [
+        (json!({"300": new("<new>", true)}), "`added_tokens_decoder.300` is `<new>`, which"),
+        (json!({"257": new("<new>", true)}), "`added_tokens_decoder.257` is `<new>`, which"),
+        (json!({"x": new("<new>", true)}), "`added_tokens_decoder.x` is no token"),
+        (json!([]), "`added_tokens_decoder` is no object"),
+    ] {
+        let error = one_line(&listed(tokens).unwrap_err());
+        assert!(error.contains("tokenizer_config.json: ") && error.contains(why), "{error}");
+    }
+    let error = framed(&Json::Null, json!({"split_special_tokens": true})).unwrap_err();
+    assert!(one_line(&error).contains("`split_special_tokens` is true, which is not supported"));
 }
 
 #[test]
