@@ -322,10 +322,9 @@ impl Args {
     }
 }
 
-/// A line that was piped in ends with a newline that is no part of the prompt; more are.
+/// A line that was piped in ends with a newline that is no part of the prompt; others are.
 fn without_newline(text: &str) -> String {
-    let line = text.strip_suffix('\n').unwrap_or(text);
-    line.strip_suffix('\r').filter(|_| line.len() < text.len()).unwrap_or(line).into()
+    text.strip_suffix("\r\n").or(text.strip_suffix('\n')).unwrap_or(text).into()
 }
 
 /// Tokens of a workload: (prompt, decoded after the first), over its batch.
