@@ -59,7 +59,7 @@
 
 // The counting side, a crate of its own: what executes cannot leak into it.
 pub use flopaudit_count::{
-    analytic, audit, config, error, ledger, plan, prices, reconcile, sweep, tally, traffic,
+    analytic, audit, config, error, input, ledger, plan, prices, reconcile, sweep, tally, traffic,
     workload,
 };
 

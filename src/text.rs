@@ -1,8 +1,12 @@
 //! The text side of a checkpoint: tokenizer, end-of-sequence tokens, chat template.
 
+mod added;
 mod chat;
+mod framing;
 mod gguf;
 mod stand_in;
+mod stream;
+mod suggested;
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -14,11 +18,12 @@ use tokenizers::Tokenizer;
 
 use crate::{
     error::{Error, Result},
+    input::{read_bytes, read_text},
     target::Target,
     weights::Metadata,
 };
 
-pub use chat::Message;
+pub use self::{chat::Message, stream::Stream, suggested::Suggested};
 
 /// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
 /// checkpoint may have.
@@ -30,8 +35,18 @@ const END_OF_TURN: [&str; 6] =
 pub struct Text {
     model: Model,
     chat: Option<chat::Template>,
-    eos: Vec<u32>,
+    ends: Ends,
+    suggested: Option<Suggested>,
     vocab: usize,
+}
+
+/// The tokens that end something.
+#[derive(Debug, Default, Hash)]
+struct Ends {
+    /// Those that end a generation.
+    generation: Vec<u32>,
+    /// The one that ends a document, as trainers put it: the tokenizer's own `eos_token`.
+    document: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -45,7 +60,7 @@ impl Text {
     /// The stand-in for a model of `vocab` tokens that has no tokenizer: one token a byte (its
     /// value, modulo a `vocab` under 256), no end of sequence, and a chat that is the prompt.
     pub fn bytes(vocab: usize) -> Self {
-        Self { model: Model::Bytes, chat: None, eos: vec![], vocab }
+        Self { model: Model::Bytes, chat: None, ends: Ends::default(), suggested: None, vocab }
     }
 
     /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
@@ -59,62 +74,74 @@ impl Text {
         if !file.is_file() {
             return Err(fail("no such file; the model has no tokenizer without it".into()).into());
         }
-        let mut tokenizer = Tokenizer::from_file(&file)
+        let bytes = read_bytes(&file).map_err(|e| fail(e.to_string()))?;
+        let mut tokenizer = Tokenizer::from_bytes(bytes)
             .map_err(|e| fail(format!("not a tokenizer: {}", first_line(&e))))?;
         // Lengths are ours to decide.
         let _ = tokenizer.with_truncation(None);
         tokenizer.with_padding(None);
 
-        let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let config_file = dir.join("tokenizer_config.json");
+        let config = read_json(&config_file)?.unwrap_or_default();
+        added::recognise(&mut tokenizer, &config)
+            .and_then(|()| framing::complete(&mut tokenizer, &config))
+            .map_err(|why| Error::File { file: config_file, why })?;
         let token = |key: &str| config.get(key).and_then(token_text).map(str::to_string);
         let (bos, eos_token) = (token("bos_token"), token("eos_token"));
         let jinja = dir.join("chat_template.jinja");
-        let template = match std::fs::read_to_string(&jinja) {
-            Ok(source) => Some(source),
-            Err(_) => config.get("chat_template").and_then(template_source),
+        let template = match jinja.is_file() {
+            true => {
+                let fail =
+                    |e: std::io::Error| Error::File { file: jinja.clone(), why: e.to_string() };
+                Some(read_text(&jinja).map_err(fail)?)
+            }
+            false => config.get("chat_template").and_then(template_source),
         };
-        let eos = eos_ids(dir)?.unwrap_or_else(|| {
-            eos_token.iter().filter_map(|token| tokenizer.token_to_id(token)).collect()
-        });
+        let document = eos_token.as_ref().and_then(|token| tokenizer.token_to_id(token));
+        let generation = eos_ids(dir)?.unwrap_or_else(|| document.into_iter().collect());
         let chat = template.map(|source| chat::Template::new(source, bos, eos_token));
-        Self::from_tokenizer(tokenizer, chat, eos, vocab, &file)
+        let suggested = Suggested::of_directory(dir)?;
+        let text = Self::new(tokenizer, Ends { generation, document }, vocab, &file)?;
+        Ok(Self { chat, suggested, ..text })
     }
 
-    /// Builds the tokenizer from a GGUF's metadata.
+    /// Builds the tokenizer from a GGUF's metadata; `pretokenizer` says how text is split first, by
+    /// llama.cpp's names, in place of the metadata.
     ///
     /// # Errors
     /// Metadata that does not describe a tokenizer that is supported, or more tokens than the
     /// model has.
-    pub(crate) fn from_gguf(metadata: &Metadata, vocab: usize) -> Result<Self> {
-        let (tokenizer, roles) = gguf::tokenizer(metadata)?;
+    pub(crate) fn from_gguf(
+        metadata: &Metadata,
+        pretokenizer: Option<&str>,
+        vocab: usize,
+    ) -> Result<Self> {
+        let (tokenizer, roles) = gguf::tokenizer(metadata, pretokenizer)?;
         // A file says which token ends a text, but not always which end a turn.
         let turns = ["eot", "eom"].map(|role| gguf::token_id(metadata, role));
         let named = END_OF_TURN.map(|token| tokenizer.token_to_id(token));
-        let mut eos = vec![];
+        let mut generation = vec![];
         for id in [Ok(roles.eos)].into_iter().chain(turns).chain(named.map(Ok)) {
-            eos.extend(id?.filter(|id| !eos.contains(id)));
+            generation.extend(id?.filter(|id| !generation.contains(id)));
         }
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
         let chat = metadata
             .text("tokenizer.chat_template")?
             .map(|source| chat::Template::new(source.into(), token(roles.bos), token(roles.eos)));
-        Self::from_tokenizer(tokenizer, chat, eos, vocab, metadata.file())
+        let suggested = Suggested::of_gguf(metadata)?;
+        let ends = Ends { generation, document: roles.eos };
+        Ok(Self { chat, suggested, ..Self::new(tokenizer, ends, vocab, metadata.file())? })
     }
 
-    fn from_tokenizer(
-        tokenizer: Tokenizer,
-        chat: Option<chat::Template>,
-        eos: Vec<u32>,
-        vocab: usize,
-        file: &Path,
-    ) -> Result<Self> {
+    fn new(tokenizer: Tokenizer, ends: Ends, vocab: usize, file: &Path) -> Result<Self> {
         // Tokens beyond the model's may be added to a vocabulary that it covers, for other models.
         let tokens = tokenizer.get_vocab_size(false);
         if tokens > vocab {
             let why = format!("has {tokens} tokens, the model only {vocab}");
             return Err(Error::File { file: file.into(), why }.into());
         }
-        Ok(Self { model: Model::Tokenizer(Box::new(tokenizer)), chat, eos, vocab })
+        let model = Model::Tokenizer(Box::new(tokenizer));
+        Ok(Self { model, chat: None, ends, suggested: None, vocab })
     }
 
     /// Writes tokenizer.json and what else [`Text::from_directory`] reads to `dir`; nothing for a
@@ -136,22 +163,59 @@ impl Text {
             Target::open(&dir.join(name))?.write_with(|out| Ok(out.write_all(text.as_bytes())?))
         };
         write("tokenizer.json", json)?;
-        let eos = serde_json::json!({ "eos_token_id": self.eos });
-        write("generation_config.json", eos.to_string())?;
-        let Some(chat) = &self.chat else { return Ok(()) };
-        let tokens = serde_json::json!({ "bos_token": chat.bos, "eos_token": chat.eos });
+        let mut suggested = self.suggested.as_ref().map(|s| s.values.clone()).unwrap_or_default();
+        suggested.insert("eos_token_id".into(), self.ends.generation.clone().into());
+        write("generation_config.json", Json::from(suggested).to_string())?;
+        // What goes around a text is in tokenizer.json's post-processor.
+        let bos = self.chat.as_ref().and_then(|chat| chat.bos.clone());
+        let eos = self.ends.document.and_then(|id| self.spelling(id));
+        let tokens = serde_json::json!({ "bos_token": bos, "eos_token": eos });
         write("tokenizer_config.json", tokens.to_string())?;
-        write("chat_template.jinja", chat.source.clone())
+        self.chat.iter().try_for_each(|chat| write("chat_template.jinja", chat.source.clone()))
     }
 
-    /// Token ids of `text`. Special tokens spelt out in it are recognised; nothing is added.
+    /// The token that `id` stands for, where there is a tokenizer that knows.
+    fn spelling(&self, id: u32) -> Option<String> {
+        match &self.model {
+            Model::Tokenizer(tokenizer) => tokenizer.id_to_token(id),
+            Model::Bytes => None,
+        }
+    }
+
+    /// Token ids of `text`, a part of a text such as what a chat template makes. Special tokens
+    /// spelt out in it are recognised; nothing is added.
     ///
     /// # Errors
     /// Text that the tokenizer cannot take, or with a token that the model does not have.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, false)
+    }
+
+    /// Token ids of `text`, a text of its own: between the tokens that the checkpoint puts around
+    /// one, such as the beginning of the sequence.
+    ///
+    /// # Errors
+    /// As [`Text::encode`].
+    pub fn encode_raw(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokens(text, true)
+    }
+
+    /// The same for one document of several: it ends with the tokenizer's end-of-sequence token,
+    /// else the first that ends a generation, if there is one.
+    ///
+    /// # Errors
+    /// As [`Text::encode`].
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokens(text, true)?;
+        let end = self.ends.document.or(self.ends.generation.first().copied());
+        ids.extend(end.filter(|end| ids.last() != Some(end)));
+        Ok(ids)
+    }
+
+    fn tokens(&self, text: &str, framed: bool) -> Result<Vec<u32>> {
         match &self.model {
             Model::Tokenizer(tokenizer) => {
-                let encoding = tokenizer.encode_fast(text, false).map_err(|e| {
+                let encoding = tokenizer.encode_fast(text, framed).map_err(|e| {
                     Error::Prompt(format!("cannot be tokenized: {}", first_line(&e)))
                 })?;
                 let ids = encoding.get_ids();
@@ -193,7 +257,7 @@ impl Text {
 
     /// Decodes token by token, for output as it is generated.
     pub fn stream(&self, skip_special: bool) -> Stream<'_> {
-        Stream { text: self, skip_special, ids: vec![], read: 0, shown: 0 }
+        Stream::new(self, skip_special)
     }
 
     /// The checkpoint's chat template applied to one user message, up to where the assistant's
@@ -229,7 +293,12 @@ impl Text {
 
     /// The tokens that end a generation.
     pub fn eos_ids(&self) -> &[u32] {
-        &self.eos
+        &self.ends.generation
+    }
+
+    /// What the checkpoint suggests for choosing tokens, if it says anything.
+    pub fn suggested(&self) -> Option<&Suggested> {
+        self.suggested.as_ref()
     }
 
     /// A number that tells checkpoints apart whose tokens of some text, or of some conversation,
@@ -247,65 +316,13 @@ impl Text {
             Model::Bytes => None,
         };
         let mut hasher = DefaultHasher::new();
-        (tokenizer, &self.chat, &self.eos, self.vocab).hash(&mut hasher);
+        (tokenizer, &self.chat, &self.ends, self.vocab).hash(&mut hasher);
         Ok(hasher.finish())
     }
 
     /// What the reports call it: the checkpoint's tokenizer, or the byte-level stand-in.
     pub fn is_stand_in(&self) -> bool {
         matches!(self.model, Model::Bytes)
-    }
-}
-
-/// Incremental decoding: text comes out as soon as it is whole characters.
-#[derive(Debug)]
-pub struct Stream<'a> {
-    text: &'a Text,
-    skip_special: bool,
-    /// The last ids put out whole (decoders may look back at them), then those since.
-    ids: Vec<u32>,
-    /// Where the latter begin.
-    read: usize,
-    /// How many bytes of the text of `ids` are out.
-    shown: usize,
-}
-
-impl Stream<'_> {
-    /// Takes the next token; gives the text that is complete with it, if any.
-    ///
-    /// # Errors
-    /// A decoder that fails.
-    pub fn push(&mut self, id: u32) -> Result<Option<String>> {
-        self.ids.push(id);
-        let text = self.text.decode(&self.ids, self.skip_special)?;
-        // A character that is cut decodes to U+FFFD at the end until the rest of it comes, and some
-        // decoders spoil the bytes before it meanwhile. Four tokens hold the bytes of any: what is
-        // cut for longer is none.
-        let cut = text.strip_suffix(char::REPLACEMENT_CHARACTER);
-        if cut.is_some() && self.ids.len() - self.read < 4 {
-            return Ok(None);
-        }
-        let settled = cut.unwrap_or(&text);
-        let new = settled.get(self.shown..).unwrap_or_default().to_string();
-        if new.is_empty() {
-            return Ok(None);
-        }
-        self.shown = settled.len();
-        if settled.len() == text.len() {
-            self.ids.drain(..self.read);
-            self.read = self.ids.len();
-            self.shown = self.text.decode(&self.ids, self.skip_special)?.len();
-        }
-        Ok(Some(new))
-    }
-
-    /// What is left when no more tokens come: a character that stayed cut, as U+FFFD.
-    ///
-    /// # Errors
-    /// A decoder that fails.
-    pub fn finish(self) -> Result<Option<String>> {
-        let text = self.text.decode(&self.ids, self.skip_special)?;
-        Ok(text.get(self.shown..).filter(|rest| !rest.is_empty()).map(str::to_string))
     }
 }
 
@@ -333,7 +350,7 @@ fn read_json(file: &Path) -> Result<Option<Json>> {
     if !file.is_file() {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(file).map_err(|e| fail(e.to_string()))?;
+    let text = read_text(file).map_err(|e| fail(e.to_string()))?;
     let json = serde_json::from_str(&text).map_err(|e| fail(format!("not valid JSON: {e}")))?;
     Ok(Some(json))
 }

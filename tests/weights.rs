@@ -222,7 +222,11 @@ fn gguf_metadata_is_checked() {
         ("tokenizer.ggml.tokens", None, "`tokenizer.ggml.tokens` is missing"),
         ("tokenizer.ggml.merges", Some(Value::Array(vec![Value::String("a".into())])), "merge"),
         ("tokenizer.ggml.pre", None, "`tokenizer.ggml.pre` is missing"),
-        ("tokenizer.ggml.pre", text("viking"), "is `viking`; supported are qwen2, deepseek"),
+        (
+            "tokenizer.ggml.pre",
+            text("viking"),
+            "is `viking`; supported are qwen2, qwen35, deepseek",
+        ),
         ("tokenizer.ggml.token_type", None, "`tokenizer.ggml.token_type` is missing"),
         ("tokenizer.ggml.add_sep_token", Some(Value::Bool(true)), "is true, which is not"),
         ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), "bos_token_id` names no token"),

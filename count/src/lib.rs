@@ -28,6 +28,7 @@
 //! ```
 
 pub mod error;
+pub mod input;
 pub mod config;
 
 pub mod ledger;

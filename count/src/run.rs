@@ -50,7 +50,7 @@ impl FinishedRun {
     /// A file that is none, of another schema, or with sizes that mean nothing.
     pub fn read(file: &Path) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let text = crate::input::read_text(file).map_err(|e| bad(e.to_string()))?;
         let none = |why: String| bad(format!("is no finished run: {why}"));
         let mut json = serde_json::Deserializer::from_str(&text);
         // With the key at fault.

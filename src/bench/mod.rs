@@ -49,7 +49,7 @@ fn read<T: DeserializeOwned>(
     check: fn(&T) -> Result<(), String>,
 ) -> Result<T> {
     let bad = |why: String| Error::File { file: file.into(), why };
-    let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+    let text = crate::input::read_text(file).map_err(|e| bad(e.to_string()))?;
     let value: T = serde_json::from_str(&text).map_err(|e| bad(format!("is no {what}: {e}")))?;
     let found = schema(&value);
     if found != SCHEMA_VERSION {

@@ -36,6 +36,10 @@ pub struct ModelArgs {
     /// A published size, qwen2.5-0.5b … qwen2.5-72b, or tiny; synthetic weights likewise
     #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "config"])]
     pub preset: Option<String>,
+    /// How a GGUF's text is split before its tokenizer merges bytes, by llama.cpp's name, in place
+    /// of the file's `tokenizer.ggml.pre`: qwen2, llama-bpe, smollm, tekken, gpt-2 …
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["config", "preset"])]
+    pub pretokenizer: Option<String>,
 }
 
 impl ModelArgs {
@@ -46,7 +50,7 @@ impl ModelArgs {
                 let ignored = ignored.unwrap_or_default();
                 Checkpoint { ignored, ..weights::synthetic(config, 0)? }
             }
-            None => weights::open(self.model.as_deref())?,
+            None => weights::open_split(self.model.as_deref(), self.pretokenizer.as_deref())?,
         };
         say_what_matters(&checkpoint.ignored);
         Ok(checkpoint)
@@ -59,11 +63,14 @@ impl ModelArgs {
         }
         match &self.model {
             Some(model) => {
-                let checkpoint = weights::open(Some(model))?;
+                let checkpoint = weights::open_split(Some(model), self.pretokenizer.as_deref())?;
                 say_what_matters(&checkpoint.ignored);
                 let ignored = checkpoint.listed().map(<[Ignored]>::to_vec);
                 let Checkpoint { config, origin, .. } = checkpoint;
                 Ok(Described { config, origin, ignored })
+            }
+            None if self.pretokenizer.is_some() => {
+                Err(Error::flag("--pretokenizer", "needs --model: no text is read without").into())
             }
             None => Described::preset(DEFAULT_PRESET),
         }

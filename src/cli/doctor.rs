@@ -118,7 +118,7 @@ impl Diagnosis {
         let memory_free_bytes = memory::available();
         let gpus = device::gpus();
         let hub_cache = weights::hub_cache();
-        let (default, weights) = weights_finding();
+        let (default, weights) = weights_findings();
         let (default_model, ignored) = default.map(|c| (c.origin, c.ignored)).unzip();
         let ignored = ignored.unwrap_or_default();
         let mut findings = vec![
@@ -126,11 +126,10 @@ impl Diagnosis {
             cpu(&device.name, threads, &instruction_sets),
             free(memory_free_bytes)?,
             gpu(&gpus),
-            weights,
-            cache(hub_cache.as_deref()),
-            ceiling(&device),
         ];
+        findings.extend(weights);
         findings.extend(ignored_finding(&ignored));
+        findings.extend([cache(hub_cache.as_deref()), ceiling(&device)]);
         findings.extend(environment());
         Ok(Self {
             schema_version: SCHEMA_VERSION,
@@ -254,22 +253,43 @@ fn nvidia_driver() -> Option<String> {
     text.lines().next()?.split_whitespace().find(version).map(String::from)
 }
 
-/// The checkpoint that a run without `--model` takes: its files are there and fit its config.
-fn weights_finding() -> (Option<Checkpoint>, Finding) {
+/// The checkpoint that a run without `--model` takes: its files are there and fit its config; and
+/// how it would choose tokens.
+fn weights_findings() -> (Option<Checkpoint>, Vec<Finding>) {
     if !weights::default_is_local() {
         let later = if cfg!(feature = "hub") { "; a run asks the hub" } else { "" };
         let found = format!("no ./weights, {} not cached{later}", weights::DEFAULT_MODEL);
         let hint = "scripts/fetch-weights.sh; or --model DIR, FILE.gguf or synthetic";
-        return (None, Finding::missing("weights", found, hint));
+        return (None, vec![Finding::missing("weights", found, hint)]);
     }
     match weights::open(None) {
         Ok(checkpoint) => {
             let found = format!("{}; a run without --model takes them", checkpoint.origin);
-            (Some(checkpoint), Finding::ok("weights", found))
+            let sampling = sampling(&checkpoint);
+            (Some(checkpoint), vec![Finding::ok("weights", found), sampling])
         }
         Err(e) => {
             let hint = "fetch it anew (scripts/fetch-weights.sh), or name another with --model";
-            (None, Finding::missing("weights", format!("{e:#}"), hint))
+            (None, vec![Finding::missing("weights", format!("{e:#}"), hint)])
+        }
+    }
+}
+
+/// How the checkpoint suggests to choose tokens, and whether that can be done.
+fn sampling(checkpoint: &Checkpoint) -> Finding {
+    const SUBJECT: &str = "sampling";
+    let Some(suggested) = checkpoint.text.suggested() else {
+        return Finding::ok(SUBJECT, "the checkpoint suggests none");
+    };
+    let values = match suggested.shown() {
+        none if none.is_empty() => "nothing but tokens that end a text".into(),
+        values => values.join(", "),
+    };
+    let found = format!("the checkpoint suggests {values}");
+    match suggested.sampling() {
+        Ok(_) => Finding::ok(SUBJECT, format!("{found}; --sampling checkpoint takes it")),
+        Err(why) => {
+            Finding::warning(SUBJECT, found, format!("--sampling checkpoint refuses: {why:#}"))
         }
     }
 }

@@ -22,10 +22,11 @@ use crate::{
     audit::{Audit, GraphView},
     error::{Error, Result},
     generate::{Generation, Request, Sequence, generate},
+    input::{self, read_text},
     ledger::{Dtype, Ledger, Phase},
     model::Decoder,
     prices::Prices,
-    report::{GenerationReport, Report, SequenceReport, Timings, Trace},
+    report::{GenerationReport, Report, SequenceReport, SuggestedReport, Timings, Trace},
     tally::Tally,
     text::Text,
     traffic::Traffic,
@@ -66,6 +67,10 @@ pub struct Args {
     /// Print the text alone
     #[arg(long, short)]
     quiet: bool,
+    /// Choose tokens as the checkpoint suggests: the values of its generation_config.json
+    #[arg(long = "sampling", value_name = "FROM", help_heading = "Sampling",
+        conflicts_with_all = ["temperature", "top_k", "top_p", "repeat_penalty"])]
+    sampling_from: Option<SamplingFrom>,
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -82,6 +87,13 @@ pub struct Args {
     output: OutputArgs,
 }
 
+/// Where the values come from that choose tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SamplingFrom {
+    /// The checkpoint
+    Checkpoint,
+}
+
 /// Generates, reports, audits.
 pub fn run(args: Args) -> Result<()> {
     args.execution.set_threads();
@@ -89,7 +101,7 @@ pub fn run(args: Args) -> Result<()> {
     let ledger_file = args.execution.open_ledger()?;
     let prices = args.counting.prices()?;
     let trace = args.trace.open(&prices)?;
-    let sampling = args.sampling.sampling()?;
+    args.sampling.sampling()?;
     let device = args.execution.open_device()?;
     let prompts = args.read_prompts()?;
     let interrupt = Interrupt::listen()?;
@@ -97,6 +109,7 @@ pub fn run(args: Args) -> Result<()> {
     let start = Instant::now();
     let checkpoint = args.model.open()?;
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
+    let sampling = args.sampling(&checkpoint)?;
     let encoded = args.encode(&checkpoint.text, &prompts)?;
     let batches = args.batches(&checkpoint, &encoded, sampling);
     for (_, request) in &batches {
@@ -155,15 +168,15 @@ impl Args {
     fn read_prompts(&self) -> Result<Vec<String>> {
         let prompts = match (&self.prompts, self.prompt.as_deref()) {
             (Some(file), _) => {
-                let text = std::fs::read_to_string(file)
+                let text = read_text(file)
                     .map_err(|e| Error::File { file: file.clone(), why: e.to_string() })?;
                 text.lines().filter(|l| !l.trim().is_empty()).map(String::from).collect()
             }
             (None, Some("-")) => {
-                let mut text = String::new();
-                let read = std::io::stdin().read_to_string(&mut text);
-                read.map_err(|e| Error::Prompt(format!("stdin: {e}")))?;
-                vec![text]
+                let mut bytes = vec![];
+                let read = std::io::stdin().read_to_end(&mut bytes);
+                let text = read.and_then(|_| input::text(bytes));
+                vec![without_newline(&text.map_err(|e| Error::Prompt(format!("stdin: {e}")))?)]
             }
             (None, prompt) => vec![prompt.unwrap_or_default().to_string()],
         };
@@ -174,6 +187,17 @@ impl Args {
         }
     }
 
+    fn sampling(&self, checkpoint: &Checkpoint) -> Result<Sampling> {
+        match (self.sampling_from, checkpoint.text.suggested()) {
+            (None, _) => self.sampling.sampling(),
+            (Some(SamplingFrom::Checkpoint), Some(suggested)) => suggested.sampling(),
+            (Some(SamplingFrom::Checkpoint), None) => {
+                let why = format!("{} suggests none", checkpoint.name);
+                Err(Error::flag("--sampling checkpoint", why).into())
+            }
+        }
+    }
+
     fn encode(&self, text: &Text, prompts: &[String]) -> Result<Vec<Vec<u32>>> {
         let templated = !self.raw && text.has_chat_template();
         if self.system.is_some() && !templated {
@@ -181,7 +205,7 @@ impl Args {
         }
         let encode = |prompt: &String| match templated {
             true => text.encode(&text.chat(self.system.as_deref(), prompt)?),
-            false => text.encode(prompt),
+            false => text.encode_raw(prompt),
         };
         prompts.iter().map(encode).collect()
     }
@@ -289,9 +313,20 @@ impl Args {
             timings: timings(run, prices, &tally, load)?,
             bytes_per_decoded_token: bytes_per_decoded_token(run),
             sequences,
+            suggested: checkpoint.text.suggested().map(|suggested| SuggestedReport {
+                file: suggested.file.display().to_string(),
+                values: suggested.values.clone(),
+                shown: suggested.shown(),
+                taken: self.sampling_from.is_some(),
+            }),
         });
         Ok(report)
     }
+}
+
+/// A line that was piped in ends with a newline that is no part of the prompt; others are.
+fn without_newline(text: &str) -> String {
+    text.strip_suffix("\r\n").or(text.strip_suffix('\n')).unwrap_or(text).into()
 }
 
 /// Tokens of a workload: (prompt, decoded after the first), over its batch.

@@ -177,6 +177,22 @@ pub struct GenerationReport {
     pub timings: Timings,
     /// Bytes touched per decoded token of one sequence, on average.
     pub bytes_per_decoded_token: Option<Traffic>,
+    /// What the checkpoint suggests for choosing tokens, where it does.
+    #[serde(default, rename = "checkpoint_sampling", skip_serializing_if = "Option::is_none")]
+    pub suggested: Option<SuggestedReport>,
+}
+
+/// What a checkpoint suggests for choosing tokens.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SuggestedReport {
+    /// The file that suggests it.
+    pub file: String,
+    /// Its keys and values, as they are there.
+    pub values: serde_json::Map<String, serde_json::Value>,
+    /// Those that choose tokens, or might: `temperature 0.7`.
+    pub shown: Vec<String>,
+    /// Whether this run chose by them.
+    pub taken: bool,
 }
 
 /// One generated sequence.

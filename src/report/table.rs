@@ -186,6 +186,11 @@ fn speeds(
     if let (Some(tokens), Some(flops)) = (t.decode_tokens_per_s, t.decode_flops_per_s) {
         writeln!(out, "decode    {} tokens/s, {} ({name})", per_second(tokens), rate(flops))?;
     }
+    if let Some(suggested) = generation.suggested.as_ref().filter(|s| !s.shown.is_empty()) {
+        let taken = if suggested.taken { "taken" } else { "not taken: --sampling checkpoint" };
+        let parts = [&suggested.shown[..], &[taken.into()]].concat();
+        writeln!(out, "{}", list("suggested ", &parts))?;
+    }
     if let Some(traffic) = generation.bytes_per_decoded_token {
         let [weights, cache, rest] =
             [traffic.weights, traffic.kv_cache, traffic.activations].map(|n| bytes(n as f64));

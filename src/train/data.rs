@@ -10,7 +10,6 @@ mod documents;
 mod order;
 
 use std::{
-    fs,
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -19,6 +18,7 @@ use rayon::prelude::*;
 
 use crate::{
     error::{Error, Result},
+    input::read_bytes,
     model::Labelled,
     text::Text,
 };
@@ -82,8 +82,8 @@ impl Dataset {
     /// other keys are ignored. Any other file is one plain text.
     ///
     /// - Text: one stream of tokens cut into rows, each beginning with the token that the one
-    ///   before predicted last. Documents come one after another, each ended by the checkpoint's
-    ///   first end-of-sequence token, if it has one.
+    ///   before predicted last. Documents come one after another, each with the tokens that the
+    ///   checkpoint puts around a text, and ended by its end-of-sequence token, if it has one.
     /// - Conversations: one row each, as the checkpoint's chat template renders it.
     ///
     /// A cache that cannot be read or written is no error: the file is tokenized anew.
@@ -98,7 +98,7 @@ impl Dataset {
             return Err(Error::flag("--seq", "must be at least 1").into());
         }
         let fail = |why: String| Error::File { file: file.into(), why };
-        let bytes = fs::read(file).map_err(|e| fail(e.to_string()))?;
+        let bytes = read_bytes(file).map_err(|e| fail(e.to_string()))?;
         let jsonl = file
             .extension()
             .is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
@@ -132,12 +132,13 @@ impl Dataset {
 
     fn tokenize(documents: &Documents, text: &Text, options: &Options) -> Result<Self, String> {
         match documents {
-            Documents::Plain(plain) => Self::windows(text.encode(plain).map_err(why)?, options.seq),
+            Documents::Plain(plain) => {
+                Self::windows(text.encode_raw(plain).map_err(why)?, options.seq)
+            }
             Documents::Texts(texts) => {
-                let documents = each(texts, |document| text.encode(document).map_err(why))?;
-                let ended =
-                    |tokens: Vec<u32>| tokens.into_iter().chain(text.eos_ids().first().copied());
-                Self::windows(documents.into_iter().flat_map(ended).collect(), options.seq)
+                let documents =
+                    each(texts, |document| text.encode_document(document).map_err(why))?;
+                Self::windows(documents.concat(), options.seq)
             }
             Documents::Conversations(conversations) => {
                 let documents = each(conversations, |messages| tokenize(messages, text, options))?;
@@ -234,6 +235,8 @@ fn why(error: anyhow::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn row(dataset: &Dataset, index: usize) -> (Vec<u32>, Vec<u32>, Vec<f32>) {

@@ -139,7 +139,7 @@ pub(super) fn read_index(file: &Path) -> Result<HashMap<String, String>> {
         weight_map: HashMap<String, String>,
     }
     let fail = |why: String| Error::Weights { file: file.into(), why };
-    let text = std::fs::read_to_string(file).map_err(|e| fail(e.to_string()))?;
+    let text = crate::input::read_text(file).map_err(|e| fail(e.to_string()))?;
     let index: Index =
         serde_json::from_str(&text).map_err(|e| fail(format!("not a valid shard index: {e}")))?;
     let mut seen: Vec<_> = index.weight_map.values().collect();

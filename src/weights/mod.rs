@@ -85,17 +85,33 @@ enum Source {
 /// No such file, an unreachable hub, a malformed file, or a tensor that is missing or misshapen.
 /// Values are read, and found not finite, only by [`Weights::tensor`].
 pub fn open(spec: Option<&str>) -> Result<Checkpoint> {
-    let Some(spec) = spec else {
-        return match Path::new(LOCAL) {
-            local if directory::holds_weights(local) => open_path(local),
-            _ => open_hub(DEFAULT_MODEL),
-        };
+    open_split(spec, None)
+}
+
+/// [`open`], with the pre-tokenizer that splits text in place of the one that a GGUF file names:
+/// `qwen2`, `llama-bpe` and others, as llama.cpp calls them.
+///
+/// # Errors
+/// As [`open`]; a pre-tokenizer that is unknown, or for what brings its own: `--pretokenizer`.
+pub fn open_split(spec: Option<&str>, pretokenizer: Option<&str>) -> Result<Checkpoint> {
+    let path = match spec {
+        Some(spec) => Path::new(spec),
+        None => Path::new(LOCAL),
     };
-    let path = Path::new(spec);
-    if spec == "synthetic" || spec.starts_with("synthetic:") {
+    let local = match spec {
+        Some(spec) => !is_synthetic(spec) && path.exists(),
+        None => directory::holds_weights(path),
+    };
+    if local {
+        return open_path(path, pretokenizer);
+    }
+    if let Some(name) = pretokenizer {
+        let why = format!("{name}: is for GGUF files; this model brings its own tokenizer or none");
+        return Err(Error::flag("--pretokenizer", why).into());
+    }
+    let Some(spec) = spec else { return open_hub(DEFAULT_MODEL) };
+    if is_synthetic(spec) {
         synthetic::open(spec)
-    } else if path.exists() {
-        open_path(path)
     } else if looks_like_path(spec) {
         let why = "no such file or directory".into();
         Err(Error::Weights { file: path.into(), why }.into())
@@ -120,11 +136,19 @@ pub fn hub_cache() -> Option<PathBuf> {
     hub::cache()
 }
 
-fn open_path(path: &Path) -> Result<Checkpoint> {
+fn is_synthetic(spec: &str) -> bool {
+    spec == "synthetic" || spec.starts_with("synthetic:")
+}
+
+fn open_path(path: &Path, pretokenizer: Option<&str>) -> Result<Checkpoint> {
     if path.is_dir() {
-        return match directory::only_gguf(path)? {
-            Some(file) => gguf::open(&file),
-            None => directory::open(path, None),
+        return match (directory::only_gguf(path)?, pretokenizer) {
+            (Some(file), pretokenizer) => gguf::open(&file, pretokenizer),
+            (None, None) => directory::open(path, None),
+            (None, Some(name)) => {
+                let why = format!("{name}: {} brings its own, tokenizer.json", path.display());
+                Err(Error::flag("--pretokenizer", why).into())
+            }
         };
     }
     match path.extension().and_then(|e| e.to_str()) {
@@ -133,7 +157,7 @@ fn open_path(path: &Path) -> Result<Checkpoint> {
                        config.json and tokenizer.json";
             Err(Error::Weights { file: path.into(), why: why.into() }.into())
         }
-        _ => gguf::open(path),
+        _ => gguf::open(path, pretokenizer),
     }
 }
 

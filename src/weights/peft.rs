@@ -173,7 +173,7 @@ impl Options {
     /// Reads the file and refuses what this LoRA does not compute.
     fn read(file: &Path) -> Result<Self> {
         let fail = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| fail(e.to_string()))?;
+        let text = crate::input::read_text(file).map_err(|e| fail(e.to_string()))?;
         let json = serde_json::from_str(&text).map_err(|e| fail(format!("not valid JSON: {e}")))?;
         let options = Self { file: file.into(), json };
         match options.get("peft_type").and_then(Value::as_str) {

@@ -99,7 +99,7 @@ impl Plan {
     /// # Errors
     /// What is wrong, in one line with file, line and key.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
+        let text = crate::input::read_text(path)
             .map_err(|e| Error::File { file: path.into(), why: e.to_string() })?;
         let (source, file) = Source::parse(path, &text)?;
         let dir = path.parent().unwrap_or(Path::new(""));

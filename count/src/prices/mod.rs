@@ -89,7 +89,7 @@ impl Prices {
 
     fn from_file(file: &Path) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let text = crate::input::read_text(file).map_err(|e| bad(e.to_string()))?;
         let mut prices: Self = toml::from_str(&text).map_err(|e| {
             let line =
                 e.span().map_or(1, |s| 1 + text[..s.start.min(text.len())].matches('\n').count());

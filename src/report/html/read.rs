@@ -54,7 +54,7 @@ impl Input {
     /// the key at fault.
     pub fn read(file: &Path) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
-        let text = std::fs::read_to_string(file).map_err(|e| bad(e.to_string()))?;
+        let text = crate::input::read_text(file).map_err(|e| bad(e.to_string()))?;
         let content = Content::parse(&text).map_err(bad)?;
         Ok(Self { file: file.display().to_string(), content })
     }

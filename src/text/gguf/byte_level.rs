@@ -15,7 +15,10 @@ use tokenizers::{
 };
 
 use super::Vocabulary;
-use crate::{error::Result, weights::Metadata};
+use crate::{
+    error::{Error, Result},
+    weights::Metadata,
+};
 
 const PRE: &str = "tokenizer.ggml.pre";
 const MERGES: &str = "tokenizer.ggml.merges";
@@ -42,23 +45,59 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 /// Mistral's Tekken: words break where a lower-case letter is followed by a capital.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// Qwen3.5: a letter keeps the marks on it.
+const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// GPT-4o, and Llama 4: as Tekken, with contractions at the end of words and groups of digits.
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Seed-Coder: a line break after punctuation stands alone.
+const SEED_CODER: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// DeepSeek 3, after digits and Chinese and Japanese are apart.
+const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
+
 const PLAIN: Pre =
     Pre { names: &[], splits: &[], nfc: false, ignore_merges: false, add_bos: false };
 
-static PRES: [Pre; 8] = [
+static PRES: [Pre; 13] = [
     Pre { names: &["qwen2"], splits: &[QWEN2], nfc: true, ..PLAIN },
-    Pre { names: &["deepseek-r1-qwen"], splits: &[QWEN2], ..PLAIN },
+    Pre { names: &["qwen35"], splits: &[QWEN35], nfc: true, ..PLAIN },
     Pre {
-        names: &["llama-bpe", "llama3", "llama-v3"],
+        names: &["deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "hunyuan", "solar-open"],
+        splits: &[QWEN2],
+        ..PLAIN
+    },
+    Pre {
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0", "lfm2"],
         splits: &[LLAMA3],
         ignore_merges: true,
         add_bos: true,
         ..PLAIN
     },
-    Pre { names: &["smaug-bpe"], splits: &[LLAMA3], ..PLAIN },
+    Pre { names: &["smaug-bpe", "dbrx"], splits: &[LLAMA3], ..PLAIN },
     Pre { names: &["tekken"], splits: &[TEKKEN], ignore_merges: true, add_bos: true, ..PLAIN },
-    Pre { names: &["smollm"], splits: &[r"\p{N}", GPT2], ..PLAIN },
-    Pre { names: &["gpt-2"], splits: &[GPT2], ..PLAIN },
+    Pre { names: &["gpt-4o", "llama4", "kanana2"], splits: &[GPT4O], ..PLAIN },
+    Pre { names: &["seed-coder"], splits: &[SEED_CODER], ..PLAIN },
+    Pre {
+        names: &["smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"],
+        splits: &[r"\p{N}", GPT2],
+        ..PLAIN
+    },
+    Pre {
+        names: &[
+            "gpt-2", "phi-2", "mpt", "olmo", "gigachat", "a.x-4.0", "mellum", "exaone4", "trillion",
+        ],
+        splits: &[GPT2],
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-v3", "hunyuan-dense"],
+        splits: &[r"\p{N}{1,3}", "[一-龥\u{3040}-ゟ゠-ヿ]+", DEEPSEEK3],
+        ..PLAIN
+    },
+    Pre {
+        names: &["deepseek-coder"],
+        splits: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥\u{800}-一가-\u{d7ff}]+", r"\p{N}"],
+        ..PLAIN
+    },
     // llama.cpp's own, for files whose converter knew no better.
     Pre {
         names: &["default"],
@@ -68,16 +107,28 @@ static PRES: [Pre; 8] = [
 ];
 
 impl Pre {
-    /// The one that the metadata names.
-    pub(super) fn of(metadata: &Metadata) -> Result<&'static Self> {
+    /// The one that the flag `--pretokenizer` names, else the metadata.
+    pub(super) fn of(metadata: &Metadata, flag: Option<&str>) -> Result<&'static Self> {
+        const FLAG: &str = "--pretokenizer";
+        let known = || {
+            let names: Vec<&str> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
+            names.join(", ")
+        };
+        let named = |name: &str| PRES.iter().find(|pre| pre.names.contains(&name));
+        if let Some(name) = flag {
+            let unknown = || Error::flag(FLAG, format!("`{name}` is unknown; known: {}", known()));
+            return named(name).ok_or_else(|| unknown().into());
+        }
         let Some(name) = metadata.text(PRE)? else {
-            let why = "is missing, so how text is to be split is unknown; convert the model again, \
-                       with a newer llama.cpp";
+            let why = format!(
+                "is missing, so how text is to be split is unknown; convert the model again, with a \
+                 newer llama.cpp, or name it with {FLAG}"
+            );
             return Err(metadata.bad(PRE, why));
         };
-        PRES.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
-            let known: Vec<&str> = PRES.iter().flat_map(|pre| pre.names).copied().collect();
-            metadata.bad(PRE, format!("is `{name}`; supported are {}", known.join(", ")))
+        named(name).ok_or_else(|| {
+            let why = format!("is `{name}`; supported are {}; {FLAG} names one instead", known());
+            metadata.bad(PRE, why)
         })
     }
 

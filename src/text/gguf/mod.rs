@@ -9,12 +9,14 @@ use std::collections::HashSet;
 use tokenizers::{
     AddedToken, Tokenizer,
     models::bpe::{BPE, BpeBuilder, Vocab},
-    processors::template::TemplateProcessing,
 };
 
 use self::byte_level::Pre;
-use super::first_line;
-use crate::{error::Result, weights::Metadata};
+use super::{first_line, framing};
+use crate::{
+    error::{Error, Result},
+    weights::Metadata,
+};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -120,29 +122,14 @@ impl Roles {
     /// Encoding with special tokens puts those around the text that the file asks for.
     fn add_to(&self, tokenizer: &mut Tokenizer, metadata: &Metadata) -> Result<()> {
         let added = |wanted: bool, id: Option<u32>, role: &str| {
-            let token = id.and_then(|id| Some((tokenizer.id_to_token(id)?, id)));
+            let id = id.filter(|id| tokenizer.id_to_token(*id).is_some());
             let why = "names no token, and the tokenizer adds it";
             let none = || metadata.bad(&format!("tokenizer.ggml.{role}_token_id"), why);
-            wanted.then(|| token.ok_or_else(none)).transpose()
+            wanted.then(|| id.ok_or_else(none)).transpose()
         };
-        let bos = added(self.add_bos, self.bos, "bos")?;
-        let eos = added(self.add_eos, self.eos, "eos")?;
-        if bos.is_none() && eos.is_none() {
-            return Ok(());
-        }
-        let name = |token: &Option<(String, u32)>| token.as_ref().map(|(token, _)| token.clone());
-        let template = |text: &str| -> Vec<String> {
-            name(&bos).into_iter().chain([text.into()]).chain(name(&eos)).collect()
-        };
-        let processor = TemplateProcessing::builder()
-            .try_single(template("$A"))
-            .and_then(|builder| {
-                let special: Vec<(String, u32)> = bos.iter().chain(&eos).cloned().collect();
-                builder.special_tokens(special).build().map_err(|e| e.to_string())
-            })
-            .map_err(|e| metadata.bad(MODEL, format!("adds tokens that it cannot: {e}")))?;
-        tokenizer.with_post_processor(Some(processor));
-        Ok(())
+        let before: Vec<u32> = added(self.add_bos, self.bos, "bos")?.into_iter().collect();
+        let after: Vec<u32> = added(self.add_eos, self.eos, "eos")?.into_iter().collect();
+        framing::surround(tokenizer, &before, &after).map_err(|why| metadata.bad(MODEL, why))
     }
 }
 
@@ -153,18 +140,28 @@ pub(super) fn token_id(metadata: &Metadata, role: &str) -> Result<Option<u32>> {
     id.map_err(|_| metadata.bad(&key, "is no token's id"))
 }
 
-/// The tokenizer, and the roles of its tokens.
-pub(super) fn tokenizer(metadata: &Metadata) -> Result<(Tokenizer, Roles)> {
+/// The tokenizer, and the roles of its tokens; `pretokenizer` is `--pretokenizer`.
+pub(super) fn tokenizer(
+    metadata: &Metadata,
+    pretokenizer: Option<&str>,
+) -> Result<(Tokenizer, Roles)> {
     let kind = metadata.text(MODEL)?.ok_or_else(|| metadata.missing(MODEL))?;
     let vocabulary = Vocabulary::read(metadata)?;
     let (mut tokenizer, roles) = match kind {
         "gpt2" => {
-            let pre = Pre::of(metadata)?;
+            let pre = Pre::of(metadata, pretokenizer)?;
             let roles = Roles::read(metadata, None, None, pre.add_bos)?;
             (pre.tokenizer(metadata, &vocabulary)?, roles)
         }
         // SentencePiece's own numbering, where the file is silent.
         "llama" => {
+            if let Some(name) = pretokenizer {
+                let why = format!(
+                    "{name}: {} is SentencePiece's, with no pre-tokenizer",
+                    metadata.origin()
+                );
+                return Err(Error::flag("--pretokenizer", why).into());
+            }
             let roles = Roles::read(metadata, Some(1), Some(2), true)?;
             (sentence_piece::tokenizer(metadata, &vocabulary)?, roles)
         }

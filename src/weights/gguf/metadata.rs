@@ -8,6 +8,7 @@ use std::{
 };
 
 use candle_core::quantized::gguf_file::Value;
+use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 
@@ -74,6 +75,16 @@ impl<'a> Metadata<'a> {
 
     pub(crate) fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", as_flag)
+    }
+
+    /// A number, a flag or a string, whichever it is.
+    pub(crate) fn scalar(&self, key: &str) -> Result<Option<Json>> {
+        self.typed(key, "a number, a string or true or false", |value| match value {
+            Value::Bool(on) => Some(Json::from(*on)),
+            Value::String(text) => Some(Json::from(text.as_str())),
+            Value::I32(n) => Some(Json::from(*n)),
+            other => as_float(other).map(Json::from).or_else(|| as_count(other).map(Json::from)),
+        })
     }
 
     pub(crate) fn texts(&self, key: &str) -> Result<Option<Vec<&'a str>>> {

@@ -42,7 +42,7 @@ const CHUNK: usize = 1 << 16;
 const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
 
 /// Opens a GGUF file and checks every tensor's shape and extent; values are read later.
-pub(super) fn open(path: &Path) -> Result<Checkpoint> {
+pub(super) fn open(path: &Path, pretokenizer: Option<&str>) -> Result<Checkpoint> {
     let (file, content) = Mapped::open(path)?;
     let metadata = Metadata::new(path, &content.metadata);
     let architecture = Architecture::of(&metadata)?;
@@ -58,9 +58,10 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
         factors: factors.as_deref(),
     };
     let config = architecture.config(&metadata, &tensors)?;
-    let text = Text::from_gguf(&metadata, config.vocab_size)?;
+    let text = Text::from_gguf(&metadata, pretokenizer, config.vocab_size)?;
     let name = path.display().to_string();
-    let origin = format!("{name} (GGUF, {})", file.types().join("/"));
+    let split = pretokenizer.map_or_else(String::new, |name| format!(", text split as {name}"));
+    let origin = format!("{name} (GGUF, {}{split})", file.types().join("/"));
     let weights = Weights { source: Source::Gguf(Gguf::new(file, architecture, &config)) };
     let mut ignored = architecture.ignored(&metadata);
     ignored.extend(weights.check(&config)?);

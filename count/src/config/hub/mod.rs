@@ -67,7 +67,7 @@ impl ModelConfig {
     /// [`ModelConfig::validate`] refuses, or a key that asks for what is not supported or that
     /// nothing is known of.
     pub fn read(path: &Path) -> Result<(Self, Vec<Ignored>)> {
-        let text = std::fs::read_to_string(path)
+        let text = crate::input::read_text(path)
             .map_err(|e| Error::File { file: path.into(), why: e.to_string() })?;
         Self::parse(&text, &path.display().to_string())
     }
