@@ -16,8 +16,9 @@ use crate::{
     target::Target,
     weights::Metadata,
 };
+use chat::Templates;
 
-pub use chat::Message;
+pub use chat::{Chat, Message, Rendered};
 
 /// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
 /// checkpoint may have.
@@ -28,7 +29,7 @@ const END_OF_TURN: [&str; 6] =
 #[derive(Debug)]
 pub struct Text {
     model: Model,
-    chat: Option<chat::Template>,
+    chat: Templates,
     eos: Vec<u32>,
     vocab: usize,
 }
@@ -44,11 +45,11 @@ impl Text {
     /// The stand-in for a model of `vocab` tokens that has no tokenizer: one token a byte (its
     /// value, modulo a `vocab` under 256), no end of sequence, and a chat that is the prompt.
     pub fn bytes(vocab: usize) -> Self {
-        Self { model: Model::Bytes, chat: None, eos: vec![], vocab }
+        Self { model: Model::Bytes, chat: Templates::default(), eos: vec![], vocab }
     }
 
     /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
-    /// generation_config.json and chat_template.jinja. `vocab` is the model's, in tokens.
+    /// generation_config.json and chat templates. `vocab` is the model's, in tokens.
     ///
     /// # Errors
     /// No tokenizer.json, a malformed file, or more tokens than the model has.
@@ -65,17 +66,11 @@ impl Text {
         tokenizer.with_padding(None);
 
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let token = |key: &str| config.get(key).and_then(token_text).map(str::to_string);
-        let (bos, eos_token) = (token("bos_token"), token("eos_token"));
-        let jinja = dir.join("chat_template.jinja");
-        let template = match std::fs::read_to_string(&jinja) {
-            Ok(source) => Some(source),
-            Err(_) => config.get("chat_template").and_then(template_source),
-        };
+        let eos_token = config.get("eos_token").and_then(token_text);
         let eos = eos_ids(dir)?.unwrap_or_else(|| {
             eos_token.iter().filter_map(|token| tokenizer.token_to_id(token)).collect()
         });
-        let chat = template.map(|source| chat::Template::new(source, bos, eos_token));
+        let chat = Templates::from_directory(dir, &config)?;
         Self::from_tokenizer(tokenizer, chat, eos, vocab, &file)
     }
 
@@ -94,15 +89,14 @@ impl Text {
             eos.extend(id?.filter(|id| !eos.contains(id)));
         }
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
-        let chat = metadata
-            .text("tokenizer.chat_template")?
-            .map(|source| chat::Template::new(source.into(), token(roles.bos), token(roles.eos)));
+        let tokens = [("bos_token", token(roles.bos)), ("eos_token", token(roles.eos))];
+        let chat = Templates::from_gguf(metadata, tokens)?;
         Self::from_tokenizer(tokenizer, chat, eos, vocab, metadata.file())
     }
 
     fn from_tokenizer(
         tokenizer: Tokenizer,
-        chat: Option<chat::Template>,
+        chat: Templates,
         eos: Vec<u32>,
         vocab: usize,
         file: &Path,
@@ -130,10 +124,7 @@ impl Text {
         write("tokenizer.json", json)?;
         let eos = serde_json::json!({ "eos_token_id": self.eos });
         write("generation_config.json", eos.to_string())?;
-        let Some(chat) = &self.chat else { return Ok(()) };
-        let tokens = serde_json::json!({ "bos_token": chat.bos, "eos_token": chat.eos });
-        write("tokenizer_config.json", tokens.to_string())?;
-        write("chat_template.jinja", chat.source.clone())
+        self.chat.save(dir)
     }
 
     /// Token ids of `text`. Special tokens spelt out in it are recognised; nothing is added.
@@ -201,22 +192,30 @@ impl Text {
         let system = system.map(|text| Message::new("system", text));
         let messages: Vec<Message> =
             system.into_iter().chain([Message::new("user", user)]).collect();
-        self.render(&messages, true)
+        Ok(self.render(&Chat::new(messages), true)?.text)
     }
 
     /// The checkpoint's chat template applied to a conversation; with `generation_prompt`, up to
     /// where the assistant's next answer begins.
     ///
     /// # Errors
-    /// No template, or one that is malformed or refuses the messages.
-    pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
-        let none = || Error::Prompt("the model has no chat template".into());
-        self.chat.as_ref().ok_or_else(none)?.render(messages, generation_prompt)
+    /// No template, or one that is malformed or refuses the conversation.
+    pub fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<Rendered> {
+        self.chat.render(chat, generation_prompt)
     }
 
-    /// Whether the checkpoint brings a chat template.
+    /// Takes another chat template than conversations would get: the checkpoint's of this name,
+    /// else that in the file of this name.
+    ///
+    /// # Errors
+    /// Neither a name nor a file that can be read.
+    pub fn choose_template(&mut self, name: &str) -> Result<()> {
+        self.chat.choose(name)
+    }
+
+    /// Whether there is a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.chat.is_some()
+        !self.chat.is_empty()
     }
 
     /// The tokens that end a generation.
@@ -333,18 +332,6 @@ fn read_json(file: &Path) -> Result<Option<Json>> {
 /// A token as tokenizer_config.json spells it: a string, or an object with its content.
 fn token_text(json: &Json) -> Option<&str> {
     json.as_str().or_else(|| json.get("content")?.as_str())
-}
-
-/// A chat template: a string, or the one named `default` (else the first) of a list.
-fn template_source(json: &Json) -> Option<String> {
-    let source = match json {
-        Json::Array(list) => {
-            let default = list.iter().find(|t| t.get("name").is_some_and(|n| n == "default"));
-            default.or(list.first())?.get("template")?
-        }
-        other => other,
-    };
-    source.as_str().map(str::to_string)
 }
 
 /// A library's message, cut to one line.

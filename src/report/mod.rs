@@ -43,6 +43,7 @@ use crate::{
     prices::{Prices, Primitives},
     tally::{Component, Tally},
     traffic::Traffic,
+    train::data::Notes,
     workload::Workload,
 };
 
@@ -96,6 +97,12 @@ pub struct Report {
     /// Loss, where text was scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<EvaluationReport>,
+    /// What a reader may not expect, a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// What was found in files and changes nothing: the file, and its column.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ignored: Vec<String>,
 }
 
 /// One component in one phase.
@@ -263,6 +270,8 @@ impl Report {
             generation: None,
             training: None,
             evaluation: None,
+            notes: vec![],
+            ignored: vec![],
         })
     }
 
@@ -275,6 +284,15 @@ impl Report {
     /// Says that it ran on `device`.
     pub fn ran_on(self, device: &str) -> Self {
         Self { device: Some(device.into()), ..self.sized_for(device) }
+    }
+
+    /// The same with how data was read, and what of it was not.
+    pub fn with_data<'a>(mut self, notes: impl IntoIterator<Item = &'a Notes>) -> Self {
+        for Notes { form, ignored } in notes {
+            self.notes.extend(form.clone());
+            self.ignored.extend(ignored.iter().cloned());
+        }
+        self
     }
 
     /// Adds the time of each row, from a ledger of timed ops.
