@@ -18,7 +18,7 @@ use crate::{
 };
 use chat::Templates;
 
-pub use chat::{Chat, Message, Rendered};
+pub use chat::{Chat, Message};
 
 /// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
 /// checkpoint may have.
@@ -192,7 +192,7 @@ impl Text {
         let system = system.map(|text| Message::new("system", text));
         let messages: Vec<Message> =
             system.into_iter().chain([Message::new("user", user)]).collect();
-        Ok(self.render(&Chat::new(messages), true)?.text)
+        self.render(&Chat::new(messages), true)
     }
 
     /// The checkpoint's chat template applied to a conversation; with `generation_prompt`, up to
@@ -200,8 +200,17 @@ impl Text {
     ///
     /// # Errors
     /// No template, or one that is malformed or refuses the conversation.
-    pub fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<Rendered> {
+    pub fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<String> {
         self.chat.render(chat, generation_prompt)
+    }
+
+    /// Where in the text of a whole conversation, in bytes, what its template's generation blocks give
+    /// lies; `None` if the template has no such blocks.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render), and a template that works on what such a block gives.
+    pub fn generated(&self, chat: &Chat) -> Result<Option<Vec<std::ops::Range<usize>>>> {
+        self.chat.generated(chat)
     }
 
     /// Takes another chat template than conversations would get: the checkpoint's of this name,

@@ -109,7 +109,7 @@ proptest! {
         let role = |i: usize| if i.is_multiple_of(2) { "user" } else { "assistant" };
         let messages: Vec<Message> =
             contents.iter().enumerate().map(|(i, c)| message(role(i), c)).collect();
-        let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap().text).unwrap();
+        let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap()).unwrap();
         let file = chats(&[&messages]);
         let plain = load("a.jsonl", file.as_bytes(), &text, &options(200)).unwrap();
         let batch = all(&plain);
@@ -177,8 +177,7 @@ fn conversations_that_cannot_be_rows_are_told_with_their_line() {
         refused("a.jsonl", format!("{good}\n{}", chats(&[messages])).as_bytes(), text, options)
     };
     let speaks = text(CHAT);
-    let n =
-        speaks.encode(&speaks.render(&Chat::new(&turn[..]), false).unwrap().text).unwrap().len();
+    let n = speaks.encode(&speaks.render(&Chat::new(&turn[..]), false).unwrap()).unwrap().len();
     assert_eq!(
         after_good(&turn, &speaks, &options(n - 2)),
         format!(
@@ -327,7 +326,7 @@ fn the_trained_checkpoints_template_masks_its_prompts() {
     let mut messages = conversation();
     messages[4] = message("assistant", "\nfn main() {}\n\n");
     let dataset = load("a.jsonl", chats(&[&messages]).as_bytes(), &text, &masked(150)).unwrap();
-    let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap().text).unwrap();
+    let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap()).unwrap();
     let batch = all(&dataset);
     assert_eq!(batch.targets[..whole.len() - 1], whole[1..]);
     let said = learned(&text, &batch);

@@ -146,8 +146,8 @@ fn conversations_are_rendered_whole_or_up_to_the_next_answer() {
     let messages = [Message::new("user", "Hi"), Message::new("assistant", "Yes?")];
     let whole = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n";
     let chat = Chat::new(&messages[..]);
-    assert_eq!(text.render(&chat, false).unwrap().text, whole);
-    let asks = text.render(&Chat::new(&messages[..1]), true).unwrap().text;
+    assert_eq!(text.render(&chat, false).unwrap(), whole);
+    let asks = text.render(&Chat::new(&messages[..1]), true).unwrap();
     assert_eq!(asks, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
     let error = one_line(&Text::bytes(256).render(&chat, false).unwrap_err());
     assert_eq!(error, "prompt: the model has no chat template");

@@ -15,7 +15,6 @@ mod templates;
 use minijinja::{Value, value::ValueKind};
 use serde::{Serialize, Serializer};
 
-pub use template::Rendered;
 pub(super) use templates::Templates;
 
 /// One message of a conversation: a dict with a `role`, and whatever else its template reads, in

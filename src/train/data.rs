@@ -13,6 +13,7 @@ mod records;
 mod turns;
 
 use std::{
+    collections::BTreeSet,
     fs,
     ops::Range,
     path::{Path, PathBuf},
@@ -23,12 +24,13 @@ use rayon::prelude::*;
 use crate::{
     error::{Error, Result},
     model::Labelled,
-    text::Text,
+    text::{Chat, Text},
 };
 use {
     cache::Entry,
     conversation::{tokenize, tokenize_pair},
     documents::{Documents, Found},
+    formats::Document,
     records::Kind,
 };
 
@@ -252,6 +254,20 @@ impl Dataset {
             }
         }
         batch
+    }
+}
+
+/// The conversation that one record holds, a JSON object of `messages` or another form.
+///
+/// # Errors
+/// What is no such record, or one that [`Dataset::load`] would refuse.
+pub fn conversation(record: &str) -> Result<Chat> {
+    let fail = |why: String| Error::Prompt(format!("the record {why}"));
+    let record =
+        serde_json::from_str(record).map_err(|e| fail(format!("is not valid JSON: {e}")))?;
+    match formats::document(&record, &mut BTreeSet::new()).map_err(fail)?.1 {
+        Document::Conversation(conversation) => Ok(conversation.chat),
+        Document::Text(_) | Document::Pair(_) => Err(fail("holds no messages".into()).into()),
     }
 }
 

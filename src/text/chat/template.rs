@@ -19,16 +19,6 @@ const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 /// The name that the one template of an environment has.
 const NAME: &str = "chat template";
 
-/// The text of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rendered {
-    /// The text.
-    pub text: String,
-    /// Where in it, in bytes, what the template's generation blocks give lies; `None` for a
-    /// template without any.
-    pub generated: Option<Vec<Range<usize>>>,
-}
-
 /// A Jinja template, ready to be rendered.
 #[derive(Debug)]
 pub(super) struct Template {
@@ -77,35 +67,50 @@ impl Template {
         chat: &Chat,
         tokens: &BTreeMap<String, String>,
         generation_prompt: bool,
-    ) -> Result<Rendered> {
-        let fail =
-            |why: String| Error::Prompt(format!("the checkpoint's chat template fails: {why}"));
-        let compiled = self.compiled.as_ref().map_err(|why| fail(why.clone()))?;
-        let context = context(chat, tokens, generation_prompt);
-        let render = |env: &Environment| {
-            let template = env.get_template(NAME).map_err(|e| fail(said(&e)))?;
-            template.render(context.clone()).map_err(|e| fail(said(&e)))
-        };
-        let text = render(&compiled.plain)?;
-        if let Some(number) = chat.messages.iter().position(|message| message.is_shown_in(&text)) {
-            let why = format!(
+    ) -> Result<String> {
+        let compiled = self.compiled.as_ref().map_err(|why| fails(why))?;
+        let text = rendered(&compiled.plain, context(chat, tokens, generation_prompt))?;
+        match chat.messages.iter().position(|message| message.is_shown_in(&text)) {
+            Some(at) => Err(fails(&format!(
                 "it shows the parts of message {}'s content as a list: join them",
-                number + 1
-            );
-            return Err(fail(why).into());
+                at + 1
+            ))),
+            None => Ok(text),
         }
-        let Some(marked) = &compiled.marked else { return Ok(Rendered { text, generated: None }) };
-        if text.contains(MARKS) || self.source.contains(MARKS) {
-            let why = "what is generated cannot be marked in a text with U+FDD0 or U+FDD1";
-            return Err(fail(why.into()).into());
-        }
-        let (unmarked, generated) = unmark(&render(marked)?);
-        if unmarked != text {
-            let why = "it works on what a generation block gives, which is then not to be found";
-            return Err(fail(why.into()).into());
-        }
-        Ok(Rendered { text, generated: Some(generated) })
     }
+
+    /// Where in the whole conversation's text, in bytes, what its generation blocks give lies; `None`
+    /// for a template without any.
+    pub(super) fn generated(
+        &self,
+        chat: &Chat,
+        tokens: &BTreeMap<String, String>,
+    ) -> Result<Option<Vec<Range<usize>>>> {
+        let compiled = self.compiled.as_ref().map_err(|why| fails(why))?;
+        let Some(marked) = &compiled.marked else { return Ok(None) };
+        let text = self.render(chat, tokens, false)?;
+        if text.contains(MARKS) {
+            return Err(fails(
+                "what is generated cannot be marked in a text with U+FDD0 or U+FDD1",
+            ));
+        }
+        let (unmarked, generated) = unmark(&rendered(marked, context(chat, tokens, false))?);
+        match unmarked == text {
+            true => Ok(Some(generated)),
+            false => Err(fails(
+                "it works on what a generation block gives, which is then not to be found",
+            )),
+        }
+    }
+}
+
+fn fails(why: &str) -> anyhow::Error {
+    Error::Prompt(format!("the checkpoint's chat template fails: {why}")).into()
+}
+
+fn rendered(env: &Environment, context: Value) -> Result<String> {
+    let template = env.get_template(NAME).map_err(|e| fails(&said(&e)))?;
+    template.render(context).map_err(|e| fails(&said(&e)))
 }
 
 /// The variables of a template; later ones take the place of earlier ones.

@@ -4,12 +4,13 @@ use std::{
     collections::BTreeMap,
     fs,
     hash::{Hash, Hasher},
+    ops::Range,
     path::Path,
 };
 
 use serde_json::Value as Json;
 
-use super::{Chat, Rendered, clock, template::Template};
+use super::{Chat, clock, template::Template};
 use crate::{
     error::{Error, Result},
     target::Target,
@@ -141,8 +142,16 @@ impl Templates {
     ///
     /// # Errors
     /// No template for it, or one that is malformed or refuses it.
-    pub(in crate::text) fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<Rendered> {
+    pub(in crate::text) fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<String> {
         self.template(chat.tools.is_some())?.render(chat, &self.tokens, generation_prompt)
+    }
+
+    /// Where in the text of `chat` its template's generation blocks are, if it has any.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render), and a template that works on what such a block gives.
+    pub(in crate::text) fn generated(&self, chat: &Chat) -> Result<Option<Vec<Range<usize>>>> {
+        self.template(chat.tools.is_some())?.generated(chat, &self.tokens)
     }
 
     /// The one that was chosen; where there are tools the one for them; the default.

@@ -6,7 +6,7 @@ use super::{
     formats::{Answers, Conversation, Pair},
     why,
 };
-use crate::text::{Chat, Rendered, Text};
+use crate::text::{Chat, Text};
 
 /// Tokens of one row and, for each, whether its prediction counts.
 #[derive(Debug, PartialEq, Eq)]
@@ -54,8 +54,12 @@ pub(super) fn tokenize(
 ) -> Result<Tokens, String> {
     let Conversation { chat, answers } = conversation;
     let rendered = text.render(chat, false).map_err(why)?;
-    let tokens = text.encode(&rendered.text).map_err(why)?;
-    let counted = match (options.mask_prompt, answers, &rendered.generated) {
+    let tokens = text.encode(&rendered).map_err(why)?;
+    let generated = match options.mask_prompt {
+        true => text.generated(chat).map_err(why)?,
+        false => None,
+    };
+    let counted = match (options.mask_prompt, answers, &generated) {
         (false, Answers::Marked(counts), _) => {
             let unmarked = chat.messages.iter().zip(counts);
             if unmarked.filter(|(message, _)| message.role() == "assistant").any(|(_, c)| !c) {
@@ -67,7 +71,7 @@ pub(super) fn tokenize(
         }
         (false, Answers::Assistant | Answers::From(_), _) => vec![true; tokens.len()],
         (true, Answers::Assistant, Some(generated)) => {
-            let within = text.within(&rendered.text, generated).map_err(why)?;
+            let within = text.within(&rendered, generated).map_err(why)?;
             if !within.contains(&true) {
                 return Err("the chat template's generation blocks give nothing to train on".into());
             }
@@ -104,7 +108,7 @@ fn shared(a: &[u32], b: &[u32]) -> usize {
 struct Turns<'a> {
     chat: &'a Chat,
     text: &'a Text,
-    rendered: &'a Rendered,
+    rendered: &'a str,
     tokens: &'a [u32],
 }
 
@@ -135,13 +139,13 @@ impl Turns<'_> {
             let why = why(e);
             format!("message {number}: --mask-prompt needs what comes up to it alone: {why}")
         })?;
-        if !self.rendered.text.starts_with(&head.text) {
+        if !self.rendered.starts_with(&head) {
             return Err(format!(
                 "message {number}: --mask-prompt cannot find it, as the chat template renders \
                  what comes up to it otherwise alone than in the whole"
             ));
         }
-        let head = self.text.encode(&head.text).map_err(why)?;
+        let head = self.text.encode(&head).map_err(why)?;
         Ok(shared(&head, self.tokens))
     }
 }
