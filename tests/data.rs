@@ -267,7 +267,9 @@ fn files_that_cannot_be_rows_are_refused() {
     for (name, content) in [("a.txt", "abc"), ("a.jsonl", "{\"text\": \"abc\"}")] {
         let error = one_line(&load(name, content.as_bytes(), &bytes, &masked(8)).unwrap_err());
         assert!(error.starts_with("--mask-prompt: "), "{error}");
-        assert!(error.ends_with(&format!("{name} holds text, which has no prompts")));
+        assert!(error.ends_with(&format!(
+            "{name} holds text; only conversations and completions have prompts"
+        )));
     }
     let missing = Path::new("no/such/file.txt");
     let error = one_line(&Dataset::load(missing, &bytes, &some).unwrap_err());

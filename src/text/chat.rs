@@ -7,6 +7,7 @@
 mod clock;
 mod display;
 mod mask;
+mod methods;
 mod python;
 mod rewrite;
 mod template;

@@ -128,7 +128,10 @@ impl Dataset {
         if options.mask_prompt
             && matches!(found.documents, Documents::Plain(_) | Documents::Texts(_))
         {
-            let why = format!("{} holds text, which has no prompts", file.display());
+            let why = format!(
+                "{} holds text; only conversations and completions have prompts",
+                file.display()
+            );
             return Err(Error::flag("--mask-prompt", why).into());
         }
         let notes = Notes {

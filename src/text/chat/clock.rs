@@ -2,10 +2,11 @@
 
 use std::fmt::Write;
 
-use chrono::{
-    Local, NaiveDateTime,
-    format::{Fixed, Item, Numeric, StrftimeItems},
-};
+use chrono::{Local, NaiveDateTime};
+
+/// What may follow a `%`, with or without a `-` against padding: what chrono and the C library of
+/// Python's `strftime` write alike.
+const DIRECTIVES: &str = "aAbBcCdDeFgGhHIjklmMnpPrRStTuUVwWxXyY";
 
 /// The local time, without its zone, as `datetime.now()` gives it.
 pub(super) fn now() -> NaiveDateTime {
@@ -15,16 +16,17 @@ pub(super) fn now() -> NaiveDateTime {
 /// `now.strftime(format)`; the error names a format that Python would take otherwise.
 pub(super) fn strftime(format: &str, now: NaiveDateTime) -> Result<String, String> {
     let refused = || format!("strftime_now: the format `{format}` is not supported");
-    let items: Vec<Item> = StrftimeItems::new(format).collect();
-    let differs = |item: &Item| {
-        matches!(item, Item::Error | Item::Numeric(Numeric::Timestamp | Numeric::Nanosecond, _))
-            || matches!(item, Item::Fixed(Fixed::Nanosecond | Fixed::RFC2822 | Fixed::RFC3339))
-    };
-    if items.iter().any(differs) {
-        return Err(refused());
+    let mut rest = format;
+    while let Some((_, after)) = rest.split_once('%') {
+        let known = |c: &char| DIRECTIVES.contains(*c);
+        let padded = after.strip_prefix('-').unwrap_or(after);
+        rest = match padded.chars().next().filter(known) {
+            Some(_) => &padded[1..],
+            None => after.strip_prefix('%').ok_or_else(refused)?,
+        };
     }
     let mut out = String::new();
-    write!(out, "{}", now.format_with_items(items.iter())).map_err(|_| refused())?;
+    write!(out, "{}", now.format(format)).map_err(|_| refused())?;
     Ok(out)
 }
 

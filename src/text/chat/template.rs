@@ -9,7 +9,7 @@ use std::{
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, syntax::SyntaxConfig};
 
 use super::{
-    Chat, clock, display, python,
+    Chat, clock, display, methods, python,
     rewrite::{GENERATION, ITERABLE, MODULO, rewrite},
 };
 use crate::error::{Error, Result};
@@ -157,7 +157,7 @@ fn environment(marks: bool) -> Environment<'static> {
         env.set_syntax(syntax);
     }
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    env.set_unknown_method_callback(python::method);
+    env.set_unknown_method_callback(methods::method);
     env.set_formatter(|out, _, value| {
         out.write_str(&display::str(value)?).map_err(JinjaError::from)
     });
