@@ -99,7 +99,7 @@ impl Dataset {
     ///
     /// With the extension `jsonl` or `ndjson`, each line that is not blank is a record; a `json` file
     /// is a list of them, or one after another; any other file is one plain text. Records are of one
-    /// of the forms that [docs/training.md] lists.
+    /// of the forms that docs/training.md lists.
     ///
     /// - Text: one stream of tokens cut into rows, each beginning with the token that the one
     ///   before predicted last. Documents come one after another, each ended by the checkpoint's
@@ -108,8 +108,6 @@ impl Dataset {
     /// - Prompts with completions: one row each, ended as documents are.
     ///
     /// A cache that cannot be read or written is no error: the file is tokenized anew.
-    ///
-    /// [docs/training.md]: https://github.com/flopaudit/flopaudit/blob/main/docs/training.md
     ///
     /// # Errors
     /// A file that cannot be read, is not UTF-8, is blank, holds a single token or is of a kind that
