@@ -23,7 +23,12 @@ use crate::{
     weights::Metadata,
 };
 
-pub use self::{chat::Message, stream::Stream, suggested::Suggested};
+use self::chat::Templates;
+pub use self::{
+    chat::{Chat, Message},
+    stream::Stream,
+    suggested::Suggested,
+};
 
 /// Tokens that end a turn or a text, whatever the model: a GGUF has room for fewer than a
 /// checkpoint may have.
@@ -34,7 +39,7 @@ const END_OF_TURN: [&str; 6] =
 #[derive(Debug)]
 pub struct Text {
     model: Model,
-    chat: Option<chat::Template>,
+    chat: Templates,
     ends: Ends,
     suggested: Option<Suggested>,
     vocab: usize,
@@ -60,11 +65,12 @@ impl Text {
     /// The stand-in for a model of `vocab` tokens that has no tokenizer: one token a byte (its
     /// value, modulo a `vocab` under 256), no end of sequence, and a chat that is the prompt.
     pub fn bytes(vocab: usize) -> Self {
-        Self { model: Model::Bytes, chat: None, ends: Ends::default(), suggested: None, vocab }
+        let (model, chat) = (Model::Bytes, Templates::default());
+        Self { model, chat, ends: Ends::default(), suggested: None, vocab }
     }
 
     /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
-    /// generation_config.json and chat_template.jinja. `vocab` is the model's, in tokens.
+    /// generation_config.json and chat templates. `vocab` is the model's, in tokens.
     ///
     /// # Errors
     /// No tokenizer.json, a malformed file, or more tokens than the model has.
@@ -86,23 +92,13 @@ impl Text {
         added::recognise(&mut tokenizer, &config)
             .and_then(|()| framing::complete(&mut tokenizer, &config))
             .map_err(|why| Error::File { file: config_file, why })?;
-        let token = |key: &str| config.get(key).and_then(token_text).map(str::to_string);
-        let (bos, eos_token) = (token("bos_token"), token("eos_token"));
-        let jinja = dir.join("chat_template.jinja");
-        let template = match jinja.is_file() {
-            true => {
-                let fail =
-                    |e: std::io::Error| Error::File { file: jinja.clone(), why: e.to_string() };
-                Some(read_text(&jinja).map_err(fail)?)
-            }
-            false => config.get("chat_template").and_then(template_source),
-        };
-        let document = eos_token.as_ref().and_then(|token| tokenizer.token_to_id(token));
+        let eos_token = config.get("eos_token").and_then(token_text);
+        let document = eos_token.and_then(|token| tokenizer.token_to_id(token));
         let generation = eos_ids(dir)?.unwrap_or_else(|| document.into_iter().collect());
-        let chat = template.map(|source| chat::Template::new(source, bos, eos_token));
+        let ends = Ends { generation, document };
+        let chat = Templates::from_directory(dir, &config)?;
         let suggested = Suggested::of_directory(dir)?;
-        let text = Self::new(tokenizer, Ends { generation, document }, vocab, &file)?;
-        Ok(Self { chat, suggested, ..text })
+        Ok(Self { chat, suggested, ..Self::new(tokenizer, ends, vocab, &file)? })
     }
 
     /// Builds the tokenizer from a GGUF's metadata; `pretokenizer` says how text is split first, by
@@ -125,9 +121,8 @@ impl Text {
             generation.extend(id?.filter(|id| !generation.contains(id)));
         }
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
-        let chat = metadata
-            .text("tokenizer.chat_template")?
-            .map(|source| chat::Template::new(source.into(), token(roles.bos), token(roles.eos)));
+        let tokens = [("bos_token", token(roles.bos)), ("eos_token", token(roles.eos))];
+        let chat = Templates::from_gguf(metadata, tokens)?;
         let suggested = Suggested::of_gguf(metadata)?;
         let ends = Ends { generation, document: roles.eos };
         Ok(Self { chat, suggested, ..Self::new(tokenizer, ends, vocab, metadata.file())? })
@@ -167,19 +162,7 @@ impl Text {
         suggested.insert("eos_token_id".into(), self.ends.generation.clone().into());
         write("generation_config.json", Json::from(suggested).to_string())?;
         // What goes around a text is in tokenizer.json's post-processor.
-        let bos = self.chat.as_ref().and_then(|chat| chat.bos.clone());
-        let eos = self.ends.document.and_then(|id| self.spelling(id));
-        let tokens = serde_json::json!({ "bos_token": bos, "eos_token": eos });
-        write("tokenizer_config.json", tokens.to_string())?;
-        self.chat.iter().try_for_each(|chat| write("chat_template.jinja", chat.source.clone()))
-    }
-
-    /// The token that `id` stands for, where there is a tokenizer that knows.
-    fn spelling(&self, id: u32) -> Option<String> {
-        match &self.model {
-            Model::Tokenizer(tokenizer) => tokenizer.id_to_token(id),
-            Model::Bytes => None,
-        }
+        self.chat.save(dir)
     }
 
     /// Token ids of `text`, a part of a text such as what a chat template makes. Special tokens
@@ -273,22 +256,39 @@ impl Text {
         let system = system.map(|text| Message::new("system", text));
         let messages: Vec<Message> =
             system.into_iter().chain([Message::new("user", user)]).collect();
-        self.render(&messages, true)
+        self.render(&Chat::new(messages), true)
     }
 
     /// The checkpoint's chat template applied to a conversation; with `generation_prompt`, up to
     /// where the assistant's next answer begins.
     ///
     /// # Errors
-    /// No template, or one that is malformed or refuses the messages.
-    pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<String> {
-        let none = || Error::Prompt("the model has no chat template".into());
-        self.chat.as_ref().ok_or_else(none)?.render(messages, generation_prompt)
+    /// No template, or one that is malformed or refuses the conversation.
+    pub fn render(&self, chat: &Chat, generation_prompt: bool) -> Result<String> {
+        self.chat.render(chat, generation_prompt)
     }
 
-    /// Whether the checkpoint brings a chat template.
+    /// Where in the text of a whole conversation, in bytes, what its template's generation blocks give
+    /// lies; `None` if the template has no such blocks.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render), and a template that works on what such a block gives.
+    pub fn generated(&self, chat: &Chat) -> Result<Option<Vec<std::ops::Range<usize>>>> {
+        self.chat.generated(chat)
+    }
+
+    /// Takes another chat template than conversations would get: the checkpoint's of this name,
+    /// else that in the file of this name.
+    ///
+    /// # Errors
+    /// Neither a name nor a file that can be read.
+    pub fn choose_template(&mut self, name: &str) -> Result<()> {
+        self.chat.choose(name)
+    }
+
+    /// Whether there is a chat template.
     pub fn has_chat_template(&self) -> bool {
-        self.chat.is_some()
+        !self.chat.is_empty()
     }
 
     /// The tokens that end a generation.
@@ -358,18 +358,6 @@ fn read_json(file: &Path) -> Result<Option<Json>> {
 /// A token as tokenizer_config.json spells it: a string, or an object with its content.
 fn token_text(json: &Json) -> Option<&str> {
     json.as_str().or_else(|| json.get("content")?.as_str())
-}
-
-/// A chat template: a string, or the one named `default` (else the first) of a list.
-fn template_source(json: &Json) -> Option<String> {
-    let source = match json {
-        Json::Array(list) => {
-            let default = list.iter().find(|t| t.get("name").is_some_and(|n| n == "default"));
-            default.or(list.first())?.get("template")?
-        }
-        other => other,
-    };
-    source.as_str().map(str::to_string)
 }
 
 /// A library's message, cut to one line.

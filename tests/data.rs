@@ -9,7 +9,7 @@ use std::{
 
 use checkpoints::*;
 use flopaudit::{
-    text::{Message, Text},
+    text::{Chat, Message, Text},
     train::data::{Batch, Dataset, Options},
 };
 use proptest::prelude::*;
@@ -109,7 +109,7 @@ proptest! {
         let role = |i: usize| if i.is_multiple_of(2) { "user" } else { "assistant" };
         let messages: Vec<Message> =
             contents.iter().enumerate().map(|(i, c)| message(role(i), c)).collect();
-        let whole = text.encode(&text.render(&messages, false).unwrap()).unwrap();
+        let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap()).unwrap();
         let file = chats(&[&messages]);
         let plain = load("a.jsonl", file.as_bytes(), &text, &options(200)).unwrap();
         let batch = all(&plain);
@@ -122,8 +122,9 @@ proptest! {
             prop_assert_eq!((&masked.ids, &masked.targets), (&batch.ids, &batch.targets));
             let said: String = messages
                 .iter()
-                .filter(|m| m.role == "assistant")
-                .map(|m| format!("{}<|im_end|>", m.content))
+                .filter(|m| m.role() == "assistant")
+                .zip(contents.iter().skip(1).step_by(2))
+                .map(|(_, content)| format!("{content}<|im_end|>"))
                 .collect();
             prop_assert_eq!(learned(&text, &masked), said);
         }
@@ -176,7 +177,7 @@ fn conversations_that_cannot_be_rows_are_told_with_their_line() {
         refused("a.jsonl", format!("{good}\n{}", chats(&[messages])).as_bytes(), text, options)
     };
     let speaks = text(CHAT);
-    let n = speaks.encode(&speaks.render(&turn, false).unwrap()).unwrap().len();
+    let n = speaks.encode(&speaks.render(&Chat::new(&turn[..]), false).unwrap()).unwrap().len();
     assert_eq!(
         after_good(&turn, &speaks, &options(n - 2)),
         format!(
@@ -266,7 +267,9 @@ fn files_that_cannot_be_rows_are_refused() {
     for (name, content) in [("a.txt", "abc"), ("a.jsonl", "{\"text\": \"abc\"}")] {
         let error = one_line(&load(name, content.as_bytes(), &bytes, &masked(8)).unwrap_err());
         assert!(error.starts_with("--mask-prompt: "), "{error}");
-        assert!(error.ends_with(&format!("{name} holds text; only conversations have prompts")));
+        assert!(error.ends_with(&format!(
+            "{name} holds text; only conversations and completions have prompts"
+        )));
     }
     let missing = Path::new("no/such/file.txt");
     let error = one_line(&Dataset::load(missing, &bytes, &some).unwrap_err());
@@ -323,9 +326,9 @@ fn the_trained_checkpoints_template_masks_its_prompts() {
     let text = open(Path::new(&path)).unwrap().text;
     // A newline that the tokenizer joins with the template's before it.
     let mut messages = conversation();
-    messages[4].content = "\nfn main() {}\n\n".into();
+    messages[4] = message("assistant", "\nfn main() {}\n\n");
     let dataset = load("a.jsonl", chats(&[&messages]).as_bytes(), &text, &masked(150)).unwrap();
-    let whole = text.encode(&text.render(&messages, false).unwrap()).unwrap();
+    let whole = text.encode(&text.render(&Chat::new(&messages[..]), false).unwrap()).unwrap();
     let batch = all(&dataset);
     assert_eq!(batch.targets[..whole.len() - 1], whole[1..]);
     let said = learned(&text, &batch);

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, quantized::GgmlDType, quantized::gguf_file::Val
 use checkpoints::*;
 use flopaudit::{
     config::ModelConfig,
-    text::{Message, Text},
+    text::{Chat, Message, Text},
     weights,
 };
 use serde_json::json;
@@ -145,10 +145,11 @@ fn conversations_are_rendered_whole_or_up_to_the_next_answer() {
     let text = gguf_text(|_| {});
     let messages = [Message::new("user", "Hi"), Message::new("assistant", "Yes?")];
     let whole = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n";
-    assert_eq!(text.render(&messages, false).unwrap(), whole);
-    let asks = text.render(&messages[..1], true).unwrap();
+    let chat = Chat::new(&messages[..]);
+    assert_eq!(text.render(&chat, false).unwrap(), whole);
+    let asks = text.render(&Chat::new(&messages[..1]), true).unwrap();
     assert_eq!(asks, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
-    let error = one_line(&Text::bytes(256).render(&messages, false).unwrap_err());
+    let error = one_line(&Text::bytes(256).render(&chat, false).unwrap_err());
     assert_eq!(error, "prompt: the model has no chat template");
 }
 

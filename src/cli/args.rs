@@ -17,7 +17,7 @@ use crate::{
     prices::Prices,
     report::{self, Figures, Report},
     target::{Target, temporary_beside},
-    train::data::{Dataset, Options},
+    train::data::{Dataset, Notes, Options},
     weights::{self, Checkpoint, PeftAdapter},
     workload::{Logits, Sampling, Task},
 };
@@ -329,6 +329,28 @@ pub fn warn_of_noise(checkpoint: &Checkpoint) {
     }
 }
 
+/// Says something that a user may not expect, in one line on stderr.
+pub fn note(what: &str) {
+    let cyan = anstyle::AnsiColor::Cyan.on_default().bold();
+    anstream::eprintln!("{cyan}note:{cyan:#} {what}");
+}
+
+/// Which chat template.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct TemplateArg {
+    /// Chat template: the checkpoint's of this name, or a .jinja file
+    #[arg(long, value_name = "NAME")]
+    pub template: Option<String>,
+}
+
+impl TemplateArg {
+    /// Makes it the one that conversations get.
+    pub fn choose(&self, checkpoint: &mut Checkpoint) -> Result<()> {
+        self.template.iter().try_for_each(|name| checkpoint.text.choose_template(name))
+    }
+}
+
 /// Where the result goes.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Output")]
@@ -488,7 +510,7 @@ pub struct DataArgs {
     /// Rows of one pass
     #[arg(long, value_name = "B", default_value_t = 1)]
     pub batch: usize,
-    /// Of conversations, learn and score the assistant's turns alone
+    /// Of conversations, learn and score the assistant's turns alone; of prompts, the completions
     #[arg(long)]
     pub mask_prompt: bool,
     /// Keep the tokens of files in DIR for later runs
@@ -515,7 +537,17 @@ impl DataArgs {
         }
         let &Self { seq, mask_prompt, .. } = self;
         let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };
-        Dataset::load(file, &checkpoint.text, &options)
+        let dataset = Dataset::load(file, &checkpoint.text, &options)?;
+        let Notes { form, ignored } = dataset.notes();
+        if let Some(form) = form.as_ref().filter(|form| form.contains("in the prompt of")) {
+            note(form);
+        }
+        if !ignored.is_empty() {
+            let columns: Vec<String> = ignored.iter().map(|i| format!("`{}`", i.key)).collect();
+            let (file, columns) = (file.display(), columns.join(", "));
+            note(&format!("{file}: ignored, as they change nothing: {columns}"));
+        }
+        Ok(dataset)
     }
 }
 

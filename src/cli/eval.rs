@@ -4,7 +4,8 @@ use std::{cell::RefCell, path::PathBuf, time::Instant};
 
 use super::{
     args::{
-        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, bar, warn_of_noise,
+        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, TemplateArg, bar,
+        warn_of_noise,
     },
     interrupt::Interrupt,
     memory,
@@ -24,13 +25,15 @@ use crate::{
 /// Flags of `eval`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Text to score: .jsonl with `text` or chat `messages` a line, or any plain text
+    /// Text to score: .jsonl or .json with `text`, `messages` or another form of record, or plain text
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     #[command(flatten)]
     rows: DataArgs,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    template: TemplateArg,
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
@@ -54,7 +57,8 @@ pub fn run(args: Args) -> Result<()> {
     execution.fault_was_planted(false)?;
     let device = execution.open_device()?;
     let interrupt = Interrupt::listen()?;
-    let checkpoint = args.model.open()?;
+    let mut checkpoint = args.model.open()?;
+    args.template.choose(&mut checkpoint)?;
     let adapters = execution.adapters(&checkpoint.config, &args.lora)?;
     let data = args.rows.load(&args.data, &checkpoint)?;
     for task in evaluation_tasks(data.rows(), data.seq(), args.rows.batch) {
@@ -85,6 +89,7 @@ pub fn run(args: Args) -> Result<()> {
     let workloads = found.workloads.clone();
     let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?
         .with_ignored(checkpoint.listed())
+        .with_data([data.notes()])
         .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     args::{
-        CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
+        CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs, note,
         warn_of_noise,
     },
     interrupt::Interrupt,
@@ -34,6 +34,9 @@ use crate::{
     workload::{Sampling, Workload},
 };
 
+/// What is said where a chat was meant and the checkpoint has no template for it.
+const NO_TEMPLATE: &str = "the checkpoint has no chat template: the prompt runs raw, as with --raw";
+
 /// Flags of `generate`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -49,6 +52,9 @@ pub struct Args {
     /// Feed the prompt as it is, without the chat template
     #[arg(long)]
     raw: bool,
+    /// Chat template: the checkpoint's of this name, or a .jinja file
+    #[arg(long, value_name = "NAME", conflicts_with = "raw")]
+    template: Option<String>,
     /// System message of the chat template
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
@@ -107,7 +113,8 @@ pub fn run(args: Args) -> Result<()> {
     let interrupt = Interrupt::listen()?;
 
     let start = Instant::now();
-    let checkpoint = args.model.open()?;
+    let mut checkpoint = args.model.open()?;
+    args.template.iter().try_for_each(|name| checkpoint.text.choose_template(name))?;
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
     let sampling = args.sampling(&checkpoint)?;
     let encoded = args.encode(&checkpoint.text, &prompts)?;
@@ -119,6 +126,8 @@ pub fn run(args: Args) -> Result<()> {
         memory::check(&workload, &device)?;
     }
     warn_of_noise(&checkpoint);
+    let raw = args.runs_raw(&checkpoint.text).then(|| NO_TEMPLATE.to_string());
+    raw.iter().for_each(|told| note(told));
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
     let load = start.elapsed();
 
@@ -126,7 +135,8 @@ pub fn run(args: Args) -> Result<()> {
     let (run, trace) =
         args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
     args.execution.fault_was_planted(run.recordings().next().is_some())?;
-    let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
+    let mut report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
+    report.notes.extend(raw);
     let audit = match args.no_audit {
         true => None,
         false => Some(Audit::new(&run.workloads(), &run.ledger)?.with_graphs(run.recordings())),
@@ -196,6 +206,11 @@ impl Args {
                 Err(Error::flag("--sampling checkpoint", why).into())
             }
         }
+    }
+
+    /// Whether prompts that were meant for a chat are fed as they are.
+    fn runs_raw(&self, text: &Text) -> bool {
+        !self.raw && !text.has_chat_template() && !text.is_stand_in()
     }
 
     fn encode(&self, text: &Text, prompts: &[String]) -> Result<Vec<Vec<u32>>> {

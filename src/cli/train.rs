@@ -4,8 +4,8 @@ use std::{cell::RefCell, fs, path::PathBuf};
 
 use super::{
     args::{
-        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg, bar,
-        warn_of_noise,
+        CountingArgs, DataArgs, ExecutionArgs, LoraArgs, ModelArgs, OutputArgs, StructureArg,
+        TemplateArg, bar, warn_of_noise,
     },
     folder::{self, Metrics},
     interrupt::Interrupt,
@@ -27,7 +27,7 @@ use crate::{
 /// Flags of `train`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Text to learn from: .jsonl with `text` or chat `messages` a line, or any plain text
+    /// Text to learn from: .jsonl or .json with `text`, `messages` or another form of record, or plain text
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Held-out text, scored before, during and after
@@ -45,6 +45,8 @@ pub struct Args {
     steps: StepArgs,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    template: TemplateArg,
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
@@ -135,8 +137,9 @@ fn train(mut args: Args) -> Result<()> {
     let saved = folder::open(&args.out, args.resume)?;
     let interrupt = Interrupt::listen()?;
 
-    let checkpoint = args.model.open()?;
+    let mut checkpoint = args.model.open()?;
     refuse_dropout(&checkpoint)?;
+    args.template.choose(&mut checkpoint)?;
     // What the end will save must have a config.json: its family may have no keys for it.
     if args.steps.full {
         checkpoint.config.to_hub()?;
@@ -174,7 +177,8 @@ fn train(mut args: Args) -> Result<()> {
         return Err(Error::Interrupted.into());
     }
     args.save(&mut session, &checkpoint)?;
-    let report = args.report(&mut session, &checkpoint, &budget)?;
+    let mut report = args.report(&mut session, &checkpoint, &budget)?;
+    report.0 = report.0.with_data([&data].into_iter().chain(&held_out).map(Dataset::notes));
     Target::open(&args.out.join("run.json"))?.write(&report.0)?;
     let traced = trace::finish(trace.borrow_mut().take(), &report.0);
     output.write(&report.0, false)?;

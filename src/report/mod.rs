@@ -44,6 +44,7 @@ use crate::{
     prices::{Prices, Primitives},
     tally::{Component, Tally},
     traffic::Traffic,
+    train::data::Notes,
     workload::Workload,
 };
 
@@ -100,6 +101,9 @@ pub struct Report {
     /// Loss, where text was scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<EvaluationReport>,
+    /// What a reader may not expect, a line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// One component in one phase.
@@ -284,12 +288,21 @@ impl Report {
             generation: None,
             training: None,
             evaluation: None,
+            notes: vec![],
         })
     }
 
     /// Lists what of the model's files was not used, where it came from files.
     pub fn with_ignored(self, ignored: Option<&[Ignored]>) -> Self {
         Self { ignored: ignored.map(<[Ignored]>::to_vec), ..self }
+    }
+
+    /// Lists what of other files was not used besides: an adapter's, or data's.
+    pub fn and_ignored(mut self, more: Option<&[Ignored]>) -> Self {
+        if let Some(more) = more {
+            self.ignored.get_or_insert_default().extend_from_slice(more);
+        }
+        self
     }
 
     /// Counts the bytes that are needed on `device`, as `--device` spells it; without, a CPU's.
@@ -301,6 +314,15 @@ impl Report {
     /// Says that it ran on `device`.
     pub fn ran_on(self, device: &str) -> Self {
         Self { device: Some(device.into()), ..self.sized_for(device) }
+    }
+
+    /// The same with how data was read, and what of it was not.
+    pub fn with_data<'a>(mut self, notes: impl IntoIterator<Item = &'a Notes>) -> Self {
+        for Notes { form, ignored } in notes {
+            self.notes.extend(form.clone());
+            self = self.and_ignored((!ignored.is_empty()).then_some(ignored));
+        }
+        self
     }
 
     /// Adds the time of each row, from a ledger of timed ops.

@@ -7,7 +7,10 @@
 mod cache;
 mod conversation;
 mod documents;
+mod formats;
 mod order;
+mod records;
+mod turns;
 
 use std::{
     ops::Range,
@@ -17,12 +20,19 @@ use std::{
 use rayon::prelude::*;
 
 use crate::{
+    config::Ignored,
     error::{Error, Result},
     input::read_bytes,
     model::Labelled,
-    text::Text,
+    text::{Chat, Text},
 };
-use {cache::Entry, conversation::tokenize, documents::Documents};
+use {
+    cache::Entry,
+    conversation::{tokenize, tokenize_pair},
+    documents::{Documents, Found},
+    formats::Document,
+    records::Kind,
+};
 
 pub use order::Order;
 
@@ -31,7 +41,7 @@ pub use order::Order;
 pub struct Options {
     /// Tokens that a row feeds, at least 1.
     pub seq: usize,
-    /// Of conversations, only what the assistant says counts.
+    /// Of conversations only what the assistant says counts, of prompts with completions the latter.
     pub mask_prompt: bool,
     /// A directory that keeps the tokens of files for later runs.
     pub cache: Option<PathBuf>,
@@ -49,6 +59,16 @@ pub struct Dataset {
     counted: Vec<bool>,
     /// Where in `tokens` each row lies.
     rows: Vec<Range<usize>>,
+    notes: Notes,
+}
+
+/// How a file was read, and what of it was not.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Notes {
+    /// The form that its records have, after the file's name; `None` for plain text.
+    pub form: Option<String>,
+    /// Its columns that change nothing.
+    pub ignored: Vec<Ignored>,
 }
 
 /// Rows as a model takes them; each vector is `rows` × `seq`, row after row.
@@ -77,52 +97,70 @@ impl Batch {
 impl Dataset {
     /// Reads and tokenizes `file`.
     ///
-    /// With the extension `jsonl` or `ndjson`, each line that is not blank is a document: an
-    /// object with `text`, or with `messages`, a list of objects of `role` and `content`; its
-    /// other keys are ignored. Any other file is one plain text.
+    /// With the extension `jsonl` or `ndjson`, each line that is not blank is a record; a `json` file
+    /// is a list of them, or one after another; any other file is one plain text. Records are of one
+    /// of the forms that docs/training.md lists.
     ///
     /// - Text: one stream of tokens cut into rows, each beginning with the token that the one
     ///   before predicted last. Documents come one after another, each with the tokens that the
     ///   checkpoint puts around a text, and ended by its end-of-sequence token, if it has one.
     /// - Conversations: one row each, as the checkpoint's chat template renders it.
+    /// - Prompts with completions: one row each, ended as documents are.
     ///
     /// A cache that cannot be read or written is no error: the file is tokenized anew.
     ///
     /// # Errors
-    /// A file that cannot be read, is not UTF-8, is blank or holds a single token; a line that is
-    /// no such document or of another kind than those before; a conversation that the template
-    /// refuses, that is longer than a row, or in which nothing counts; `mask_prompt` without
-    /// conversations.
+    /// A file that cannot be read, is not UTF-8, is blank, holds a single token or is of a kind that
+    /// is no text; a record that is no such document, that has a column which would change what is
+    /// learnt and is not supported, or that is of another kind than those before; a conversation that
+    /// the template refuses, that is longer than a row, or in which nothing counts; `mask_prompt`
+    /// with plain text.
     pub fn load(file: &Path, text: &Text, options: &Options) -> Result<Self> {
         if options.seq == 0 {
             return Err(Error::flag("--seq", "must be at least 1").into());
         }
         let fail = |why: String| Error::File { file: file.into(), why };
         let bytes = read_bytes(file).map_err(|e| fail(e.to_string()))?;
-        let jsonl = file
-            .extension()
-            .is_some_and(|e| e.eq_ignore_ascii_case("jsonl") || e.eq_ignore_ascii_case("ndjson"));
+        let kind = Kind::of(file, &bytes).map_err(fail)?;
+        let found = Found::parse(&bytes, kind).map_err(fail)?;
+        if options.mask_prompt
+            && matches!(found.documents, Documents::Plain(_) | Documents::Texts(_))
+        {
+            let why = format!(
+                "{} holds text; only conversations and completions have prompts",
+                file.display()
+            );
+            return Err(Error::flag("--mask-prompt", why).into());
+        }
+        let name = file.display().to_string();
+        let unread = |column: &String| {
+            Ignored::new(&name, column, "a column that changes nothing of what is learnt")
+        };
+        let notes = Notes {
+            form: found.format.map(|form| format!("{name}: read as {form}")),
+            ignored: found.ignored.iter().map(unread).collect(),
+        };
         let entry = match &options.cache {
             Some(dir) => {
-                let source = (&bytes, jsonl, options.mask_prompt, text.fingerprint()?);
+                let source = (&bytes, kind, options.mask_prompt, text.fingerprint()?);
                 Some(Entry::new(dir, options.seq, source))
             }
             None => None,
         };
         if let Some(dataset) = entry.as_ref().and_then(Entry::read) {
-            return Ok(dataset);
+            return Ok(Self { notes, ..dataset });
         }
-        let documents = Documents::parse(&bytes, jsonl).map_err(fail)?;
-        if options.mask_prompt && !matches!(documents, Documents::Conversations(_)) {
-            let why = format!("{} holds text; only conversations have prompts", file.display());
-            return Err(Error::flag("--mask-prompt", why).into());
-        }
-        let dataset = Self::tokenize(&documents, text, options).map_err(fail)?;
+        let dataset = Self::tokenize(&found.documents, text, options).map_err(fail)?;
         if let Some(entry) = entry {
             // Without it, the next run tokenizes again.
             let _ = entry.write(&dataset);
         }
-        Ok(dataset)
+        Ok(Self { notes, ..dataset })
+    }
+
+    /// How the file was read, and what of it was not.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
     }
 
     /// Tells datasets of other tokens, rows or weights apart.
@@ -140,18 +178,26 @@ impl Dataset {
                     each(texts, |document| text.encode_document(document).map_err(why))?;
                 Self::windows(documents.concat(), options.seq)
             }
+            Documents::Pairs(pairs) => {
+                Ok(Self::rows_of(each(pairs, |pair| tokenize_pair(pair, text, options))?, options))
+            }
             Documents::Conversations(conversations) => {
-                let documents = each(conversations, |messages| tokenize(messages, text, options))?;
-                let (mut tokens, mut counted, mut rows) = (vec![], vec![], vec![]);
-                for document in documents {
-                    let start = tokens.len();
-                    tokens.extend(document.tokens);
-                    counted.extend(document.counted);
-                    rows.push(start..tokens.len());
-                }
-                Ok(Self { seq: options.seq, tokens, counted, rows })
+                let rows = each(conversations, |chat| tokenize(chat, text, options))?;
+                Ok(Self::rows_of(rows, options))
             }
         }
+    }
+
+    /// One row for each of these.
+    fn rows_of(documents: Vec<conversation::Tokens>, options: &Options) -> Self {
+        let (mut tokens, mut counted, mut rows) = (vec![], vec![], vec![]);
+        for document in documents {
+            let start = tokens.len();
+            tokens.extend(document.tokens);
+            counted.extend(document.counted);
+            rows.push(start..tokens.len());
+        }
+        Self { seq: options.seq, tokens, counted, rows, notes: Notes::default() }
     }
 
     /// Cuts a stream into rows that predict each token but the first once.
@@ -162,7 +208,7 @@ impl Dataset {
         }
         let window = |start: usize| start..n.min(start.saturating_add(seq).saturating_add(1));
         let rows = (0..n - 1).step_by(seq).map(window).collect();
-        Ok(Self { seq, tokens, counted: vec![true; n], rows })
+        Ok(Self { seq, tokens, counted: vec![true; n], rows, notes: Notes::default() })
     }
 
     /// Positions of a row.
@@ -210,6 +256,20 @@ impl Dataset {
             }
         }
         batch
+    }
+}
+
+/// The conversation that one record holds, a JSON object of `messages` or another form.
+///
+/// # Errors
+/// What is no such record, or one that [`Dataset::load`] would refuse.
+pub fn conversation(record: &str) -> Result<Chat> {
+    let fail = |why: String| Error::Prompt(format!("the record {why}"));
+    let record =
+        serde_json::from_str(record).map_err(|e| fail(format!("is not valid JSON: {e}")))?;
+    match formats::document(&record, &mut BTreeSet::new()).map_err(fail)?.1 {
+        Document::Conversation(conversation) => Ok(conversation.chat),
+        Document::Text(_) | Document::Pair(_) => Err(fail("holds no messages".into()).into()),
     }
 }
 
@@ -272,7 +332,7 @@ mod tests {
         let file = dir.path().join("a.txt");
         fs::write(&file, "abc").unwrap();
         let text = Text::bytes(256);
-        let source = (b"abc".to_vec(), false, false, text.fingerprint().unwrap());
+        let source = (b"abc".to_vec(), Kind::Text, false, text.fingerprint().unwrap());
         let entry = Entry::new(&dir.path().join("new/cache"), 4, source);
         let other = Dataset::windows(vec![1, 2, 3, 4, 5, 6], 4).unwrap();
         entry.write(&other).unwrap();

@@ -153,7 +153,14 @@ mod online {
         let commit = dir.file_name().map(|name| name.to_string_lossy().into_owned());
         let fetch = |name: &str| fetch(repo, name, commit.clone());
         fetch("tokenizer.json")?;
-        for name in ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+        for name in [
+            "tokenizer_config.json",
+            "generation_config.json",
+            "chat_template.jinja",
+            "chat_template.json",
+            // The one that is taken without being asked for.
+            "additional_chat_templates/tool_use.jinja",
+        ] {
             optional(fetch(name))?;
         }
         if optional(fetch("model.safetensors"))? {

@@ -16,11 +16,11 @@ use std::{
 
 use fnv::FnvHasher;
 
-use super::Dataset;
+use super::{Dataset, Notes};
 use crate::{target::temporary_beside, weights};
 
 /// Names the format and its version.
-const MAGIC: &[u8; 8] = b"fadata-1";
+const MAGIC: &[u8; 8] = b"fadata-2";
 
 /// Where the tokens of one file, tokenized in one way, are kept.
 #[derive(Debug)]
@@ -103,6 +103,7 @@ fn decode(bytes: &[u8], key: u64, seq: usize) -> Option<Dataset> {
         tokens: ids.iter().map(|id| u32::from_le_bytes(*id)).collect(),
         counted: counted.iter().map(|&counts| counts != 0).collect(),
         rows,
+        notes: Notes::default(),
     })
 }
 
@@ -121,7 +122,8 @@ mod tests {
 
     fn dataset() -> Dataset {
         let counted = vec![true, false, true, true, false];
-        Dataset { seq: 3, tokens: vec![7, 0, u32::MAX, 9, 1], counted, rows: vec![0..2, 1..5] }
+        let (tokens, rows) = (vec![7, 0, u32::MAX, 9, 1], vec![0..2, 1..5]);
+        Dataset { seq: 3, tokens, counted, rows, notes: Notes::default() }
     }
 
     #[test]

@@ -29,6 +29,11 @@ impl<'a> Metadata<'a> {
         self.file
     }
 
+    /// The keys that there are, in no order.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> {
+        self.values.keys().map(String::as_str)
+    }
+
     /// The file's name, as errors give it.
     pub(crate) fn origin(&self) -> String {
         self.file.display().to_string()
