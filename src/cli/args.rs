@@ -1,6 +1,10 @@
 //! Flags that several commands share, each spelled and explained once.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use candle_core::Device;
 use clap::Args;
@@ -9,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{device, interrupt::Interrupt};
 use crate::{
     analytic::Structure,
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{Layers, LoraConfig, ModelConfig, Modules, TargetModules},
     error::{Error, Result},
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Decoder, How},
@@ -82,15 +86,49 @@ pub struct LoraArgs {
     /// The adapters' output is scaled by alpha / rank
     #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
     pub lora_alpha: f64,
-    /// Adapted projections
+    /// Adapted projections, all-linear for all seven; of one layer as layers.0.self_attn.q_proj
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
-    pub lora_targets: Vec<Projection>,
+    pub lora_targets: Vec<TargetModules>,
+    /// Layers that carry adapters, as 0-3,7 [default: all]
+    #[arg(long, value_name = "LIST")]
+    pub lora_layers: Option<Layers>,
+    /// Ranks of their own: q_proj=16,layers.0.mlp.up_proj=4; one layer's goes before all layers'
+    #[arg(long, value_name = "NAME=R", value_delimiter = ',', value_parser = named::<usize>)]
+    pub lora_rank_pattern: Vec<(Modules, usize)>,
+    /// Alphas of their own, likewise
+    #[arg(long, value_name = "NAME=ALPHA", value_delimiter = ',', value_parser = named::<f64>)]
+    pub lora_alpha_pattern: Vec<(Modules, f64)>,
+}
+
+/// Reads `NAME=VALUE`.
+fn named<T: FromStr<Err: Display>>(text: &str) -> Result<(Modules, T), String> {
+    let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
+    let modules = name.trim().parse::<Modules>().map_err(|error| match error {
+        Error::Flag { why, .. } => why,
+        other => other.to_string(),
+    })?;
+    let value = value.trim();
+    let parsed = value.parse().map_err(|error| format!("`{value}` of {modules}: {error}"))?;
+    Ok((modules, parsed))
 }
 
 impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        LoraConfig::new(model, self.lora_rank.unwrap_or(0), self.lora_alpha, &self.lora_targets)
+        self.unchecked().checked(model)
+    }
+
+    /// The same as the flags say it.
+    pub fn unchecked(&self) -> LoraConfig {
+        LoraConfig {
+            rank: self.lora_rank.unwrap_or(0),
+            alpha: self.lora_alpha,
+            targets: TargetModules::modules(&self.lora_targets),
+            layers: self.lora_layers.clone(),
+            rank_pattern: self.lora_rank_pattern.iter().copied().collect(),
+            alpha_pattern: self.lora_alpha_pattern.iter().copied().collect(),
+            use_rslora: false,
+        }
     }
 }
 
@@ -133,7 +171,7 @@ pub struct ExecutionArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// A trained adapter in PEFT's format
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_targets"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ADAPTER_FLAGS)]
     pub adapter: Option<PathBuf>,
     /// Seed of draws, and of the adapters' initial values
     #[arg(long, default_value_t = 0)]
@@ -151,6 +189,16 @@ pub struct ExecutionArgs {
     #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
 }
+
+/// Flags of new adapters, which a trained one has no use for.
+const ADAPTER_FLAGS: [&str; 6] = [
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "lora_layers",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+];
 
 impl ExecutionArgs {
     /// How a GPU's decoding steps are run.

@@ -281,7 +281,8 @@ impl<'a> Training<'a> {
             }
         }
         // Products of r columns or rows: those of all these adapters are as one of Σ r.
-        let (lora, Adapted { layers, ranks }) = (Component::Lora(projection), reach.adapted(projection));
+        let (lora, Adapted { layers, ranks }) =
+            (Component::Lora(projection), reach.adapted(projection));
         let scale = Primitives { mul: layers * rows * n, ..zero() };
         let low = Cost { other: scale, ..product(rows, n, ranks) };
         self.add(Phase::BackwardX, lora, 2 * layers, low)?;

@@ -55,7 +55,7 @@ pub struct Adapted {
 
 impl LoraConfig {
     /// No adapter at all.
-    pub fn none() -> Self {
+    pub const fn none() -> Self {
         Self {
             rank: 0,
             alpha: 1.0,
@@ -191,6 +191,13 @@ impl LoraConfig {
         let rank = of(&self.rank_pattern).unwrap_or(self.rank);
         let own = self.alpha_pattern.get(&one).or_else(|| self.alpha_pattern.get(&all));
         targeted.then_some(Site { rank, alpha: own.copied().unwrap_or(self.alpha) })
+    }
+
+    /// Every adapter of the model, layer by layer.
+    pub fn sites(&self, config: &ModelConfig) -> impl Iterator<Item = (usize, Projection, Site)> {
+        let all = (0..config.num_hidden_layers)
+            .flat_map(|layer| Projection::ALL.map(|projection| (layer, projection)));
+        all.filter_map(|(layer, projection)| Some((layer, projection, self.at(layer, projection)?)))
     }
 
     /// Whether `layer` carries an adapter.
@@ -343,7 +350,10 @@ mod tests {
         assert_eq!(lora.adapted(QProj, 0..3), Adapted { layers: 2, ranks: 10 });
         assert_eq!(lora.adapted(QProj, 1..3), Adapted { layers: 1, ranks: 2 });
         assert_eq!(lora.parameters(&tiny()), 10 * 64 + 8 * 48);
-        assert_eq!((lora.ranks(), lora.place()), ("2 to 8".into(), "q_proj,v_proj of layers 0,2".into()));
+        assert_eq!(
+            (lora.ranks(), lora.place()),
+            ("2 to 8".into(), "q_proj,v_proj of layers 0,2".into())
+        );
         let mut rooted = lora.clone();
         rooted.use_rslora = true;
         let site = lora.at(0, QProj).unwrap();

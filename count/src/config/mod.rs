@@ -1,12 +1,14 @@
 //! What a model is: its widths and counts ([`ModelConfig`]) and its adapters ([`LoraConfig`]).
 
 mod hub;
+mod ignored;
 mod lora;
 mod modules;
 mod presets;
 mod projection;
 mod validate;
 
+pub use ignored::{Ignored, Matters};
 pub use lora::{Adapted, LoraConfig, Site};
 pub use modules::{Layers, Modules, TargetModules};
 pub use projection::Projection;

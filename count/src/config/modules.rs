@@ -54,8 +54,7 @@ impl FromStr for Modules {
         };
         let mut parts = text.rsplit('.');
         let name = parts.next().unwrap_or_default();
-        let projection =
-            Projection::ALL.into_iter().find(|p| p.name() == name).ok_or_else(fail)?;
+        let projection = Projection::ALL.into_iter().find(|p| p.name() == name).ok_or_else(fail)?;
         if parts.next().is_some_and(|parent| parent != projection.parent()) {
             return Err(fail());
         }
@@ -178,9 +177,16 @@ mod tests {
             assert_eq!(of(text).unwrap(), expected, "{text}");
         }
         assert_eq!(one.to_string(), "layers.3.self_attn.q_proj");
-        for text in ["", "q", "mlp.q_proj", "layers.3.q_proj", "x.self_attn.q_proj",
-            "blocks.3.self_attn.q_proj", "a.layers.3.self_attn.q_proj", "lm_head"]
-        {
+        for text in [
+            "",
+            "q",
+            "mlp.q_proj",
+            "layers.3.q_proj",
+            "x.self_attn.q_proj",
+            "blocks.3.self_attn.q_proj",
+            "a.layers.3.self_attn.q_proj",
+            "lm_head",
+        ] {
             assert!(of(text).unwrap_err().to_string().contains(&format!("`{text}`")), "{text}");
         }
         assert!(one.hold(3, Projection::QProj) && !one.hold(2, Projection::QProj));
@@ -189,7 +195,10 @@ mod tests {
     #[test]
     fn layers_are_runs() {
         let layers: Layers = "0-3, 7".parse().unwrap();
-        assert_eq!((layers.0.as_slice(), layers.to_string()), (&[0, 1, 2, 3, 7][..], "0-3,7".into()));
+        assert_eq!(
+            (layers.0.as_slice(), layers.to_string()),
+            (&[0, 1, 2, 3, 7][..], "0-3,7".into())
+        );
         for text in ["", "a", "3-1", "1-", "-1", "0-99999999999"] {
             assert!(text.parse::<Layers>().unwrap_err().to_string().contains("--lora-layers"));
         }

@@ -112,9 +112,8 @@ impl Pass<'_> {
             let term = || Term::swap(Cause::LoraTargets, cost(counted), cost(executed));
             (counted != executed).then(term)
         });
-        let width = |cause, projection| {
-            Term::swap(cause, wide, adapters(projection, model, everywhere, t))
-        };
+        let width =
+            |cause, projection| Term::swap(cause, wide, adapters(projection, model, everywhere, t));
         let widths = [
             width(Cause::QueryWidth, Projection::QProj),
             width(Cause::LoraWidth, Projection::VProj),
