@@ -383,8 +383,7 @@ fn decodes_as_on_the_cpu(preset: &'static str, adapters: &AdapterSource, samplin
     }
 }
 
-const NONE: AdapterSource =
-    AdapterSource::Fresh { lora: LoraConfig { rank: 0, alpha: 1.0, targets: vec![] }, seed: 0 };
+const NONE: AdapterSource = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
 
 #[test]
 fn decoding_in_few_launches() {

@@ -98,6 +98,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let audit = Audit::new(&workloads, &ledger)?.with_graphs(recording);
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?
+        .and_ignored(adapters.ignored())
         .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);

@@ -83,6 +83,7 @@ pub fn run(args: Args) -> Result<()> {
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let workloads = found.workloads.clone();
     let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?
+        .and_ignored(adapters.ignored())
         .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);

@@ -113,6 +113,7 @@ pub fn run(args: Args) -> Result<()> {
     let (run, trace) =
         args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
+    let report = report.and_ignored(adapters.ignored());
     let audit = match args.no_audit {
         true => None,
         false => Some(Audit::new(&run.workloads(), &run.ledger)?.with_graphs(run.recordings())),

@@ -171,13 +171,14 @@ fn train(mut args: Args) -> Result<()> {
         return Err(Error::Interrupted.into());
     }
     args.save(&mut session, &checkpoint)?;
-    let report = args.report(&mut session, &checkpoint, &budget)?;
-    Target::open(&args.out.join("run.json"))?.write(&report.0)?;
-    let traced = trace::finish(trace.borrow_mut().take(), &report.0);
-    output.write(&report.0, false)?;
+    let (report, audit) = args.report(&mut session, &checkpoint, &budget)?;
+    let report = report.and_ignored(adapters.ignored());
+    Target::open(&args.out.join("run.json"))?.write(&report)?;
+    let traced = trace::finish(trace.borrow_mut().take(), &report);
+    output.write(&report, false)?;
     traced?;
     ledger_file.write("train", &args.execution.device, &session.ledger())?;
-    report.1.verdict()?;
+    audit.verdict()?;
     if interrupted {
         let (done, all) = (session.progress.steps, session.settings.schedule.steps);
         anstream::eprintln!(

@@ -38,6 +38,7 @@ use crate::{
         notebook::{self, TableRow},
     },
     audit::Audit,
+    config::Ignored,
     error::Result,
     ledger::{Key, Ledger, Phase},
     prices::{Prices, Primitives},
@@ -55,6 +56,9 @@ pub struct Report {
     pub command: String,
     /// Where config and weights came from.
     pub model: String,
+    /// What the model's files hold and was not used; absent where there were no files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ignored: Option<Vec<Ignored>>,
     /// Parameters of the base model.
     pub parameters: u128,
     /// Where it ran; absent where it was only counted.
@@ -246,6 +250,7 @@ impl Report {
             schema_version: SCHEMA_VERSION,
             command: command.into(),
             model: model.into(),
+            ignored: None,
             device: None,
             parameters: workload.first().map_or(0, |w| w.model.parameters()),
             memory: Memory::of(&workload, false),
@@ -264,6 +269,14 @@ impl Report {
             training: None,
             evaluation: None,
         })
+    }
+
+    /// Lists what of an adapter's files was not used besides, if there is one.
+    pub fn and_ignored(mut self, adapter: Option<&[Ignored]>) -> Self {
+        if let Some(more) = adapter {
+            self.ignored.get_or_insert_default().extend_from_slice(more);
+        }
+        self
     }
 
     /// Counts the bytes that are needed on `device`, as `--device` spells it; without, a CPU's.
