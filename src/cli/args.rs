@@ -1,6 +1,7 @@
 //! Flags that several commands share, each spelled and explained once.
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     path::{Path, PathBuf},
     str::FromStr,
@@ -100,6 +101,17 @@ pub struct LoraArgs {
     pub lora_alpha_pattern: Vec<(Modules, f64)>,
 }
 
+/// A map of what names nothing twice.
+fn once<T: Copy>(flag: &str, list: &[(Modules, T)]) -> Result<BTreeMap<Modules, T>> {
+    let mut map = BTreeMap::new();
+    for &(modules, value) in list {
+        if map.insert(modules, value).is_some() {
+            return Err(Error::flag(flag, format!("{modules} stands twice")).into());
+        }
+    }
+    Ok(map)
+}
+
 /// Reads `NAME=VALUE`.
 fn named<T: FromStr<Err: Display>>(text: &str) -> Result<(Modules, T), String> {
     let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
@@ -115,20 +127,20 @@ fn named<T: FromStr<Err: Display>>(text: &str) -> Result<(Modules, T), String> {
 impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        self.unchecked().checked(model)
+        self.unchecked()?.checked(model)
     }
 
     /// The same as the flags say it.
-    pub fn unchecked(&self) -> LoraConfig {
-        LoraConfig {
+    pub fn unchecked(&self) -> Result<LoraConfig> {
+        Ok(LoraConfig {
             rank: self.lora_rank.unwrap_or(0),
             alpha: self.lora_alpha,
             targets: TargetModules::modules(&self.lora_targets),
             layers: self.lora_layers.clone(),
-            rank_pattern: self.lora_rank_pattern.iter().copied().collect(),
-            alpha_pattern: self.lora_alpha_pattern.iter().copied().collect(),
+            rank_pattern: once("--lora-rank-pattern", &self.lora_rank_pattern)?,
+            alpha_pattern: once("--lora-alpha-pattern", &self.lora_alpha_pattern)?,
             use_rslora: false,
-        }
+        })
     }
 }
 

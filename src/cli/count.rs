@@ -96,7 +96,7 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
         args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
     let prices = args.counting.prices()?;
     let (model, origin) = args.workload.model.config_only()?;
-    let base = Base { model, lora: args.workload.lora.unchecked(), task };
+    let base = Base { model, lora: args.workload.lora.unchecked()?, task };
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
     let style = args.output.style();
     let human = !matches!(csv, Some(Target::Stdout));

@@ -229,11 +229,13 @@ impl LoraConfig {
         Projection::ALL.into_iter().map(of).sum()
     }
 
-    /// The ranks that there are: `8`, or `4 to 16`.
+    /// The ranks that there are: `8`, or `8 (4 to 16)`.
     pub fn ranks(&self) -> String {
         let all = || self.rank_pattern.values().copied().chain([self.rank]);
         match (all().min(), all().max()) {
-            (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
+            (Some(least), Some(most)) if least < most => {
+                format!("{} ({least} to {most})", self.rank)
+            }
             _ => self.rank.to_string(),
         }
     }
@@ -244,6 +246,7 @@ impl LoraConfig {
         let names: Vec<_> =
             Projection::ALL.into_iter().filter(targeted).map(Projection::name).collect();
         let some = match &self.layers {
+            Some(layers) if layers.0.len() == 1 => format!(" of layer {layers}"),
             Some(layers) => format!(" of layers {layers}"),
             None if self.targets.iter().all(|target| target.layer.is_none()) => String::new(),
             None => " of some layers each".into(),
@@ -352,7 +355,7 @@ mod tests {
         assert_eq!(lora.parameters(&tiny()), 10 * 64 + 8 * 48);
         assert_eq!(
             (lora.ranks(), lora.place()),
-            ("2 to 8".into(), "q_proj,v_proj of layers 0,2".into())
+            ("4 (2 to 8)".into(), "q_proj,v_proj of layers 0,2".into())
         );
         let mut rooted = lora.clone();
         rooted.use_rslora = true;
