@@ -136,7 +136,7 @@ impl Text {
             return Err(Error::File { file: file.into(), why }.into());
         }
         let model = Model::Tokenizer(Box::new(tokenizer));
-        Ok(Self { model, chat: None, ends, suggested: None, vocab })
+        Ok(Self { model, chat: Templates::default(), ends, suggested: None, vocab })
     }
 
     /// Writes tokenizer.json and what else [`Text::from_directory`] reads to `dir`; nothing for a

@@ -7,7 +7,7 @@ use std::{cell::RefCell, collections::HashMap};
 
 use candle_core::{D, Device, Tensor, Var};
 use flopaudit::{
-    config::{ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig, Projection},
     ledger::{Dtype, Key, Ledger, Lora, Module, Op, Phase},
     model::{Decoder, Trained},
     workload::LOSS_ROWS,
@@ -72,7 +72,7 @@ fn gradients_are_the_slopes_of_the_loss() {
 struct Reference {
     config: ModelConfig,
     /// alpha / rank.
-    scaling: f64,
+    lora: LoraConfig,
     weights: HashMap<String, Tensor>,
 }
 
@@ -86,9 +86,13 @@ impl Reference {
         }
         let factor = |f| self.weights.get(&format!("base_model.model.{name}.lora_{f}.weight"));
         match (factor('A'), factor('B')) {
-            (Some(a), Some(b)) => y + (times(&times(x, a)?, b)? * self.scaling)?,
+            (Some(a), Some(b)) => y + (times(&times(x, a)?, b)? * self.scaling(layer, p))?,
             _ => Ok(y),
         }
+    }
+
+    fn scaling(&self, layer: usize, p: Projection) -> f64 {
+        self.lora.scaling(self.lora.at(layer, p).unwrap())
     }
 
     fn norm(&self, x: &Tensor, name: &str) -> candle_core::Result<Tensor> {
@@ -158,7 +162,7 @@ impl Reference {
 
 /// The reference with the same weights as `model`, of which `trained` are variables.
 fn reference(model: &mut Decoder, trained: Trained) -> (Reference, Vec<(String, Var)>) {
-    let (config, scaling) = (model.config().clone(), model.lora().scaling());
+    let (config, lora) = (model.config().clone(), model.lora().clone());
     let (mut weights, mut variables) = (HashMap::new(), vec![]);
     model.train(Trained::All);
     for (name, scope, tensor) in model.trained() {
@@ -172,7 +176,7 @@ fn reference(model: &mut Decoder, trained: Trained) -> (Reference, Vec<(String, 
         weights.insert(name, weight);
     }
     model.train(trained);
-    (Reference { config, scaling, weights }, variables)
+    (Reference { config, lora, weights }, variables)
 }
 
 #[test]

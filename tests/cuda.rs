@@ -13,14 +13,14 @@ use flopaudit::{
     config::{Activation, LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     error::Result,
     generate::{Generation, Request, Sequence, generate},
-    ledger::{Dtype, Ledger, Module, Phase, Scope},
+    ledger::{Dtype, Ledger, Lora, Module, Phase, Scope},
     meter::{At, Meter},
     model::{AdapterSource, Decoder, How},
     ops::{
         self, AdamW, CausalMask, CrossEntropy, Fault, Losses, Moments, RopeTable, Tensor, backward,
         sums_of_squares,
     },
-    weights::{self, PeftAdapter},
+    weights::{self, Named, PeftAdapter, adapter_name, save_adapter},
     workload::Sampling,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -295,30 +295,39 @@ fn an_update() {
     }
 }
 
-/// An adapter of every projection as PEFT writes it, of random numbers.
-fn adapter(config: &ModelConfig, rank: usize) -> AdapterSource {
+/// An adapter of random numbers, as PEFT writes it.
+fn adapter(config: &ModelConfig, lora: &LoraConfig) -> AdapterSource {
     let dir = tempfile::tempdir().unwrap();
-    let options = serde_json::json!({
-        "peft_type": "LORA", "r": rank, "lora_alpha": 8, "bias": "none",
-        "target_modules": Projection::ALL.map(|p| p.to_string()),
-    });
-    std::fs::write(dir.path().join("adapter_config.json"), options.to_string()).unwrap();
-    let mut all = std::collections::HashMap::new();
-    for (layer, p) in (0..config.num_hidden_layers).flat_map(|i| Projection::ALL.map(|p| (i, p))) {
-        let (k, n) = p.widths(config);
-        for (factor, shape) in [('A', (rank, k)), ('B', (n, rank))] {
-            let seed = (layer * 100 + p as usize * 2) as u64 + u64::from(factor == 'B');
-            let values = random(rank * if factor == 'A' { k } else { n }, seed);
-            let values: Vec<f32> = values.iter().map(|x| 0.05 * x).collect();
-            let tensor = candle_core::Tensor::from_vec(values, shape, &Device::Cpu).unwrap();
-            let parent = p.parent();
-            let name =
-                format!("base_model.model.model.layers.{layer}.{parent}.{p}.lora_{factor}.weight");
-            all.insert(name, tensor);
-        }
-    }
-    candle_core::safetensors::save(&all, dir.path().join("adapter_model.safetensors")).unwrap();
+    let factor = |layer: usize, p: Projection, part: Lora, shape: [usize; 2]| {
+        let seed = (layer * 100 + p as usize * 2) as u64 + u64::from(part == Lora::B);
+        let values = random(shape[0] * shape[1], seed).iter().map(|x| 0.05 * x).collect();
+        Named { name: adapter_name(layer, p, part), shape: shape.into(), values }
+    };
+    let all: Vec<Named> = lora
+        .sites(config)
+        .flat_map(|(layer, p, site)| {
+            let ((k, n), r) = (p.widths(config), site.rank);
+            [factor(layer, p, Lora::A, [r, k]), factor(layer, p, Lora::B, [n, r])]
+        })
+        .collect();
+    save_adapter(dir.path(), "base", lora, &all).unwrap();
     AdapterSource::Peft(PeftAdapter::open(dir.path(), config).unwrap())
+}
+
+/// Of one rank beside every projection.
+fn even(config: &ModelConfig, rank: usize) -> AdapterSource {
+    adapter(config, &LoraConfig::new(config, rank, 8.0, &Projection::ALL).unwrap())
+}
+
+/// Of several ranks and scales, beside some projections, and none in the second layer.
+fn uneven(config: &ModelConfig) -> AdapterSource {
+    let mut lora = LoraConfig::new(config, 8, 8.0, &Projection::ALL).unwrap();
+    let of = |name: &str| name.parse().unwrap();
+    lora.targets.retain(|target| target.projection != Projection::OProj);
+    lora.layers = Some("0,2".parse().unwrap());
+    lora.rank_pattern = [(of("v_proj"), 3), (of("layers.2.mlp.up_proj"), 5)].into();
+    lora.alpha_pattern = [(of("k_proj"), 2.0), (of("layers.2.self_attn.q_proj"), 4.0)].into();
+    adapter(config, &lora.checked(config).unwrap())
 }
 
 /// What a batch of prompts goes on with.
@@ -383,8 +392,7 @@ fn decodes_as_on_the_cpu(preset: &'static str, adapters: &AdapterSource, samplin
     }
 }
 
-const NONE: AdapterSource =
-    AdapterSource::Fresh { lora: LoraConfig { rank: 0, alpha: 1.0, targets: vec![] }, seed: 0 };
+const NONE: AdapterSource = AdapterSource::Fresh { lora: LoraConfig::none(), seed: 0 };
 
 #[test]
 fn decoding_in_few_launches() {
@@ -393,7 +401,7 @@ fn decoding_in_few_launches() {
         Sampling { temperature: 0.9, top_k: Some(50), top_p: Some(0.95), repeat_penalty: 1.1 };
     let penalized = Sampling { repeat_penalty: 1.5, ..Sampling::GREEDY };
     let warm = Sampling { temperature: 1.5, ..Sampling::GREEDY };
-    for adapters in [NONE, adapter(&config, 8), adapter(&config, 3)] {
+    for adapters in [NONE, even(&config, 8), even(&config, 3), uneven(&config)] {
         for sampling in [Sampling::GREEDY, drawn, penalized, warm] {
             decodes_as_on_the_cpu("tiny", &adapters, sampling);
         }
@@ -404,7 +412,7 @@ fn decoding_in_few_launches() {
 fn every_family_decodes_in_few_launches() {
     for preset in ["tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"] {
         let config = ModelConfig::preset(preset).unwrap();
-        for adapters in [NONE, adapter(&config, 3)] {
+        for adapters in [NONE, even(&config, 3)] {
             decodes_as_on_the_cpu(preset, &adapters, Sampling::GREEDY);
         }
     }

@@ -110,7 +110,7 @@ fn the_adapters_of_every_family_open() {
     for golden in all {
         let config = ModelConfig::from_file(&golden.join("config.json")).unwrap();
         let adapter = PeftAdapter::open(&golden.join("adapter"), &config).unwrap();
-        let targets = if golden.ends_with("-a") { 7 } else { adapter.lora.targets.len() };
+        let targets = if golden.to_string_lossy().ends_with("-a") { 7 } else { 2 };
         assert_eq!((adapter.lora.rank, adapter.lora.targets.len()), (3, targets));
         let (k, n) = Projection::QProj.widths(&config);
         let a = adapter.a(0, Projection::QProj, DType::F32, &Device::Cpu).unwrap();

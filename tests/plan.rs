@@ -362,6 +362,11 @@ fn a_bad_plan_is_one_line_with_file_line_and_key() {
         ("<eval>seq = 99999999999999", &["line 1: `batch`", "tokens"]),
         ("<eval>lora_rank = [4, 100000]", &["line 3: `lora_rank`", "100000"]),
         ("<eval>lora_targets = []\nlora_rank = 1", &["line 3: `lora_targets`"]),
+        ("<eval>lora_rank = 1\nlora_layers = [99]", &["line 4: `lora_layers`", "no layer 99"]),
+        (
+            "<eval>lora_rank = 1\nlora_rank_pattern = { k_proj = 2 }",
+            &["line 4: `lora_rank_pattern`", "k_proj carries no adapter"],
+        ),
         ("structure = \"notebook\"\n<eval>name = \"a\"\n<eval>name = \"a\"", &["line 7: `name`"]),
         ("[[experiment]]\nkind = \"train\"\nlora_rank = 1", &["line 1: `steps`", "missing"]),
         ("[[experiment]]\nkind = \"train\"\nsteps = 1", &["line 1: `lora_rank`", "`full`"]),

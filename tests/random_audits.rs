@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use candle_core::Device;
 use flopaudit::{
     audit::Audit,
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig},
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::Meter,
@@ -20,19 +20,7 @@ use flopaudit::{
     workload::{Logits, Sampling, Task, Workload},
 };
 use proptest::prelude::*;
-use random::{SMALL, models};
-
-prop_compose! {
-    fn adapted()(model in models(SMALL))(
-        rank in 0usize..4, mask in 1u8..128, model in Just(model),
-    ) -> (ModelConfig, LoraConfig) {
-        let targets: Vec<_> =
-            Projection::ALL.into_iter().filter(|p| mask >> (*p as u8) & 1 == 1).collect();
-        let widest = targets.iter().map(|t| { let (k, n) = t.widths(&model); k.min(n) }).min().unwrap();
-        let lora = LoraConfig::new(&model, rank.min(widest), 8.0, &targets).unwrap();
-        (model, lora)
-    }
-}
+use random::{SMALL, adapted};
 
 fn samplings() -> impl Strategy<Value = Sampling> {
     let stochastic =
@@ -66,7 +54,7 @@ proptest! {
 
     #[test]
     fn forward_balances(
-        (model, lora) in adapted(), batch in 1usize..4, seq in 1usize..9, past in 0usize..9,
+        (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in 1usize..9, past in 0usize..9,
         all in any::<bool>(), half_precision in any::<bool>(),
     ) {
         let dtype = if half_precision { Dtype::BF16 } else { Dtype::F32 };
@@ -87,7 +75,7 @@ proptest! {
 
     #[test]
     fn generation_balances(
-        (model, lora) in adapted(), batch in 1usize..3, prompt in 1usize..7, new in 1usize..7,
+        (model, lora) in adapted(SMALL, 3), batch in 1usize..3, prompt in 1usize..7, new in 1usize..7,
         kv_cache in any::<bool>(), sampling in samplings(), eos in any::<bool>(),
     ) {
         let qwen = load(&model, &lora, Dtype::F32);
@@ -114,7 +102,7 @@ proptest! {
 
     #[test]
     fn training_balances(
-        (model, lora) in adapted(), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
+        (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
         accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, bf16] in any::<[bool; 4]>(),
     ) {
         let full = full || lora.rank == 0;
@@ -141,7 +129,7 @@ proptest! {
 
     #[test]
     fn evaluation_balances(
-        (model, lora) in adapted(), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
+        (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
         passes in 1usize..3,
     ) {
         let qwen = load(&model, &lora, Dtype::F32);

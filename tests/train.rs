@@ -97,6 +97,37 @@ fn a_run_is_audited_and_proved() {
 }
 
 #[test]
+fn adapters_have_ranks_and_layers_of_their_own() {
+    let (dir, held_out) = (tmp(), example("alice-eval.txt"));
+    let lora = "--lora-rank 4 --lora-targets all-linear --lora-layers 1-2 \
+                --lora-rank-pattern q_proj=8,layers.2.mlp.up_proj=2 --lora-alpha-pattern v_proj=3";
+    let run = train(
+        dir.path(),
+        &format!("--steps 3 --lr 0.01 {lora} --recompute --eval-data {held_out}"),
+    );
+    assert_eq!(run["balanced"], true);
+    assert_eq!(run["training"]["with_gradient"], 28, "seven adapters in two layers");
+    assert_eq!(run["training"]["check_passed"], true, "{}", run["training"]["check"]);
+    let config = read(&dir.path().join("out/adapter_config.json"));
+    assert_eq!(config["layers_to_transform"], serde_json::json!([1, 2]));
+    assert_eq!(config["rank_pattern"], serde_json::json!({"layers.2.mlp.up_proj": 2, "q_proj": 8}));
+    assert_eq!(config["alpha_pattern"], serde_json::json!({"v_proj": 3.0}));
+    let out = dir.path().join("out");
+    let eval = format!(
+        "eval --preset tiny --data {held_out} --seq 32 --batch 2 --adapter {} --json",
+        out.display()
+    );
+    let (eval, evaluations) = (program::json(&eval), &run["training"]["evaluations"]);
+    let [loss, trained] =
+        [&eval["evaluation"]["loss"], &evaluations[1]["loss"]].map(|l| l.as_f64().unwrap());
+    assert!((loss - trained).abs() < 1e-9, "{loss} is not {trained}");
+    let other = lora.replace("q_proj=8", "q_proj=6");
+    let again =
+        line(&format!("--steps 3 --lr 0.01 {other} --recompute --eval-data {held_out} --resume"));
+    refused(dir.path(), &again, &["--lora-rank-pattern 8, this command asks for 6"]);
+}
+
+#[test]
 fn a_tiny_model_learns_a_text_by_heart() {
     let dir = tmp();
     fs::write(dir.path().join("short.txt"), "to be or not to be, that is the question").unwrap();
@@ -265,6 +296,13 @@ fn what_cannot_be_trained_is_one_line() {
         (with(&text, "--mask-prompt"), vec!["--mask-prompt", "only conversations"]),
         (with(&text, "--lora-rank 33"), vec!["--lora-rank", "33 is above"]),
         (with(&text, "--lora-targets q_proj,x_proj"), vec!["x_proj"]),
+        (with(&text, "--lora-layers 0,3"), vec!["--lora-layers", "no layer 3"]),
+        (with(&text, "--lora-layers 2-1"), vec!["--lora-layers", "`2-1`"]),
+        (with(&text, "--lora-rank-pattern k_proj=2"), vec!["--lora-rank-pattern", "k_proj"]),
+        (with(&text, "--lora-rank-pattern q_proj"), vec!["--lora-rank-pattern", "NAME=VALUE"]),
+        (with(&text, "--lora-rank-pattern q_proj=1,q_proj=2"), vec!["q_proj stands twice"]),
+        (with(&text, "--lora-rank-pattern q_proj=99"), vec!["99 is above 32"]),
+        (with(&text, "--lora-layers 0 --adapter x"), vec!["--lora-layers", "--adapter"]),
         (with(&text, "--lr 0"), vec!["--lr"]),
         (with(&text, "--lr nan"), vec!["--lr"]),
         (with(&text, "--clip -1"), vec!["--clip"]),

@@ -87,7 +87,7 @@ fn torch_saw_as_much_of_each_family() {
             .as_array()
             .unwrap()
             .iter()
-            .map(|target| target.as_str().unwrap().parse().unwrap())
+            .map(|target| serde_json::from_value(target.clone()).unwrap())
             .collect();
         let lora = LoraConfig::new(&model, 3, 6.0, &targets).unwrap();
         assert_eq!(flops(&model, &lora, train(false)), total("train_lora"), "{name}");

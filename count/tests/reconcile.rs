@@ -147,6 +147,28 @@ fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
 }
 
 #[test]
+fn a_layer_below_the_first_adapter_gets_no_gradient() {
+    let model = ModelConfig::preset("tiny").unwrap();
+    let mut lora = LoraConfig::new(&model, 2, 4.0, &[Projection::OProj]).unwrap();
+    lora.layers = Some("1-2".parse().unwrap());
+    lora.rank_pattern = [("layers.2.self_attn.o_proj".parse().unwrap(), 3)].into();
+    let lora = lora.checked(&model).unwrap();
+    let (accumulate, steps, full, recompute, clip) = (2, 5, false, false, true);
+    let task = Task::Train { batch: 1, seq: 4, accumulate, steps, full, recompute, clip };
+    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let end = |structure| End { structure, prices: Prices::matmul() };
+    let way = reconcile("tiny", &[workload], &end(Structure::Megatron), &end(Structure::Torch));
+    let named = named(&way.unwrap());
+    let size = |cause| named.iter().find(|(c, ..)| *c == cause).map(|(.., flops)| *flops);
+    // As with an adapter in every layer, and the seven products and four gradients of layer 0.
+    let first = 2 * 1024 + 2 * 512 + 64 + 4 * 4 * 32;
+    let below = 2 * 1024 + 2 * 512 + 3 * 1536 + 4 * 4 * 32;
+    assert_eq!(size(Cause::BelowAdapters), Some(-80 * (first + below)));
+    // 2·(32 + 32) in layer 1, 3·(32 + 32) in layer 2, three times.
+    assert_eq!(size(Cause::LoraProducts), Some(80 * 3 * (128 + 192)));
+}
+
+#[test]
 fn what_training_executes_is_named() {
     let model = ModelConfig::preset("tiny").unwrap();
     let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::QProj]).unwrap();

@@ -410,7 +410,9 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
-    config["target_modules"].sort()  # a set, in no order
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()  # a set, in no order
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

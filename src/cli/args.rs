@@ -6,10 +6,11 @@ use candle_core::Device;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{device, interrupt::Interrupt};
+pub use super::lora::LoraArgs;
+use super::{device, interrupt::Interrupt, lora::ADAPTER_FLAGS};
 use crate::{
     analytic::Structure,
-    config::{Ignored, LoraConfig, Matters, ModelConfig, Projection},
+    config::{Ignored, Matters, ModelConfig},
     error::{Error, Result},
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Decoder, How},
@@ -123,28 +124,6 @@ fn say_what_matters(ignored: &[Ignored]) {
 
 const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
 
-/// Which adapters.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "LoRA")]
-pub struct LoraArgs {
-    /// Rank of the adapters; 0 is none [default: 0; of `train` 8]
-    #[arg(long, value_name = "R")]
-    pub lora_rank: Option<usize>,
-    /// The adapters' output is scaled by alpha / rank
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
-    pub lora_alpha: f64,
-    /// Adapted projections
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
-    pub lora_targets: Vec<Projection>,
-}
-
-impl LoraArgs {
-    /// The adapters' config, checked against the model's.
-    pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        LoraConfig::new(model, self.lora_rank.unwrap_or(0), self.lora_alpha, &self.lora_targets)
-    }
-}
-
 /// Which operations count.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Counting")]
@@ -184,7 +163,7 @@ pub struct ExecutionArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// A trained adapter in PEFT's format
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["lora_rank", "lora_alpha", "lora_targets"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ADAPTER_FLAGS)]
     pub adapter: Option<PathBuf>,
     /// Seed of draws, and of the adapters' initial values
     #[arg(long, default_value_t = 0)]

@@ -100,6 +100,7 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let (origin, exact) = (&checkpoint.origin, Structure::Exact);
     let mut report = Report::new("audit", origin, workloads, exact, &prices, &audit.executed)?
         .with_ignored(checkpoint.listed())
+        .and_ignored(adapters.ignored())
         .ran_on(&execution.device);
     if timed {
         report = report.with_times(&ledger);

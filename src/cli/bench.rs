@@ -15,7 +15,7 @@ use crate::{
         BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Point, Runner,
         SCHEMA_VERSION, curves, now,
     },
-    config::{LoraConfig, Projection},
+    config::{LoraConfig, TargetModules},
     error::{Error, Result},
     ledger::Dtype,
     model::{AdapterSource, Decoder},
@@ -105,9 +105,9 @@ struct GridArgs {
     /// The adapters' output is scaled by alpha / rank
     #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
     lora_alpha: f64,
-    /// Adapted projections
+    /// Adapted projections, all-linear for all seven
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
-    lora_targets: Vec<Projection>,
+    lora_targets: Vec<TargetModules>,
     /// Timed repetitions of each point
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: u16,
@@ -411,7 +411,9 @@ impl Plan {
         let ranks = args.lora_rank.as_ref().map_or(vec![default], |grid| grid.0.clone());
         let adapters = ranks.iter().map(|&rank| {
             let rank = usize::try_from(rank).unwrap_or(usize::MAX);
-            LoraConfig::new(config, rank, args.lora_alpha, &args.lora_targets)
+            let targets = TargetModules::modules(&args.lora_targets);
+            let alpha = args.lora_alpha;
+            LoraConfig { rank, alpha, targets, ..LoraConfig::none() }.checked(config)
         });
         let adapters = adapters.take(MOST_POINTS + 1).collect::<Result<_>>()?;
         let most = (config.max_position_embeddings as u64).saturating_sub(unit.new_tokens());

@@ -97,14 +97,7 @@ fn sweep<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
         args.sweep.axes.iter().map(|axis| axis.parse()).collect::<Result<_, Error>>()?;
     let prices = args.counting.prices()?;
     let Described { config: model, origin, ignored } = args.workload.model.config_only()?;
-    let lora = &args.workload.lora;
-    let base = Base {
-        model,
-        lora_rank: lora.lora_rank.unwrap_or(0),
-        lora_alpha: lora.lora_alpha,
-        lora_targets: lora.lora_targets.clone(),
-        task,
-    };
+    let base = Base { model, lora: args.workload.lora.unchecked()?, task };
     let sweep = Sweep::new(&base, &origin, &axes, args.structure.structure, &prices)?;
     let style = args.output.style();
     let human = !matches!(csv, Some(Target::Stdout));

@@ -89,6 +89,7 @@ pub fn run(args: Args) -> Result<()> {
     let workloads = found.workloads.clone();
     let mut report = Report::new("eval", origin, workloads, exact, &prices, &audit.executed)?
         .with_ignored(checkpoint.listed())
+        .and_ignored(adapters.ignored())
         .with_data([data.notes()])
         .ran_on(&execution.device);
     if timed {

@@ -135,8 +135,8 @@ pub fn run(args: Args) -> Result<()> {
     let (run, trace) =
         args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
     args.execution.fault_was_planted(run.recordings().next().is_some())?;
-    let mut report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
-    report.notes.extend(raw);
+    let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
+    let report = report.and_ignored(adapters.ignored()).with_notes(raw);
     let audit = match args.no_audit {
         true => None,
         false => Some(Audit::new(&run.workloads(), &run.ledger)?.with_graphs(run.recordings())),

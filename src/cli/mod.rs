@@ -12,6 +12,7 @@ mod eval;
 mod folder;
 mod generate;
 mod interrupt;
+mod lora;
 mod memory;
 mod plan;
 mod reconcile;

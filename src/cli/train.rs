@@ -177,14 +177,15 @@ fn train(mut args: Args) -> Result<()> {
         return Err(Error::Interrupted.into());
     }
     args.save(&mut session, &checkpoint)?;
-    let mut report = args.report(&mut session, &checkpoint, &budget)?;
-    report.0 = report.0.with_data([&data].into_iter().chain(&held_out).map(Dataset::notes));
-    Target::open(&args.out.join("run.json"))?.write(&report.0)?;
-    let traced = trace::finish(trace.borrow_mut().take(), &report.0);
-    output.write(&report.0, false)?;
+    let (report, audit) = args.report(&mut session, &checkpoint, &budget)?;
+    let read = [&data].into_iter().chain(&held_out).map(Dataset::notes);
+    let report = report.and_ignored(adapters.ignored()).with_data(read);
+    Target::open(&args.out.join("run.json"))?.write(&report)?;
+    let traced = trace::finish(trace.borrow_mut().take(), &report);
+    output.write(&report, false)?;
     traced?;
     ledger_file.write("train", &args.execution.device, &session.ledger())?;
-    report.1.verdict()?;
+    audit.verdict()?;
     if interrupted {
         let (done, all) = (session.progress.steps, session.settings.schedule.steps);
         anstream::eprintln!(

@@ -220,6 +220,14 @@ impl Decoder {
 }
 
 impl Layer {
+    /// Whether an adapter of it is trained.
+    pub(super) fn trains_adapters(&self) -> bool {
+        let Attention { q_proj, k_proj, v_proj, o_proj, .. } = &self.self_attn;
+        let Mlp { gate_proj, up_proj, down_proj, .. } = &self.mlp;
+        let all = [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj];
+        all.into_iter().filter_map(|linear| linear.adapter.as_ref()).any(Adapter::is_trained)
+    }
+
     pub(super) fn forward(
         &self,
         meter: Meter,

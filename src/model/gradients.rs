@@ -1,6 +1,6 @@
 //! The loss of labelled text, and its gradients.
 
-use super::{Context, Decoder, Positions, parameters::Parameter};
+use super::{Context, Decoder, Positions, decoder::Layer, parameters::Parameter};
 use crate::{
     error::Result,
     ledger::{Module, Phase, Scope},
@@ -114,11 +114,11 @@ impl Decoder {
         let embedded = embedded.share();
         let (mut x, mut inputs) = (embedded.clone(), vec![]);
         for (i, layer) in self.layers.iter().enumerate() {
-            x = start_of_layer(i, &x, &embedded);
+            x = self.start_of_layer(i, &x, &embedded);
             inputs.push(x.clone());
             x = layer.forward(forward.layer(i), i, x.copied()?, &masks, context)?.share();
         }
-        x = start_of_layer(self.layers.len(), &x, &embedded);
+        x = self.start_of_layer(self.layers.len(), &x, &embedded);
         let h = self.normed(forward.taped(true), &x)?;
         let mut gradients = Gradients::default();
         let (loss, dh) = self.head_loss(meter, &h, text, Some(&mut gradients))?;
@@ -135,6 +135,19 @@ impl Decoder {
             gradients.merge(meter, backward(meter, &embedded, dx)?)?;
         }
         Ok((loss, gradients))
+    }
+
+    /// The input of layer `i` as a graph of its own; without one where nothing below is trained,
+    /// which is the embedding where any weight but adapters is.
+    fn start_of_layer(&self, i: usize, x: &Tensor, embedded: &Tensor) -> Tensor {
+        let trained =
+            embedded.needs_gradient() || self.layers[..i].iter().any(Layer::trains_adapters);
+        let scope = match i.checked_sub(1) {
+            _ if !trained => return x.detach(),
+            Some(below) => Scope { layer: Some(below as u32), module: Module::Residual },
+            None => Scope { layer: None, module: Module::EmbedTokens },
+        };
+        x.leaf(scope)
     }
 
     /// The head and the loss of normed activations `h` (B, T, D), [`LOSS_ROWS`] rows at a time, so
@@ -173,14 +186,4 @@ impl Decoder {
         let dh = Tensor::stacked(&dh, &h)?.reshape(shape)?;
         Ok((Losses::sum(&losses)?, dh))
     }
-}
-
-/// The input of layer `i` as a graph of its own; without one where nothing below is trained.
-fn start_of_layer(i: usize, x: &Tensor, embedded: &Tensor) -> Tensor {
-    let scope = match i.checked_sub(1) {
-        Some(below) => Scope { layer: Some(below as u32), module: Module::Residual },
-        None if embedded.needs_gradient() => Scope { layer: None, module: Module::EmbedTokens },
-        None => return x.detach(),
-    };
-    x.leaf(scope)
 }

@@ -1,10 +1,10 @@
-//! Low-rank adapters: y += alpha/rank · B(A x).
+//! Low-rank adapters: y += scaling · B(A x).
 
 use candle_core::Device;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use crate::{
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{Ignored, LoraConfig, ModelConfig, Projection},
     error::Result,
     ledger::{Dtype, Lora, Module},
     meter::Meter,
@@ -17,7 +17,7 @@ use crate::{
 pub enum AdapterSource {
     /// As PEFT initialises: A uniform in ±1/sqrt(in) (Kaiming, a = √5), B zero.
     Fresh {
-        /// Rank, alpha and targets; rank 0 is no adapter.
+        /// Ranks, alphas and places; rank 0 is no adapter.
         lora: LoraConfig,
         /// Seed of A.
         seed: u64,
@@ -27,11 +27,19 @@ pub enum AdapterSource {
 }
 
 impl AdapterSource {
-    /// Rank, alpha and targets.
+    /// Ranks, alphas and places.
     pub fn lora(&self) -> &LoraConfig {
         match self {
             Self::Fresh { lora, .. } => lora,
             Self::Peft(adapter) => &adapter.lora,
+        }
+    }
+
+    /// What of a trained adapter's config changes nothing; none where there are no files.
+    pub fn ignored(&self) -> Option<&[Ignored]> {
+        match self {
+            Self::Fresh { .. } => None,
+            Self::Peft(adapter) => Some(&adapter.ignored),
         }
     }
 }
@@ -43,8 +51,10 @@ pub struct Adapter {
     a: Tensor,
     /// (out, r)
     b: Tensor,
-    /// alpha / r, one element.
+    /// [`LoraConfig::scaling`], one element.
     scaling: Tensor,
+    /// The same on the host.
+    factor: f64,
     projection: Projection,
 }
 
@@ -62,18 +72,17 @@ impl Adapter {
         device: &Device,
     ) -> Result<Option<Self>> {
         let lora = source.lora();
-        if !lora.adapts(projection) {
-            return Ok(None);
-        }
+        let Some(site) = lora.at(layer, projection) else { return Ok(None) };
+        let (rank, factor) = (site.rank, lora.scaling(site));
         let (input, output) = projection.widths(config);
         let (a, b) = match source {
             AdapterSource::Fresh { seed, .. } => {
                 let stream = (layer * Projection::ALL.len() + projection as usize) as u64;
                 let mut rng = StdRng::seed_from_u64(seed ^ (stream << 32));
                 let bound = 1.0 / (input as f32).sqrt();
-                let a = (0..lora.rank * input).map(|_| rng.random_range(-bound..bound)).collect();
-                let a = Tensor::from_vec(a, (lora.rank, input), dtype, device)?;
-                (a, Tensor::zeros((output, lora.rank), dtype, device)?)
+                let a = (0..rank * input).map(|_| rng.random_range(-bound..bound)).collect();
+                let a = Tensor::from_vec(a, (rank, input), dtype, device)?;
+                (a, Tensor::zeros((output, rank), dtype, device)?)
             }
             AdapterSource::Peft(adapter) => {
                 let dtype = candle_dtype(dtype);
@@ -81,8 +90,13 @@ impl Adapter {
                 (Tensor::of(a), Tensor::of(adapter.b(layer, projection, dtype, device)?))
             }
         };
-        let scaling = Tensor::from_vec(vec![lora.scaling() as f32], 1, dtype, device)?;
-        Ok(Some(Self { a, b, scaling, projection }))
+        let scaling = Tensor::from_vec(vec![factor as f32], 1, dtype, device)?;
+        Ok(Some(Self { a, b, scaling, factor, projection }))
+    }
+
+    /// Whether gradients of it are computed.
+    pub(super) fn is_trained(&self) -> bool {
+        self.a.needs_gradient() || self.b.needs_gradient()
     }
 
     /// A and B.
@@ -97,6 +111,7 @@ impl Adapter {
             a: (at(Lora::A), &self.a),
             b: (at(Lora::B), &self.b),
             scaling: (at(Lora::Scale), &self.scaling),
+            factor: self.factor,
             sum: at(Lora::Sum),
         }
     }

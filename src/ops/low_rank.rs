@@ -12,6 +12,8 @@ pub struct LowRank<'a> {
     pub b: (At<'a>, &'a Tensor),
     /// alpha / r, one element.
     pub scaling: (At<'a>, &'a Tensor),
+    /// The same where the host can see it: adapters that share it can share a launch.
+    pub factor: f64,
     /// The sum with the projection.
     pub sum: At<'a>,
 }

@@ -316,6 +316,12 @@ impl Report {
         Self { device: Some(device.into()), ..self.sized_for(device) }
     }
 
+    /// The same with what a reader may not expect.
+    pub fn with_notes(mut self, notes: impl IntoIterator<Item = String>) -> Self {
+        self.notes.extend(notes);
+        self
+    }
+
     /// The same with how data was read, and what of it was not.
     pub fn with_data<'a>(mut self, notes: impl IntoIterator<Item = &'a Notes>) -> Self {
         for Notes { form, ignored } in notes {

@@ -128,10 +128,7 @@ pub(super) fn workloads(out: &mut impl Write, all: &[Workload]) -> Result<()> {
 pub fn describe(workload: &Workload) -> String {
     let lora = match workload.lora.rank {
         0 => String::new(),
-        r => format!(
-            ", LoRA rank {r} on {}",
-            workload.lora.targets.iter().map(|t| t.name()).collect::<Vec<_>>().join(",")
-        ),
+        _ => format!(", LoRA rank {} on {}", workload.lora.ranks(), workload.lora.place()),
     };
     let what = match workload.task {
         Task::Forward { batch, seq, past, .. } => {

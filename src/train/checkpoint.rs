@@ -1,7 +1,7 @@
 //! A run in a file: trained tensors with their moments, and all else that going on needs.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     path::{Path, PathBuf},
 };
 
@@ -97,7 +97,13 @@ impl Saved {
             (serde_json::to_value(&self.settings)?, serde_json::to_value(settings)?);
         let mut differences = vec![];
         differing(&saved, &asked, "", &mut differences);
-        let rank = |key: &str| FLAGS.iter().position(|(known, _)| *known == key);
+        let rank = |key: &str| {
+            // Of a pattern, any of its keys.
+            let of = |known: &str| {
+                key.strip_prefix(known).is_some_and(|k| k.is_empty() || k.starts_with('.'))
+            };
+            FLAGS.iter().position(|(known, _)| of(known))
+        };
         differences.sort_by_key(|(key, ..)| rank(key).unwrap_or(FLAGS.len()));
         let Some((key, saved, asked)) = differences.into_iter().next() else { return Ok(()) };
         let flag = rank(&key).map_or(key.as_str(), |i| FLAGS[i].1);
@@ -132,7 +138,7 @@ impl Saved {
 }
 
 /// Settings as flags spell them, in the order in which a difference is told: some follow others.
-const FLAGS: [(&str, &str); 20] = [
+const FLAGS: [(&str, &str); 24] = [
     ("dtype", "--dtype"),
     ("full", "--full"),
     ("seq", "--seq"),
@@ -141,6 +147,10 @@ const FLAGS: [(&str, &str); 20] = [
     ("lora.rank", "--lora-rank"),
     ("lora.alpha", "--lora-alpha"),
     ("lora.targets", "--lora-targets"),
+    ("lora.layers", "--lora-layers"),
+    ("lora.rank_pattern", "--lora-rank-pattern"),
+    ("lora.alpha_pattern", "--lora-alpha-pattern"),
+    ("lora.use_rslora", "--adapter"),
     ("batch", "--batch"),
     ("accumulate", "--accumulate"),
     ("recompute", "--recompute"),
@@ -167,9 +177,11 @@ fn differing(
 ) {
     match (a.as_object(), b.as_object()) {
         (Some(a), Some(b)) => {
-            for (key, value) in a {
+            let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+            for key in keys {
                 let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                differing(value, b.get(key).unwrap_or(&serde_json::Value::Null), &path, found);
+                let [a, b] = [a, b].map(|map| map.get(key).unwrap_or(&serde_json::Value::Null));
+                differing(a, b, &path, found);
             }
         }
         _ if a != b => found.push((path.into(), a.to_string(), b.to_string())),

@@ -13,6 +13,7 @@ mod records;
 mod turns;
 
 use std::{
+    collections::BTreeSet,
     ops::Range,
     path::{Path, PathBuf},
 };

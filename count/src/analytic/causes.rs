@@ -177,7 +177,7 @@ impl Cause {
             Self::HeadBias => "an add a logit; the head has no bias",
             Self::AssumedBiases => "an add for each element of q, k and v; this model has none there",
             Self::Gelu => "x / (1 + exp(-x)) without its sign change; GELU takes a cubic of x for -x",
-            Self::LoraTargets => "adapters counted on q and v; others are adapted",
+            Self::LoraTargets => "adapters of one rank counted on q and v of every layer; others are adapted",
             Self::LoraWidth => "v's adapter D wide in its output; it is K*d wide",
             Self::Sampling => {
                 "nothing, or a plain softmax; executed are comparisons, temperature, penalties, top-p and the draw"

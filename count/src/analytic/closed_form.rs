@@ -5,13 +5,15 @@
 //! rows that they see. So a pass, and any number of passes, is described by the sums of these
 //! monomials ([`Moments`]), and those have closed forms.
 
+use std::ops::Range;
+
 use super::{
     moments::{Moments, Scores},
     pieces::{only, product, times, zero},
     training::Training,
 };
 use crate::{
-    config::{Activation, LoraConfig, ModelConfig, Projection, RopeScaling},
+    config::{Activation, Adapted, LoraConfig, ModelConfig, Projection, RopeScaling},
     error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
@@ -51,7 +53,8 @@ pub fn closed_form(workload: &Workload) -> Result<Tally> {
                 body(&mut pass, phase, model, lora, &m)?;
                 pass.extend(training().head_and_loss(true)?)?;
                 if recompute {
-                    layers(&mut pass, Phase::Recompute, model, lora, &m)?;
+                    let again = training().reached();
+                    layers(&mut pass, Phase::Recompute, model, lora, &m, again)?;
                 }
                 pass.extend(training().backward()?)?;
                 pass.extend(training().sums_of_readers()?)?;
@@ -126,7 +129,7 @@ fn body(
     lora: &LoraConfig,
     m: &Moments,
 ) -> Result<()> {
-    layers(tally, phase, model, lora, m)?;
+    layers(tally, phase, model, lora, m, 0..model.num_hidden_layers)?;
     let (scaled, width) = (u128::from(model.scaled_embedding), model.hidden_size as u128);
     let embedding = Primitives { mul: scaled * m.rows * width, ..zero() };
     let embedding = Sum { calls: m.passes * (1 + scaled), cost: only(embedding) };
@@ -134,16 +137,17 @@ fn body(
     tally.add(phase, Component::Norm, norms(model, m.passes, m.head_rows, width))
 }
 
-/// The layers alone.
+/// The layers `of` this range alone.
 pub(super) fn layers(
     tally: &mut Tally,
     phase: Phase,
     model: &ModelConfig,
     lora: &LoraConfig,
     m: &Moments,
+    of: Range<usize>,
 ) -> Result<()> {
     m.check(model)?;
-    let layers = model.num_hidden_layers as u128;
+    let layers = of.len() as u128;
     let width = model.hidden_size as u128;
     for (of_layer, rows, width) in layer_norms(model) {
         let norms = norms(model, layers * of_layer * m.passes, layers * rows * m.rows, width);
@@ -154,14 +158,15 @@ pub(super) fn layers(
     for projection in Projection::ALL {
         let (calls, cost) = base(projection, model, m.rows);
         row(Component::Proj(projection), layers * m.passes * calls, times(layers, cost)?)?;
-        if lora.adapts(projection) {
-            let cost = adapter(projection, model, lora, m.rows);
-            row(Component::Lora(projection), layers * m.passes * 4, times(layers, cost)?)?;
+        let adapted = lora.adapted(projection, of.clone());
+        if adapted.layers > 0 {
+            let cost = adapters(projection, model, adapted, m.rows);
+            row(Component::Lora(projection), adapted.layers * m.passes * 4, cost)?;
         }
     }
     // Two rotations, a scaling, two products and a softmax; a mask, and keys and values written.
     let calls = layers * (6 * m.passes + m.masked_passes + 2 * m.cached_passes);
-    row(Component::Attention, calls, attention(model, m))?;
+    row(Component::Attention, calls, attention(model, m, of))?;
     let inner = layers * m.rows * model.intermediate_size as u128;
     let mut glu = activation(model.activation, inner);
     glu.mul += inner;
@@ -204,17 +209,19 @@ fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost)
     (1 + u128::from(model.has_bias(projection)), cost)
 }
 
-/// A, B, the scale and the sum.
-pub(super) fn adapter(
+/// A, B, the scale and the sum of a projection's adapters in all layers that have one: r columns
+/// from A, n from B, and a mul and an add for each of these n.
+pub(super) fn adapters(
     projection: Projection,
     model: &ModelConfig,
-    lora: &LoraConfig,
+    Adapted { layers, ranks }: Adapted,
     rows: u128,
 ) -> Cost {
     let (k, n) = projection.widths(model);
-    let (k, n, r) = (k as u128, n as u128, lora.rank as u128);
-    let other = Primitives { mul: rows * n, add: rows * n, ..zero() };
-    Cost { macs: rows * r * (k + n), outputs: rows * (r + n), other }
+    let (k, n) = (k as u128, n as u128);
+    let wide = rows * layers * n;
+    let other = Primitives { mul: wide, add: wide, ..zero() };
+    Cost { macs: rows * ranks * (k + n), outputs: rows * ranks + wide, other }
 }
 
 /// The activation of a layer's gate, of `n` elements. SiLU: neg, exp, add, div. GELU as
@@ -226,15 +233,15 @@ pub(super) fn activation(activation: Activation, n: u128) -> Primitives {
     }
 }
 
-/// Attention of all layers. H·d columns of q and K·d of k are rotated (2 muls and an add each), q
+/// Attention of the layers `of` a range. H·d columns of q and K·d of k are rotated (2 muls and an add each), q
 /// is scaled; per head and score: d macs for q·k, d for the values, one mask add, and softmax's
 /// sub, exp, div, with one cmp and one add less than scores in each row.
-fn attention(model: &ModelConfig, m: &Moments) -> Cost {
+fn attention(model: &ModelConfig, m: &Moments, of: Range<usize>) -> Cost {
     let (h, d) = (model.num_attention_heads as u128, model.head_dim() as u128);
-    let rows = model.num_hidden_layers as u128 * m.rows;
+    let rows = of.len() as u128 * m.rows;
     let q = rows * h * d;
     let rotated = q + rows * model.kv_width() as u128;
-    let Scores { all, masked } = m.scores(model);
+    let Scores { all, masked } = m.scores(model, of);
     let (scores, rows) = (h * all, h * rows);
     let other = Primitives {
         mul: 2 * rotated + q,

@@ -91,12 +91,12 @@ pub(super) fn hf_trainer(workload: &Workload) -> Result<Tally> {
     let n = model.parameters() - model.vocab_size as u128 * model.hidden_size as u128;
     passes(workload, |m| {
         let mut parts = vec![(Component::Parameters, n * m.rows)];
-        parts.extend(lora.targets.iter().map(|&target| {
-            let (k, n) = target.widths(model);
-            let adapter = lora.rank as u128 * (k + n) as u128;
-            let layers = model.num_hidden_layers as u128;
-            (Component::Lora(target), layers * adapter * m.rows)
+        parts.extend(Projection::ALL.into_iter().map(|projection| {
+            let (k, n) = projection.widths(model);
+            let ranks = lora.adapted(projection, 0..model.num_hidden_layers).ranks;
+            (Component::Lora(projection), ranks * (k + n) as u128 * m.rows)
         }));
+        parts.retain(|(_, macs)| *macs > 0);
         parts
     })
 }

@@ -1,6 +1,8 @@
 //! What costs are linear in: sums of monomials of the lengths, over any number of passes, in
 //! closed form (Σ i = n(n+1)/2, Σ i² = n(n+1)(2n+1)/6).
 
+use std::ops::Range;
+
 use crate::{
     config::ModelConfig,
     error::{Error, Result},
@@ -181,10 +183,12 @@ impl Moments {
         }
     }
 
-    /// Scores of one head in all layers together: so many windowed ones, the others whole.
-    pub fn scores(&self, model: &ModelConfig) -> Scores {
-        let windowed = model.windowed_layers() as u128;
-        let whole = model.num_hidden_layers as u128 - windowed;
+    /// Scores of one head in the layers `of` a range together: so many windowed ones, the others
+    /// whole.
+    pub fn scores(&self, model: &ModelConfig, of: Range<usize>) -> Scores {
+        let all = of.len() as u128;
+        let windowed = of.filter(|layer| model.window_of(*layer).is_some()).count() as u128;
+        let whole = all - windowed;
         self.whole.times(whole).plus(self.windowed.times(windowed))
     }
 

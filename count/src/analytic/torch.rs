@@ -2,8 +2,8 @@
 //! forward and backward; everything else counts 0.
 //!
 //! Source: torch/utils/flop_counter.py. Autograd computes a product's gradients only towards what
-//! needs one: with a frozen base, weights get none, and in the lowest adapted layer nothing is
-//! computed towards its input.
+//! needs one: with a frozen base, weights get none, and up to the lowest adapted layer's input
+//! nothing is computed at all.
 
 use super::{
     moments::Moments,
@@ -50,12 +50,14 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
             right: full,
         };
         let mut products = vec![head];
+        // The embedding's output needs a gradient only where the embedding is trained.
+        let mut input = full;
         for index in 0..model.num_hidden_layers {
             let scores = model.window_of(index).map_or(moments.whole, |_| moments.windowed);
-            // The embedding's output needs a gradient only where the embedding is trained;
-            // whatever is trained in the lowest layer, its output does.
-            let input = full || index > 0;
-            products.extend(layer(model, lora, [moments.rows, scores.all], full, input));
+            let layer = Layer { model, lora, index, rows: moments.rows, full, products: vec![] };
+            let (of_layer, output) = layer.products(scores.all, input);
+            products.extend(of_layer);
+            input = output;
         }
         for product in products {
             let one = times(runs, macs(product.macs))?;
@@ -70,46 +72,43 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
     Ok(tally)
 }
 
-/// The products of one layer over so many rows and scores, whose input needs a gradient or not.
-fn layer(
-    model: &ModelConfig,
-    lora: &LoraConfig,
-    [rows, scores]: [u128; 2],
-    full: bool,
-    input: bool,
-) -> Vec<Product> {
-    use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
-    let mut list = Layer { model, lora, rows, full, products: vec![] };
-    let q = list.projection(QProj, input);
-    let k = list.projection(KProj, input);
-    let v = list.projection(VProj, input);
-    let weights = list.attention(scores, q, k);
-    let mixed = list.attention(scores, weights, v);
-    let residual = list.projection(OProj, mixed) || input;
-    let gate = list.projection(GateProj, residual);
-    let up = list.projection(UpProj, residual);
-    list.projection(DownProj, gate || up);
-    list.products
-}
-
+/// One layer in the making.
 struct Layer<'a> {
     model: &'a ModelConfig,
     lora: &'a LoraConfig,
+    index: usize,
     rows: u128,
     full: bool,
     products: Vec<Product>,
 }
 
 impl Layer<'_> {
+    /// The products of so many scores, where the input needs a gradient or not; and whether the
+    /// output does.
+    fn products(mut self, scores: u128, input: bool) -> (Vec<Product>, bool) {
+        use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+        let q = self.projection(QProj, input);
+        let k = self.projection(KProj, input);
+        let v = self.projection(VProj, input);
+        let weights = self.attention(scores, q, k);
+        let mixed = self.attention(scores, weights, v);
+        let residual = self.projection(OProj, mixed) || input;
+        let gate = self.projection(GateProj, residual);
+        let up = self.projection(UpProj, residual);
+        let output = self.projection(DownProj, gate || up) || residual;
+        (self.products, output)
+    }
+
     /// A projection and its adapter; whether its output needs a gradient.
     fn projection(&mut self, projection: Projection, input: bool) -> bool {
         let (k, n) = projection.widths(self.model);
-        let (k, n, r) = (k as u128, n as u128, self.lora.rank as u128);
-        let adapted = self.lora.adapts(projection);
+        let (k, n) = (k as u128, n as u128);
+        let adapter = self.lora.at(self.index, projection);
         let component = Component::Proj(projection);
         let macs = self.rows * k * n;
         self.products.push(Product { component, macs, left: input, right: self.full });
-        if adapted {
+        if let Some(site) = adapter {
+            let r = site.rank as u128;
             let component = Component::Lora(projection);
             // B's input, A x, depends on A, which is trained.
             self.products.extend([
@@ -117,7 +116,7 @@ impl Layer<'_> {
                 Product { component, macs: self.rows * r * n, left: true, right: true },
             ]);
         }
-        input || self.full || adapted
+        input || self.full || adapter.is_some()
     }
 
     /// Scores of queries and keys, or values weighted by scores: d a head and score.

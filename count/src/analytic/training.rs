@@ -5,8 +5,10 @@
 //!
 //! Which gradients there are follows from where training begins. Everything above the first
 //! trained parameter of the model gets a gradient, and nothing below it. In a full training that
-//! is the embedding; of adapters, every layer has the same, so that it stands in the lowest layer,
-//! at the first [`stage`] of it that is adapted, and all other layers are above it.
+//! is the embedding; of adapters, it stands in the lowest layer that carries one, at the first
+//! [`stage`] of it that is adapted: all layers above it are reached whole, none below it is.
+
+use std::ops::Range;
 
 use super::{
     closed_form::layer_norms,
@@ -14,7 +16,7 @@ use super::{
     pieces::{only, product, times, zero},
 };
 use crate::{
-    config::{Activation, LoraConfig, ModelConfig, Projection},
+    config::{Activation, Adapted, LoraConfig, ModelConfig, Projection},
     error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
@@ -33,15 +35,27 @@ const fn stage(projection: Projection) -> u8 {
     }
 }
 
-/// The part of a layer that gradients reach.
-#[derive(Clone, Copy)]
+/// The part of some layers that gradients reach, the same in each.
+#[derive(Clone)]
 struct Reach<'a> {
-    /// The stage of the first trained parameter; 0 where it lies below the layer.
+    /// One layer, or such as lie above the first trained parameter.
+    layers: Range<usize>,
+    /// The stage of the first trained parameter; 0 where it lies below the layers.
     first: u8,
     lora: &'a LoraConfig,
 }
 
 impl Reach<'_> {
+    /// How many layers they are.
+    fn count(&self) -> u128 {
+        self.layers.len() as u128
+    }
+
+    /// The adapters of `projection` in these layers.
+    fn adapted(&self, projection: Projection) -> Adapted {
+        self.lora.adapted(projection, self.layers.clone())
+    }
+
     /// Whether what `stage` reads gets a gradient: a stage before it is trained.
     fn before(&self, stage: u8) -> bool {
         self.first < stage
@@ -49,7 +63,7 @@ impl Reach<'_> {
 
     /// Whether what `projection` gives gets one: it, or a stage before it, is trained.
     fn after(&self, projection: Projection) -> bool {
-        self.before(stage(projection)) || self.lora.adapts(projection)
+        self.before(stage(projection)) || self.adapted(projection).layers > 0
     }
 }
 
@@ -111,20 +125,32 @@ impl<'a> Training<'a> {
         Ok(self.tally)
     }
 
-    /// The lowest layer and the others above it: how many, and how far gradients reach there.
-    fn stack(&self) -> [(u128, Reach<'a>); 2] {
-        let (lora, upper) = (self.lora, self.model.num_hidden_layers as u128 - 1);
-        let adapted = lora.targets.iter().map(|target| stage(*target)).min();
-        let first = if self.full { 0 } else { adapted.unwrap_or(u8::MAX) };
-        [(1, Reach { first, lora }), (upper, Reach { first: 0, lora })]
+    /// The lowest layer of which anything is trained, and all above it: those that gradients
+    /// reach. A layer that is run again for its gradients is one of them.
+    pub fn reached(&self) -> Range<usize> {
+        let all = 0..self.model.num_hidden_layers;
+        let lowest = all.clone().find(|layer| self.full || self.lora.carries(*layer));
+        lowest.unwrap_or(all.end)..all.end
+    }
+
+    /// The lowest such layer and the others above it, with how far gradients reach there.
+    fn stack(&self) -> [Reach<'a>; 2] {
+        let (lora, reached) = (self.lora, self.reached());
+        let above = reached.end.min(reached.start + 1);
+        let adapted = Projection::ALL.into_iter().filter(|p| lora.at(reached.start, *p).is_some());
+        let first = if self.full { 0 } else { adapted.map(stage).min().unwrap_or(u8::MAX) };
+        [
+            Reach { layers: reached.start..above, first, lora },
+            Reach { layers: above..reached.end, first: 0, lora },
+        ]
     }
 
     /// Gradients of each op, from the final norm down.
     pub fn backward(mut self) -> Result<Tally> {
         let [rows, d, ..] = self.sizes();
         self.norms_towards_input(1, rows, d)?;
-        for (layers, reach) in self.stack() {
-            self.layers(layers, reach)?;
+        for reach in self.stack() {
+            self.layers(&reach)?;
         }
         if self.full {
             self.gains()?;
@@ -141,24 +167,26 @@ impl<'a> Training<'a> {
     pub fn sums_of_readers(mut self) -> Result<Tally> {
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
         let [rows, d, f, v, q, _] = self.sizes();
-        let lora = self.lora;
-        let adapters = |of: &[Projection]| of.iter().filter(|p| lora.adapts(**p)).count() as u128;
-        for (layers, reach) in self.stack() {
+        for reach in self.stack() {
+            let layers = reach.count();
+            let with = |of: &[Projection], n: u128| {
+                layers * n + of.iter().map(|p| reach.adapted(*p).layers).sum::<u128>()
+            };
             // What each stage reads; and the stream after attention, read by norm and residual.
-            let sums = [
-                (1, Component::Norm, 2 + adapters(&[QProj, KProj, VProj]), d),
-                (2, Component::Attention, adapters(&[OProj]), q),
-                (3, Component::Norm, 1 + adapters(&[GateProj, UpProj]), d),
-                (3, Component::Residual, 1, d),
-                (4, Component::Glu, adapters(&[DownProj]), f),
+            let sums: [(u8, Component, u128, u128); 5] = [
+                (1, Component::Norm, with(&[QProj, KProj, VProj], 2), d),
+                (2, Component::Attention, with(&[OProj], 0), q),
+                (3, Component::Norm, with(&[GateProj, UpProj], 1), d),
+                (3, Component::Residual, layers, d),
+                (4, Component::Glu, with(&[DownProj], 0), f),
             ];
             for (_, component, sums, width) in sums.into_iter().filter(|s| reach.before(s.0)) {
-                let sums = layers * sums;
                 self.add(Phase::BackwardX, component, sums, adds(sums * rows * width))?;
             }
         }
         // A layer's input goes to its norm and past its attention.
-        let [_, (upper, _)] = self.stack();
+        let [_, upper] = self.stack();
+        let upper = upper.count();
         self.add(Phase::BackwardX, Component::Residual, upper, adds(upper * rows * d))?;
         if self.full {
             self.add(Phase::BackwardX, Component::Embedding, 1, adds(rows * d))?;
@@ -173,14 +201,17 @@ impl<'a> Training<'a> {
         Ok(self.tally)
     }
 
-    fn layers(&mut self, layers: u128, reach: Reach) -> Result<()> {
+    fn layers(&mut self, reach: &Reach) -> Result<()> {
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj};
         let [rows, d, f, ..] = self.sizes();
-        let model = self.model;
-        for projection in Projection::ALL {
-            self.projection(layers, projection, reach.before(stage(projection)))?;
+        let (model, layers) = (self.model, reach.count());
+        if layers == 0 {
+            return Ok(());
         }
-        self.attention(layers, reach)?;
+        for projection in Projection::ALL {
+            self.projection(reach, projection)?;
+        }
+        self.attention(reach)?;
         let n = layers * rows * f;
         let sides = u128::from(reach.after(GateProj)) + u128::from(reach.after(UpProj));
         let gates = only(Primitives { mul: sides * n, ..zero() });
@@ -235,9 +266,10 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    fn projection(&mut self, layers: u128, projection: Projection, fed: bool) -> Result<()> {
+    fn projection(&mut self, reach: &Reach, projection: Projection) -> Result<()> {
         let (k, n) = projection.widths(self.model);
-        let (k, n, r, rows) = (k as u128, n as u128, self.lora.rank as u128, self.m.rows);
+        let (k, n, rows) = (k as u128, n as u128, self.m.rows);
+        let (layers, fed) = (reach.count(), reach.before(stage(projection)));
         let base = Component::Proj(projection);
         if fed {
             self.add(Phase::BackwardX, base, layers, times(layers, product(rows, n, k))?)?;
@@ -248,16 +280,17 @@ impl<'a> Training<'a> {
                 self.add(Phase::BackwardW, base, layers, adds(layers * (rows - 1) * n))?;
             }
         }
-        if self.lora.adapts(projection) {
-            let lora = Component::Lora(projection);
-            let scale = Primitives { mul: rows * n, ..zero() };
-            let low = Cost { other: scale, ..product(rows, n, r) };
-            self.add(Phase::BackwardX, lora, 2 * layers, times(layers, low)?)?;
-            self.add(Phase::BackwardB, lora, layers, times(layers, product(n, rows, r))?)?;
-            self.add(Phase::BackwardA, lora, layers, times(layers, product(r, rows, k))?)?;
-            if fed {
-                self.add(Phase::BackwardX, lora, layers, times(layers, product(rows, r, k))?)?;
-            }
+        // Products of r columns or rows: those of all these adapters are as one of Σ r.
+        let (lora, Adapted { layers, ranks }) =
+            (Component::Lora(projection), reach.adapted(projection));
+        let scale = Primitives { mul: layers * rows * n, ..zero() };
+        let low = Cost { other: scale, ..product(rows, n, ranks) };
+        self.add(Phase::BackwardX, lora, 2 * layers, low)?;
+        self.add(Phase::BackwardB, lora, layers, product(n, rows, ranks))?;
+        self.add(Phase::BackwardA, lora, layers, product(ranks, rows, k))?;
+        if fed {
+            let towards = Cost { outputs: layers * rows * k, ..product(rows, ranks, k) };
+            self.add(Phase::BackwardX, lora, layers, towards)?;
         }
         Ok(())
     }
@@ -266,7 +299,8 @@ impl<'a> Training<'a> {
     /// what needs them.
     ///
     /// A training feeds whole sequences on top of nothing, so that windows leave no score out.
-    fn attention(&mut self, layers: u128, reach: Reach) -> Result<()> {
+    fn attention(&mut self, reach: &Reach) -> Result<()> {
+        let layers = reach.count();
         let [of_q, of_k, of_v] = [Projection::QProj, Projection::KProj, Projection::VProj]
             .map(|projection| reach.after(projection));
         let [rows, _, _, _, q, kv] = self.sizes();
@@ -321,15 +355,15 @@ impl<'a> Training<'a> {
     fn trained(&self) -> Vec<(Phase, Component, u128, u128)> {
         let layers = self.model.num_hidden_layers as u128;
         let [_, d, _, v, ..] = self.sizes();
-        let r = self.lora.rank as u128;
         let mut all = vec![];
         for projection in Projection::ALL {
             let (k, n) = projection.widths(self.model);
             let (k, n) = (k as u128, n as u128);
-            if self.lora.adapts(projection) {
+            let adapted = self.lora.adapted(projection, 0..self.model.num_hidden_layers);
+            if adapted.layers > 0 {
                 let lora = Component::Lora(projection);
-                all.push((Phase::BackwardA, lora, layers, layers * r * k));
-                all.push((Phase::BackwardB, lora, layers, layers * n * r));
+                all.push((Phase::BackwardA, lora, adapted.layers, adapted.ranks * k));
+                all.push((Phase::BackwardB, lora, adapted.layers, n * adapted.ranks));
             }
             if self.full {
                 let bias = u128::from(self.model.has_bias(projection));

@@ -3,12 +3,14 @@
 mod hub;
 mod ignored;
 mod lora;
+mod modules;
 mod presets;
 mod projection;
 mod validate;
 
 pub use ignored::{Ignored, Matters};
-pub use lora::LoraConfig;
+pub use lora::{Adapted, LoraConfig, Site};
+pub use modules::{Layers, Modules, TargetModules};
 pub use projection::Projection;
 
 /// What a dense decoder is: its widths and counts, and the choices in which families differ.

@@ -1,11 +1,10 @@
 //! The linear projections of a layer.
 
-use std::{fmt, str::FromStr};
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::ModelConfig;
-use crate::error::Error;
 
 /// The seven linear projections of a decoder layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -76,16 +75,5 @@ impl Projection {
 impl fmt::Display for Projection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
-    }
-}
-
-impl FromStr for Projection {
-    type Err = Error;
-
-    fn from_str(s: &str) -> std::result::Result<Self, Error> {
-        Self::ALL.into_iter().find(|p| p.name() == s).ok_or_else(|| {
-            let known = Self::ALL.map(Self::name).join(", ");
-            Error::flag("--lora-targets", format!("no projection `{s}`; known: {known}"))
-        })
     }
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     analytic::{self, Structure},
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig, Modules, Projection, TargetModules},
     error::{Error, Result},
     ledger::Dtype,
     prices::Prices,
@@ -198,8 +198,7 @@ fn unfold(
         Kind::Train | Kind::Evaluate => &table.seq,
         Kind::Generate => &table.prompt_tokens,
     };
-    let default = [Projection::QProj, Projection::VProj];
-    let targets = table.lora_targets.as_deref().unwrap_or(&default);
+    let adapters = adapters(table);
     let (batches, lengths) = (counts(&table.batch, 1), counts(lengths, 512));
     let ranks = table.lora_rank.as_ref().map_or(vec![0], |Grid(list)| naturals(list));
     if batches.len().saturating_mul(lengths.len()).saturating_mul(ranks.len()) > MOST_ROWS {
@@ -211,7 +210,7 @@ fn unfold(
         for &length in &lengths {
             for &rank in &ranks {
                 let rank = usize::try_from(rank).unwrap_or(usize::MAX);
-                let lora = LoraConfig::new(model, rank, ALPHA, targets);
+                let lora = LoraConfig { rank, ..adapters.clone() }.checked(model);
                 let lora = lora.map_err(|e| place(source, index, &e))?;
                 let task = task(table, batch, length);
                 workloads.push(Workload { model: model.clone(), lora, dtype: Dtype::F32, task });
@@ -228,6 +227,18 @@ fn unfold(
         seeds: table.seed.as_ref().map_or(vec![], |Grid(list)| naturals(list)),
         unknown,
     })
+}
+
+/// An experiment's adapters, all but their rank.
+fn adapters(table: &ExperimentTable) -> LoraConfig {
+    let default = || [Projection::QProj, Projection::VProj].map(Modules::from).to_vec();
+    LoraConfig {
+        alpha: ALPHA,
+        targets: table.lora_targets.as_deref().map_or_else(default, TargetModules::modules),
+        layers: table.lora_layers.clone(),
+        rank_pattern: table.lora_rank_pattern.clone().unwrap_or_default(),
+        ..LoraConfig::none()
+    }
 }
 
 /// The scale alpha / rank is one multiplication whatever alpha is.

@@ -1,6 +1,9 @@
 //! The plan as its TOML file states it, and the line and key of whatever is wrong with it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
 use toml::{
@@ -10,7 +13,7 @@ use toml::{
 
 use super::values::{Count, CountOrMax, Flops, Grid, Natural, Rate};
 use crate::{
-    config::Projection,
+    config::{Layers, Modules, TargetModules},
     error::{Error, Result},
 };
 
@@ -78,8 +81,17 @@ impl Kind {
     }
 }
 
-const KEYS_OF_ALL: [&str; 7] =
-    ["name", "kind", "batch", "lora_rank", "lora_targets", "learning_rate", "seed"];
+const KEYS_OF_ALL: [&str; 9] = [
+    "name",
+    "kind",
+    "batch",
+    "lora_rank",
+    "lora_targets",
+    "lora_layers",
+    "lora_rank_pattern",
+    "learning_rate",
+    "seed",
+];
 
 /// One `[[experiment]]`.
 #[derive(Debug, Clone, Deserialize)]
@@ -116,7 +128,11 @@ pub struct ExperimentTable {
     /// Rank of the adapters; 0 is none.
     pub lora_rank: Option<Grid<Natural>>,
     /// Adapted projections.
-    pub lora_targets: Option<Vec<Projection>>,
+    pub lora_targets: Option<Vec<TargetModules>>,
+    /// Layers that carry adapters; without it, every layer.
+    pub lora_layers: Option<Layers>,
+    /// Ranks that differ from `lora_rank`, by projection or by that of one layer.
+    pub lora_rank_pattern: Option<BTreeMap<Modules, usize>>,
     /// One run each; they cost the same.
     pub learning_rate: Option<Grid<Rate>>,
     /// One run each; they cost the same.

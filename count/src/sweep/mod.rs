@@ -11,7 +11,7 @@ use serde::{Serialize, Serializer};
 use crate::{
     SCHEMA_VERSION,
     analytic::{self, Structure},
-    config::{LoraConfig, ModelConfig, Projection},
+    config::{LoraConfig, ModelConfig},
     error::{Error, Result},
     ledger::Dtype,
     prices::{Prices, Primitives},
@@ -27,12 +27,8 @@ pub const MOST_POINTS: usize = 1_000_000;
 pub struct Base {
     /// The model.
     pub model: ModelConfig,
-    /// Rank of its adapters.
-    pub lora_rank: usize,
-    /// Numerator of their scale.
-    pub lora_alpha: f64,
-    /// Adapted projections.
-    pub lora_targets: Vec<Projection>,
+    /// Its adapters, unchecked.
+    pub lora: LoraConfig,
     /// What is run.
     pub task: Task,
 }
@@ -159,7 +155,7 @@ fn workload(
     presets: &BTreeMap<String, ModelConfig>,
     at: &[(Key, Value)],
 ) -> Result<Workload> {
-    let (mut model, mut rank, mut task) = (&base.model, base.lora_rank, base.task);
+    let (mut model, mut rank, mut task) = (&base.model, base.lora.rank, base.task);
     for (key, value) in at {
         match value {
             Value::Preset(name) => model = presets.get(name).unwrap_or(model),
@@ -177,7 +173,7 @@ fn workload(
     if let Task::Generate { new_tokens, max_new_tokens, .. } = &mut task {
         *max_new_tokens = *new_tokens;
     }
-    let lora = LoraConfig::new(model, rank, base.lora_alpha, &base.lora_targets)?;
+    let lora = LoraConfig { rank, ..base.lora.clone() }.checked(model)?;
     Ok(Workload { model: model.clone(), lora, dtype: Dtype::F32, task })
 }
 

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 use flopaudit_count::{
     config::{
-        Activation, Biases, Family, LoraConfig, ModelConfig, Projection, Rope, RopeScaling, Window,
+        Activation, Biases, Family, LoraConfig, ModelConfig, Projection, Rope, RopeScaling, Site,
+        Window,
     },
     ledger::Dtype,
     workload::{Logits, Sampling, Task, Workload},
@@ -182,16 +183,46 @@ pub fn tasks(length: Range<u64>) -> impl Strategy<Value = Task> {
 }
 
 prop_compose! {
+    /// Adapters of one rank on some projections of every layer, or of any ranks at any sites.
+    pub fn adapters(model: ModelConfig, most: usize)(
+        rank in 0..=most, mask in 1u8..128, even in any::<bool>(),
+        sites in vec(option::weighted(0.4, (1..=most, 1u8..9)), 7 * model.num_hidden_layers),
+    ) -> LoraConfig {
+        let fits = |p: Projection, rank: usize| {
+            let (k, n) = p.widths(&model);
+            rank.min(k).min(n)
+        };
+        if even || sites.iter().all(Option::is_none) {
+            let targets: Vec<_> =
+                Projection::ALL.into_iter().filter(|p| mask >> (*p as u8) & 1 == 1).collect();
+            let rank = targets.iter().map(|p| fits(*p, rank)).min().unwrap();
+            return LoraConfig::new(&model, rank, 8.0, &targets).unwrap();
+        }
+        let plain = LoraConfig { rank, alpha: 4.0, use_rslora: mask % 2 == 0, ..LoraConfig::none() };
+        plain.of_sites(&model, |layer, p| {
+            let (rank, alpha) = sites[7 * layer + p as usize]?;
+            Some(Site { rank: fits(p, rank), alpha: alpha.into() })
+        }).unwrap()
+    }
+}
+
+prop_compose! {
+    /// A random model with random adapters.
+    pub fn adapted(sizes: Sizes, most: usize)(model in models(sizes))(
+        lora in adapters(model.clone(), most), model in Just(model),
+    ) -> (ModelConfig, LoraConfig) {
+        (model, lora)
+    }
+}
+
+prop_compose! {
     pub fn workloads(sizes: Sizes)(
-        model in models(sizes.clone()), task in tasks(sizes.length.clone()),
-        rank in 0usize..9, mask in 1u8..128, bf16 in any::<bool>(),
+        (model, lora) in adapted(sizes.clone(), 8), task in tasks(sizes.length.clone()),
+        bf16 in any::<bool>(),
     ) -> Workload {
-        let targets: Vec<_> =
-            Projection::ALL.into_iter().filter(|p| mask >> (*p as u8) & 1 == 1).collect();
-        let narrowest = targets.iter().map(|t| { let (k, n) = t.widths(&model); k.min(n) }).min();
         let frozen = matches!(task, Task::Train { full: false, .. });
-        let rank = rank.max(usize::from(frozen)).min(narrowest.unwrap());
-        let lora = LoraConfig::new(&model, rank, 8.0, &targets).unwrap();
+        let any = || LoraConfig::new(&model, 1, 8.0, &[Projection::OProj]).unwrap();
+        let lora = if frozen && lora.rank == 0 { any() } else { lora };
         Workload { model, lora, dtype: if bf16 { Dtype::BF16 } else { Dtype::F32 }, task }
     }
 }

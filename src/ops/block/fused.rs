@@ -278,17 +278,28 @@ impl<'a> Fused<'a> {
         }
     }
 
-    /// Adds what their adapters make of x to products (B, 1, n), up to three at once.
+    /// Adds what their adapters make of x to products (B, 1, n): as many at once as have one rank
+    /// and one scale, which are a launch's.
     fn adapt(&self, x: &candle_core::Tensor, products: &[Product], outs: &[Tensor]) -> Result<()> {
-        let adapters: Vec<(LowRank, candle_core::Tensor)> = products
+        let mut adapters: Vec<(LowRank, candle_core::Tensor)> = products
             .iter()
             .zip(outs)
             .filter_map(|(product, out)| Some((product.adapter?, out.data.squeeze(1))))
             .map(|(adapter, out)| Ok((adapter, out?)))
             .collect::<Result<_>>()?;
-        if adapters.is_empty() {
-            return Ok(());
-        }
+        let kind = |(adapter, _): &(LowRank, _)| (adapter.a.1.dims()[0], adapter.factor.to_bits());
+        adapters.sort_by_key(kind);
+        adapters
+            .chunk_by(|a, b| kind(a) == kind(b))
+            .try_for_each(|alike| self.adapt_alike(x, alike))
+    }
+
+    /// The same of adapters of one rank and one scale.
+    fn adapt_alike(
+        &self,
+        x: &candle_core::Tensor,
+        adapters: &[(LowRank, candle_core::Tensor)],
+    ) -> Result<()> {
         let down: Vec<_> = adapters
             .iter()
             .map(|(LowRank { a: (at, weight), .. }, _)| Product {
@@ -301,7 +312,7 @@ impl<'a> Fused<'a> {
         let low = self.take(down.iter().map(|product| product.weight.dims()[0]).sum())?;
         self.side_by_side(&low, x, None, &down, &[])?;
         let kernels = &self.kernels;
-        self.at.launch(&Adapted { kernels, low: &low.0.data, adapters: &adapters })
+        self.at.launch(&Adapted { kernels, low: &low.0.data, adapters })
     }
 }
 

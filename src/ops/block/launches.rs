@@ -240,7 +240,8 @@ impl Kernel for BiasInto<'_> {
     }
 }
 
-/// What adapters add to up to three products, from what their A made of the input.
+/// What adapters of one rank and one scale add to up to three products, from what their A made of
+/// the input.
 pub(super) struct Adapted<'a> {
     pub kernels: &'a Kernels,
     pub low: &'a candle_core::Tensor, // (B, Σ r)
@@ -268,7 +269,7 @@ impl Kernel for Adapted<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
-        // Rank and alpha are a run's, and so is their quotient.
+        // All have the first one's.
         let Some((first, _)) = self.adapters.first() else { return Ok(()) };
         let adapters: Vec<_> = self.adapters.iter().map(|(a, out)| (out, &a.b.1.data)).collect();
         let scaling = &first.scaling.1.data;

@@ -46,6 +46,15 @@ impl Tensor {
     }
 }
 
+/// What a pass leaves for its gradients.
+#[derive(Default)]
+pub(super) struct Behind {
+    /// The trained parameters, in the order of the flow.
+    pub parameters: Vec<Parameter>,
+    /// The layers whose output needs a gradient.
+    pub layers: Vec<usize>,
+}
+
 /// One pass, in a ledger.
 pub(super) struct Flow<'l, 'w> {
     list: &'l mut List<'w>,
@@ -53,34 +62,37 @@ pub(super) struct Flow<'l, 'w> {
     pass: Pass,
     trained: Trained,
     layer: Option<u32>,
-    parameters: Vec<Parameter>,
+    behind: Behind,
 }
 
 impl<'l, 'w> Flow<'l, 'w> {
     pub fn new(list: &'l mut List<'w>, phase: Phase, pass: Pass, trained: Trained) -> Self {
-        Self { list, phase, pass, trained, layer: None, parameters: vec![] }
+        Self { list, phase, pass, trained, layer: None, behind: Behind::default() }
     }
 
-    /// Embedding, layers and final norm; gives the trained parameters on the way.
-    pub fn run(mut self) -> Vec<Parameter> {
-        let x = self.embed();
-        let mut x = self.layers(x);
+    /// Embedding, layers and final norm; gives what was trained on the way.
+    pub fn run(mut self) -> Behind {
+        let mut x = self.embed();
+        for layer in 0..self.model().num_hidden_layers {
+            x = self.layer(layer, x);
+            self.behind.layers.extend(x.needs_gradient.then_some(layer));
+        }
         x.rows = self.pass.head_rows();
         self.norm(Module::Norm, &mut x);
-        self.parameters
+        self.behind
     }
 
-    /// The layers alone.
-    pub fn run_layers(mut self) {
-        let x = self.tensor(Module::EmbedTokens, self.hidden(), false);
-        self.layers(x);
-    }
-
-    fn layers(&mut self, mut x: Tensor) -> Tensor {
-        for layer in 0..self.model().num_hidden_layers {
-            self.layer = Some(layer as u32);
-            x = self.layer(layer, x);
+    /// These layers alone.
+    pub fn run_layers(mut self, layers: &[usize]) {
+        for &layer in layers {
+            let x = self.tensor(Module::Residual, self.hidden(), false);
+            self.layer(layer, x);
         }
+    }
+
+    fn layer(&mut self, layer: usize, x: Tensor) -> Tensor {
+        self.layer = Some(layer as u32);
+        let x = self.inside(layer, x);
         self.layer = None;
         x
     }
@@ -97,13 +109,13 @@ impl<'l, 'w> Flow<'l, 'w> {
         }
     }
 
-    fn layer(&mut self, layer: usize, mut x: Tensor) -> Tensor {
+    fn inside(&mut self, layer: usize, mut x: Tensor) -> Tensor {
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
         let sandwich = self.model().sandwich_norms;
         let mut h = self.norm(Module::InputLayernorm, &mut x);
-        let [q, k, v] = [QProj, KProj, VProj].map(|p| self.projection(p, &mut h));
+        let [q, k, v] = [QProj, KProj, VProj].map(|p| self.projection(layer, p, &mut h));
         let mut mixed = self.attention(layer, q, k, v);
-        let mut h = self.projection(OProj, &mut mixed);
+        let mut h = self.projection(layer, OProj, &mut mixed);
         if sandwich {
             h = self.norm(Module::PostAttentionLayernorm, &mut h);
         }
@@ -113,9 +125,9 @@ impl<'l, 'w> Flow<'l, 'w> {
             false => Module::PostAttentionLayernorm,
         };
         let mut h = self.norm(before_mlp, &mut x);
-        let [gate, up] = [GateProj, UpProj].map(|p| self.projection(p, &mut h));
+        let [gate, up] = [GateProj, UpProj].map(|p| self.projection(layer, p, &mut h));
         let mut inner = self.gated(gate, up);
-        let mut h = self.projection(DownProj, &mut inner);
+        let mut h = self.projection(layer, DownProj, &mut inner);
         if sandwich {
             h = self.norm(Module::PostFeedforwardLayernorm, &mut h);
         }
@@ -139,10 +151,10 @@ impl<'l, 'w> Flow<'l, 'w> {
     }
 
     /// A projection: product, bias, adapter.
-    fn projection(&mut self, projection: Projection, x: &mut Tensor) -> Tensor {
+    fn projection(&mut self, layer: usize, projection: Projection, x: &mut Tensor) -> Tensor {
         let (model, lora) = (self.model(), &self.list.workload.lora);
         let (k, n) = projection.widths(model);
-        let (k, n, r, rows) = (k as u64, n as u64, lora.rank as u64, x.rows);
+        let (k, n, rows) = (k as u64, n as u64, x.rows);
         let base = Module::Proj(projection);
         let product = |m, k, n| Op::Matmul { b: 1, m, k, n };
         self.op(base, product(rows, k, n));
@@ -153,8 +165,8 @@ impl<'l, 'w> Flow<'l, 'w> {
             self.op(base, Op::Bias { rows, width: n });
             self.weight(base, n, Op::SumRows { rows, width: n });
         }
-        if lora.adapts(projection) {
-            let trains = self.trained.adapters;
+        if let Some(site) = lora.at(layer, projection) {
+            let (r, trains) = (site.rank as u64, self.trained.adapters);
             let part = |part| Module::Lora(projection, part);
             self.op(part(Lora::A), product(rows, k, r));
             self.towards(x, part(Lora::A), [product(rows, r, k)]);
@@ -304,6 +316,6 @@ impl<'l, 'w> Flow<'l, 'w> {
     fn parameter(&mut self, phase: Phase, module: Module, n: u64, gradient: Op) {
         let layer = self.layer;
         self.list.add(phase, layer, module, gradient, self.list.workload.dtype);
-        self.parameters.push(Parameter { phase, layer, module, n });
+        self.behind.parameters.push(Parameter { phase, layer, module, n });
     }
 }

@@ -52,10 +52,12 @@ pub fn predict(workload: &Workload) -> Result<Ledger> {
             let pass = Pass::of_text(batch, seq);
             let trained = Trained { base: full, adapters: true };
             list.times = bounded(accumulate.saturating_mul(steps))?;
-            let mut parameters = Flow::new(&mut list, Phase::Forward, pass, trained).run();
+            let behind = Flow::new(&mut list, Phase::Forward, pass, trained).run();
+            let mut parameters = behind.parameters;
             parameters.extend(list.head_and_loss(batch * seq, trained));
             if recompute {
-                Flow::new(&mut list, Phase::Recompute, pass, Trained::NOTHING).run_layers();
+                let again = Flow::new(&mut list, Phase::Recompute, pass, Trained::NOTHING);
+                again.run_layers(&behind.layers);
             }
             list.times = steps * (accumulate - 1);
             list.sum_gradients(&parameters);

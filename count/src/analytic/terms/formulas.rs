@@ -58,7 +58,7 @@ impl Pass<'_> {
     /// Scores and weighted values: two products of H·d a score.
     pub(super) fn scores(&self) -> Term {
         let [_, _, _, _, q, _] = self.sizes();
-        Term::less(Cause::Scores, macs(2 * self.m.scores(&self.workload.model).all * q))
+        Term::less(Cause::Scores, macs(2 * self.scores_of_all().all * q))
     }
 
     /// The same of windowed layers, as if they saw the whole context.
@@ -83,17 +83,16 @@ impl Pass<'_> {
 
     /// What is no matmul, and the adds that sums of products do not need.
     pub(super) fn no_arithmetic(&self) -> Vec<Term> {
-        let Workload { model, lora, .. } = self.workload;
+        let model = &self.workload.model;
         let ([layers, d, f, _, q, kv], m) = (self.sizes(), &self.m);
         let heads = model.num_attention_heads as u128;
-        let of_head = m.scores(model);
+        let of_head = self.scores_of_all();
         let (scores, rows) = (heads * of_head.all, layers * heads * m.rows);
         let (turned, inner) = (layers * m.rows * (q + kv), layers * m.rows * f);
         let mut glu = activation(model.activation, inner);
         glu.mul += inner;
-        let targets = Projection::ALL.into_iter().filter(|p| lora.adapts(*p));
-        let adapted: u128 = targets.map(|p| p.widths(model).1 as u128).sum();
-        let adapted = layers * m.rows * adapted;
+        let of = |p: Projection| self.adapted(p).layers * p.widths(model).1 as u128;
+        let adapted = m.rows * Projection::ALL.into_iter().map(of).sum::<u128>();
         let mut terms = self.no_norms();
         terms.extend([
             self.no_embedding_scale(),
@@ -157,16 +156,15 @@ impl Pass<'_> {
 
     /// One add less than products in each executed sum: one an output of a matmul.
     fn first_adds(&self) -> Term {
-        let Workload { model, lora, .. } = self.workload;
+        let model = &self.workload.model;
         let ([layers, _, _, v, q, _], m) = (self.sizes(), &self.m);
-        let scores = model.num_attention_heads as u128 * m.scores(model).all;
+        let scores = model.num_attention_heads as u128 * self.scores_of_all().all;
         let width = |projection: Projection| {
-            let n = projection.widths(model).1 as u128;
-            let adapter = if lora.adapts(projection) { lora.rank as u128 + n } else { 0 };
-            n + adapter
+            let (n, adapted) = (projection.widths(model).1 as u128, self.adapted(projection));
+            layers * n + adapted.ranks + adapted.layers * n
         };
         let columns: u128 = Projection::ALL.into_iter().map(width).sum();
-        let outputs = layers * m.rows * (columns + q) + scores + m.head_rows * v;
+        let outputs = m.rows * (columns + layers * q) + scores + m.head_rows * v;
         Term::less(Cause::FirstAdd, Cost { outputs, ..Cost::default() })
     }
 }

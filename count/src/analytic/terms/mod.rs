@@ -8,15 +8,18 @@ mod formulas;
 mod notebook;
 mod training;
 
+use std::ops::Range;
+
 use super::{
     Structure,
     causes::{Cause, Term},
     closed_form::{closed_form, draws, passes, setup},
-    moments::Moments,
+    moments::{Moments, Scores},
     notebook as notebooks,
     pieces::{micro_steps, times, zero},
 };
 use crate::{
+    config::{Adapted, Projection},
     error::{Error, Result},
     ledger::Phase,
     prices::{Cost, Primitives},
@@ -157,6 +160,21 @@ impl Pass<'_> {
             model.kv_width(),
         ]
         .map(|n| n as u128)
+    }
+
+    /// Every layer.
+    fn layers(&self) -> Range<usize> {
+        0..self.workload.model.num_hidden_layers
+    }
+
+    /// The adapters of `projection`.
+    fn adapted(&self, projection: Projection) -> Adapted {
+        self.workload.lora.adapted(projection, self.layers())
+    }
+
+    /// Scores of one head in all layers.
+    fn scores_of_all(&self) -> Scores {
+        self.m.scores(&self.workload.model, self.layers())
     }
 }
 

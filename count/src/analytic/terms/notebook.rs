@@ -4,11 +4,11 @@ use super::{Pass, adds, executed, overflow, total};
 use crate::{
     analytic::{
         causes::{Cause, Term},
-        closed_form::adapter,
+        closed_form::adapters,
         moments::Moments,
-        pieces::{only, product, zero},
+        pieces::{only, product, times, zero},
     },
-    config::{Activation, Projection},
+    config::{Activation, Adapted, Projection},
     error::Result,
     prices::{Cost, Primitives},
     workload::Workload,
@@ -27,7 +27,7 @@ impl Pass<'_> {
         let m = uncached;
 
         let [layers, d, f, v, q, kv] = self.sizes();
-        let (t, rank) = (m.rows, lora.rank as u128);
+        let t = m.rows;
         let heads = model.num_attention_heads as u128;
         let bias = |n| if model.bias.qkv { t * n } else { 0 };
         let with_bias = |n| Cost { other: adds(bias(n)), ..product(t, d, n) };
@@ -59,13 +59,13 @@ impl Pass<'_> {
             Term::none_of(Cause::Epsilon, adds(2 * t)),
         ];
         each_layer.extend(self.notebook_biases(t));
-        if rank > 0 {
-            each_layer.extend(self.notebook_lora(t));
-        }
         let mut terms = each_layer
             .into_iter()
             .map(|term| term.checked_mul(layers).ok_or_else(overflow))
             .collect::<Result<Vec<_>, _>>()?;
+        if lora.rank > 0 {
+            terms.extend(self.notebook_lora(t)?);
+        }
         terms.extend([
             Term::swap(Cause::NoCache, recomputed, cached),
             whole.all_logits_and_norms(),
@@ -89,28 +89,36 @@ impl Pass<'_> {
         terms
     }
 
-    /// A layer's adapters: on q and v whatever the targets are, each D wide.
-    fn notebook_lora(&self, t: u128) -> Vec<Term> {
+    /// Adapters: on q and v of every layer whatever the targets are, of one rank, each D wide.
+    fn notebook_lora(&self, t: u128) -> Result<Vec<Term>> {
         let Workload { model, lora, .. } = self.workload;
-        let (d, r) = (model.hidden_size as u128, lora.rank as u128);
+        let [layers, d, ..] = self.sizes();
+        let r = lora.rank as u128;
+        let everywhere = Adapted { layers, ranks: layers * r };
         let wide = Cost { other: Primitives { mul: t * d, ..adds(t * d) }, ..Cost::default() };
         let wide = Cost { macs: 2 * t * d * r, outputs: t * (r + d), ..wide };
+        let wide = times(layers, wide)?;
         let elsewhere = Projection::ALL.into_iter().filter_map(|projection| {
-            let here = adapter(projection, model, lora, t);
-            let counted = matches!(projection, Projection::QProj | Projection::VProj);
-            match (counted, lora.adapts(projection)) {
-                (true, false) => Some(Term::more(Cause::LoraTargets, here)),
-                (false, true) => Some(Term::less(Cause::LoraTargets, here)),
-                (true, true) | (false, false) => None,
-            }
+            let counted = match projection {
+                Projection::QProj | Projection::VProj => everywhere,
+                Projection::KProj
+                | Projection::OProj
+                | Projection::GateProj
+                | Projection::UpProj
+                | Projection::DownProj => Adapted::default(),
+            };
+            let executed = self.adapted(projection);
+            let cost = |adapted| adapters(projection, model, adapted, t);
+            let term = || Term::swap(Cause::LoraTargets, cost(counted), cost(executed));
+            (counted != executed).then(term)
         });
         let width =
-            |cause, projection| Term::swap(cause, wide, adapter(projection, model, lora, t));
+            |cause, projection| Term::swap(cause, wide, adapters(projection, model, everywhere, t));
         let widths = [
             width(Cause::QueryWidth, Projection::QProj),
             width(Cause::LoraWidth, Projection::VProj),
         ];
-        elsewhere.chain(widths).collect()
+        Ok(elsewhere.chain(widths).collect())
     }
 
     /// The same as executed: the final norm before it, and no first add.

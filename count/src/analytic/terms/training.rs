@@ -8,7 +8,7 @@ use crate::{
         pieces::{macs, micro_steps, only, times},
         training::Training,
     },
-    config::Projection,
+    config::{Projection, Site},
     error::Result,
     ledger::Phase,
     prices::Cost,
@@ -64,18 +64,30 @@ impl Pass<'_> {
         ]);
         if recompute {
             let mut tally = Tally::default();
-            layers(&mut tally, Phase::Recompute, model, lora, &self.m)?;
+            layers(&mut tally, Phase::Recompute, model, lora, &self.m, training(full).reached())?;
             terms.push(Term::more(Cause::Recompute, all(tally, runs)?));
         }
         Ok(terms)
     }
 
-    /// In the lowest layer, gradients towards activations that no adapter has touched yet.
+    /// Gradients towards activations that no adapter has touched yet: all of the layers below the
+    /// first that carries one, and in that layer what lies before its adapters.
     pub(super) fn below_adapters(&self) -> Term {
-        let Workload { model, lora, .. } = self.workload;
+        let lora = &self.workload.lora;
+        let untouched = self.layers().take_while(|layer| !lora.carries(*layer)).count();
+        // So many layers without any, and then the one where the first adapter is.
+        let below = untouched as u128 * self.towards_activations(|_| None);
+        let first = self.towards_activations(|projection| lora.at(untouched, projection));
+        Term::less(Cause::BelowAdapters, macs(below + first))
+    }
+
+    /// Products of one layer towards activations that the adapters `at` its projections, there
+    /// being none in any layer below, have not touched.
+    fn towards_activations(&self, at: impl Fn(Projection) -> Option<Site>) -> u128 {
+        let model = &self.workload.model;
         let [_, _, _, _, q, _] = self.sizes();
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
-        let touched = |projections: &[Projection]| projections.iter().any(|p| lora.adapts(*p));
+        let touched = |projections: &[Projection]| projections.iter().any(|p| at(*p).is_some());
         let before = |projection| match projection {
             QProj | KProj | VProj => false,
             OProj => touched(&[QProj, KProj, VProj]),
@@ -85,14 +97,13 @@ impl Pass<'_> {
         // Towards the input of the projection, and of its adapter's A.
         let skipped = Projection::ALL.into_iter().filter(|p| !before(*p)).map(|projection| {
             let (k, n) = projection.widths(model);
-            let adapter = if lora.adapts(projection) { lora.rank } else { 0 };
+            let adapter = at(projection).map_or(0, |site| site.rank);
             self.m.rows * (k * (n + adapter)) as u128
         });
         // Of attention: towards queries, keys, weights (from queries and keys) and values.
         let sides =
             [touched(&[QProj]), touched(&[KProj]), touched(&[QProj, KProj]), touched(&[VProj])];
         let untouched = sides.into_iter().filter(|touched| !touched).count() as u128;
-        let skipped = skipped.sum::<u128>() + untouched * self.m.whole.all * q;
-        Term::less(Cause::BelowAdapters, macs(skipped))
+        skipped.sum::<u128>() + untouched * self.m.whole.all * q
     }
 }
