@@ -520,40 +520,6 @@ fn checkpoint(case: &str) -> tempfile::TempDir {
     dir
 }
 
-#[test]
-fn the_cases_run_as_they_should() {
-    let (tools, base) = (checkpoint("base_tools"), checkpoint("base"));
-    let run = |command: &str, model: &Path, data: &str, more: &[&str]| {
-        let args = [command, "--model", model.to_str().unwrap(), "--data", data];
-        json_of(&[&args[..], more, &["--json"]].concat()).0
-    };
-    // 136 tokens and 17.652 nats are what transformers and a forward pass in float64 give.
-    let file = "tests/cases/loading/tools_column/d.jsonl";
-    let report = run("eval", tools.path(), file, &["--seq", "512"]);
-    assert_eq!(report["evaluation"]["tokens"], 136);
-    let loss = report["evaluation"]["loss"].as_f64().unwrap();
-    assert!((loss - 17.652).abs() < 1e-3, "{loss}");
-    // Three conversations, not their braces: rows of 18 tokens, 17 of which are predicted.
-    let file = "tests/cases/loading/json_array/arr.json";
-    let report = run("eval", base.path(), file, &["--seq", "64"]);
-    assert_eq!(report["evaluation"]["tokens"].as_u64().unwrap() % 3, 0);
-    assert!(report["notes"][0].as_str().unwrap().ends_with("arr.json: read as `messages`"));
-
-    // A generation block renders; a file without a template says that it is none.
-    let generation = checkpoint("generation_tag");
-    let ask = |model: &Path| {
-        let args = ["generate", "Hi", "--max-new-tokens", "1", "--model", model.to_str().unwrap()];
-        json_of(&[&args[..], &["--json"]].concat())
-    };
-    let (report, _) = ask(generation.path());
-    assert_eq!(report["sequences"][0]["prompt_tokens"], 21);
-    assert!(report.get("notes").is_none());
-    let (report, stderr) = ask(&Path::new(CASES).join("gguf_notpl/m.gguf"));
-    let told = "the checkpoint has no chat template: the prompt runs raw, as with --raw";
-    assert_eq!(report["notes"], json!([told]));
-    assert_eq!(stderr.matches(told).count(), 1, "{stderr}");
-}
-
 /// What the program prints as JSON, and on stderr.
 fn json_of(args: &[&str]) -> (Json, String) {
     let output = Command::cargo_bin("flopaudit").unwrap().args(args).output().unwrap();

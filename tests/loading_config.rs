@@ -135,7 +135,7 @@ fn what_is_not_used_is_listed_with_its_reason() {
     let listed = ignored(&report);
     assert!(listed["initializer_range"].contains("untrained"), "{listed:?}");
     assert!(listed["eos_token_id"].contains("tokens"), "{listed:?}");
-    let report = eval(&cases().join("m.gguf"), "data2.txt");
+    let report = eval(&cases().join("gguf_qwen2/m.gguf"), "data2.txt");
     assert_loss(&report, BASE_GGUF);
     assert!(report["ignored"].is_array());
     // Of a preset there are no files.
@@ -305,7 +305,7 @@ fn folders_of_other_files_are_named_by_them() {
 
 /// The sound GGUF with more metadata.
 fn gguf(dir: &Path, more: &[(&str, Metadatum)]) -> PathBuf {
-    let mut file = fs::File::open(cases().join("m.gguf")).unwrap();
+    let mut file = fs::File::open(cases().join("gguf_qwen2/m.gguf")).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
     let names = content.tensor_infos.keys();
     let tensors: Vec<_> = names
