@@ -204,6 +204,7 @@ fn tensors_are_found_under_the_names_that_wrappers_give() {
         &|tensors| renamed(tensors, |name| format!("language_model.{name}")),
         &|tensors| renamed(tensors, |name| format!("model.language_model.{}", body(name))),
         &|tensors| renamed(tensors, |name| format!("_orig_mod.{name}")),
+        &|tensors| renamed(tensors, |name| format!("model.{name}")),
     ] {
         assert_loss(&eval(with_tensors(change).path(), "data.txt"), BASE);
     }
@@ -295,6 +296,25 @@ fn one_tensor_twice_is_listed_if_equal_and_refused_if_not() {
     assert!(ignored(&report)["norm.weight"].contains("the same as"));
 }
 
+/// transformers applies an adapter that lies in a model's folder; here that takes a flag.
+#[test]
+fn an_adapter_in_a_models_folder_is_said_aloud() {
+    let dir = with_tensors(|_| {});
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(cases().join("ad_rankpat").join(name), dir.path().join(name)).unwrap();
+    }
+    let data = cases().join("data.txt");
+    let line =
+        format!("eval --model {} --data {} --seq 512 --json", dir.path().display(), data.display());
+    let output = flopaudit(tmp().path(), &line).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("adapter_model.safetensors is an adapter, which is not"), "{said}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_loss(&report, BASE);
+    let files = report["ignored"].as_array().unwrap().iter().map(|one| one["file"].to_string());
+    assert_eq!(files.filter(|file| file.contains("adapter_")).count(), 2);
+}
+
 #[test]
 fn folders_of_other_files_are_named_by_them() {
     let dir = with_tensors(|_| {});
@@ -358,6 +378,60 @@ fn keys_of_a_gguf_are_honoured_or_refused_in_its_own_words() {
     }
     let listed = ignored(&eval(&gguf(dir.path(), &[("general.url", text("x"))]), "data2.txt"));
     assert_eq!(listed["general.url"], "describes the file");
+
+    // What this kind of positions, or a window that no layer has, leaves unused.
+    let window = || ("qwen2.attention.sliding_window", U32(8));
+    let none = Metadatum::Array([false; 3].map(Bool).into());
+    for (more, keys) in [
+        (vec![factor(), kind("none")], &["qwen2.rope.scaling.factor"][..]),
+        (
+            vec![
+                ("qwen2.rope.scaling.original_context_length", U32(128)),
+                ("qwen2.rope.scaling.yarn_beta_fast", F32(8.0)),
+            ],
+            &["qwen2.rope.scaling.original_context_length", "qwen2.rope.scaling.yarn_beta_fast"],
+        ),
+        (vec![("qwen2.attention.sliding_window", U32(512))], &["qwen2.attention.sliding_window"]),
+        (
+            vec![window(), ("qwen2.attention.sliding_window_pattern", none)],
+            &["qwen2.attention.sliding_window"],
+        ),
+        (vec![("qwen2.expert_count", U32(0))], &["qwen2.expert_count"]),
+    ] {
+        let report = eval(&gguf(dir.path(), &more), "data2.txt");
+        assert_loss(&report, BASE_GGUF);
+        let listed = ignored(&report);
+        assert!(keys.iter().all(|key| listed.contains_key(*key)), "{keys:?}: {listed:?}");
+    }
+}
+
+/// What no config.json of the family says cannot be written down either: refused when opened.
+#[test]
+fn a_gguf_with_what_its_family_has_not_is_refused() {
+    let dir = tmp();
+    let mut file = fs::File::open(cases().join("gguf_qwen2/m.gguf")).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let tensor = |name: &str| content.tensor(&mut &file, name, &Device::Cpu).unwrap();
+    let mut tensors: Vec<_> =
+        content.tensor_infos.keys().map(|name| (name.clone(), tensor(name))).collect();
+    let zeros = candle_core::quantized::QTensor::quantize(
+        &zeros(&[32]),
+        candle_core::quantized::GgmlDType::F32,
+    );
+    tensors.push(("blk.0.attn_output.bias".into(), zeros.unwrap()));
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let metadata: Vec<_> =
+        content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let path = dir.path().join("m.gguf");
+    gguf_file::write(&mut fs::File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+    is_refused(&path, &["m.gguf: tensor `blk.0.attn_q.bias` is a bias, and no `qwen2` has just"]);
+
+    let less: Vec<_> =
+        tensors.into_iter().filter(|(name, _)| *name != "blk.1.attn_norm.weight").collect();
+    let less: Vec<_> =
+        less.into_iter().filter(|(name, _)| *name != "blk.0.attn_output.bias").collect();
+    gguf_file::write(&mut fs::File::create(&path).unwrap(), &metadata, &less).unwrap();
+    is_refused(&path, &["m.gguf: tensor `blk.1.attn_norm.weight` is missing"]);
 }
 
 #[test]

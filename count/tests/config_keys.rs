@@ -283,6 +283,21 @@ fn a_key_that_asks_for_another_model_is_refused_by_name() {
         (Llama, json!({"use_sliding_window": true}), "`llama` has no windows"),
         (Qwen3, json!({"layer_types": vec!["linear_attention"; 4]}), "names `linear_attention`"),
         (Qwen3, json!({"model_type": null}), "`model_type` is missing"),
+        // Null is a value that nobody names, and no silence.
+        (Qwen2, json!({"is_causal": null}), "`is_causal` is null"),
+        (Qwen2, json!({"rope_theta": null}), "`rope_theta` is null"),
+        (
+            Qwen3,
+            json!({"rope_parameters": {"rope_theta": null}}),
+            "rope_parameters.rope_theta` is null",
+        ),
+        (Gemma3, json!({"rope_local_base_freq": null}), "`rope_local_base_freq` is null"),
+        (Gemma3, json!({"query_pre_attn_scalar": null}), "`query_pre_attn_scalar` is null"),
+        (Mistral, json!({"rms_norm_eps": null}), "`rms_norm_eps` is null"),
+        (Llama, json!({"hidden_act": null}), "`hidden_act` is null"),
+        (Gemma3, json!({"tie_word_embeddings": null}), "`tie_word_embeddings` is null"),
+        (Llama, json!({"sliding_window": 1023}), "`llama` has no windows"),
+        (Gemma3, json!({"_sliding_window_pattern": 3}), "`_sliding_window_pattern` is 3, and"),
     ];
     for (family, more, says) in cases {
         let error = read(&with(&plain(family), &more)).unwrap_err();
@@ -308,6 +323,25 @@ fn positions_by_kind_of_layer_are_honoured_where_there_is_one_kind() {
     assert_eq!(nested, read(&flat).unwrap().0);
     assert_eq!(nested.rope.theta, 1e6);
     assert!(matches!(nested.rope.scaling, RopeScaling::Yarn { factor: 4.0, .. }));
+}
+
+#[test]
+fn what_asks_for_nothing_is_listed() {
+    for (family, more, key) in [
+        (Family::Llama, json!({"rope_interleaved": false}), "rope_interleaved"),
+        (Family::Qwen2, json!({"use_mrope": false}), "use_mrope"),
+        (Family::Qwen2, json!({"num_experts": 0}), "num_experts"),
+        (Family::Qwen2, json!({"final_logit_softcapping": null}), "final_logit_softcapping"),
+        (Family::Llama, json!({"sliding_window": 4096}), "sliding_window"),
+        (
+            Family::Qwen2,
+            json!({"use_sliding_window": true, "sliding_window": 7, "max_window_layers": 4}),
+            "sliding_window",
+        ),
+    ] {
+        let ignored = read(&with(&plain(family), &more)).unwrap().1;
+        assert!(ignored.iter().any(|entry| entry.key == key), "{more}: {ignored:?}");
+    }
 }
 
 #[test]
@@ -343,7 +377,6 @@ fn no_ops(family: Family) -> Vec<Value> {
         json!({"architectures": null}),
         json!({"architectures": []}),
         json!({"something_new": null}),
-        json!({"tie_word_embeddings": null}),
         json!({"auto_map": {}}),
         json!({"use_cache": false}),
         json!({"temperature": 0.7}),
@@ -364,10 +397,20 @@ fn no_ops(family: Family) -> Vec<Value> {
             json!({"sliding_window": null}),
             json!({"attention_bias": false}),
             json!({"use_sliding_window": false, "max_window_layers": 3}),
+            json!({"use_sliding_window": false, "sliding_window": 7}),
+            json!({"use_sliding_window": true, "sliding_window": 1024}),
+            json!({"sliding_window": 4096}),
         ],
-        Family::Mistral => vec![json!({"sliding_window": null}), json!({"sliding_window": 1024})],
+        // The plain file is silent, and the family's own window is wider than its context.
+        Family::Mistral => vec![
+            json!({"sliding_window": null}),
+            json!({"sliding_window": 1024}),
+            json!({"sliding_window": 4096, "use_sliding_window": false}),
+            json!({"sliding_window": 4096, "layer_types": vec!["full_attention"; 4]}),
+        ],
         Family::Gemma3 => vec![
             json!({"sliding_window_pattern": 6}),
+            json!({"_sliding_window_pattern": 6}),
             json!({"rope_local_base_freq": 10000}),
             json!({"rope_parameters": {"full_attention": {"rope_type": "default"},
                 "sliding_attention": {"rope_theta": 10000}}}),

@@ -118,7 +118,8 @@ fn say_what_matters(ignored: &[Ignored]) {
     let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
     for Ignored { file, key, reason, .. } in ignored.iter().filter(|i| i.matters == Matters::Always)
     {
-        anstream::eprintln!("{yellow}warning:{yellow:#} {file}: `{key}` {reason}");
+        let what = if key == "*" { file.clone() } else { format!("{file}: `{key}`") };
+        anstream::eprintln!("{yellow}warning:{yellow:#} {what} {reason}");
     }
 }
 

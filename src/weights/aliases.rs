@@ -2,9 +2,11 @@
 //! saved has left a prefix.
 
 /// What stands before the parts of the body.
-const BODIES: [&str; 6] = [
+const BODIES: [&str; 8] = [
     "model.",
     "",
+    "model.model.",
+    "base_model.model.model.",
     "language_model.model.",
     "model.language_model.",
     "module.model.",
@@ -13,8 +15,14 @@ const BODIES: [&str; 6] = [
 const PARTS: [&str; 3] = ["embed_tokens.", "layers.", "norm."];
 
 /// What stands before the head's own.
-const HEADS: [&str; 4] =
-    ["lm_head.", "language_model.lm_head.", "module.lm_head.", "_orig_mod.lm_head."];
+const HEADS: [&str; 6] = [
+    "lm_head.",
+    "model.lm_head.",
+    "base_model.model.lm_head.",
+    "language_model.lm_head.",
+    "module.lm_head.",
+    "_orig_mod.lm_head.",
+];
 
 /// The name of the Hugging Face layout for a tensor that a file calls `name`; its own where it is
 /// none of a model's.
@@ -39,6 +47,8 @@ mod tests {
         for name in [
             norm,
             "layers.0.self_attn.q_norm.weight",
+            "model.model.layers.0.self_attn.q_norm.weight",
+            "base_model.model.model.layers.0.self_attn.q_norm.weight",
             "language_model.model.layers.0.self_attn.q_norm.weight",
             "model.language_model.layers.0.self_attn.q_norm.weight",
             "_orig_mod.model.layers.0.self_attn.q_norm.weight",

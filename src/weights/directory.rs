@@ -19,9 +19,11 @@ pub(super) const INDEX: &str = "model.safetensors.index.json";
 /// A PEFT adapter.
 const ADAPTER: &str = "adapter_model.safetensors";
 /// Files that may lie beside a model and are no part of it.
-const ASIDE: [(&str, &str); 2] = [
-    (ADAPTER, "is an adapter; --adapter takes it"),
-    ("checkpoint.safetensors", "is what a training of this program resumes from"),
+const ASIDE: [(&str, &str, Matters); 3] = [
+    // transformers applies it when it opens the folder.
+    (ADAPTER, "is an adapter, which is not applied without --adapter", Matters::Always),
+    ("adapter_config.json", "is an adapter's, which --adapter takes", Matters::Never),
+    ("checkpoint.safetensors", "is what a training of this program resumes from", Matters::Never),
 ];
 
 /// Opens a checkpoint directory; `id` is the hub's name of it, if it came from there.
@@ -37,10 +39,11 @@ pub(super) fn open(dir: &Path, id: Option<&str>) -> Result<Checkpoint> {
     settle_head(&mut config, &mut shards, &config_file, &mut ignored)?;
     let files = shards.files();
     ignored.append(&mut shards.take_ignored());
-    for (name, why) in ASIDE {
+    for (name, why, matters) in ASIDE {
         let file = dir.join(name);
         if file.is_file() {
-            ignored.push(Ignored::new(file.display().to_string(), "*", why));
+            let entry = Ignored::new(file.display().to_string(), "*", why);
+            ignored.push(entry.where_it(matters));
         }
     }
     let weights = Weights { source: Source::Safetensors(shards) };
@@ -124,7 +127,7 @@ pub(super) fn files_ending(dir: &Path, end: &str) -> Result<Vec<PathBuf>> {
         let entry = entry.map_err(fail)?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.ends_with(end) && ASIDE.iter().all(|(aside, _)| name != *aside) {
+        if name.ends_with(end) && ASIDE.iter().all(|(aside, ..)| name != *aside) {
             files.push(entry.path());
         }
     }

@@ -205,7 +205,7 @@ impl Weights {
             Source::Gguf(gguf) => gguf.load(name)?,
             Source::Synthetic(synthetic) => synthetic.load(name, shape)?,
         };
-        place::place(tensor, &origin, name, dtype, device)
+        place::place(tensor, &origin, &self.own_name(name), dtype, device)
     }
 
     /// Whether the checkpoint holds a tensor of that name.
@@ -231,13 +231,21 @@ impl Weights {
         }
     }
 
+    /// What the file calls the tensor `name`, for errors.
+    fn own_name(&self, name: &str) -> String {
+        match &self.source {
+            Source::Gguf(gguf) => gguf.own_name(name),
+            Source::Safetensors(_) | Source::Synthetic(_) => name.into(),
+        }
+    }
+
     fn check_shape(&self, name: &str, expected: &[usize]) -> Result<()> {
         let why = match self.shape(name) {
             Some(found) if found == expected => return Ok(()),
             Some(found) => format!("has shape {found:?}; the config asks for {expected:?}"),
             None => format!("is missing; the config asks for it with shape {expected:?}"),
         };
-        Err(Error::tensor(self.origin(name), name, why).into())
+        Err(Error::tensor(self.origin(name), self.own_name(name), why).into())
     }
 
     /// Names the first tensor that the config asks for and the file does not hold as such, or that

@@ -220,7 +220,32 @@ impl Architecture {
         }
         metadata.refuse_unread(&prefix, &IDLE)?;
         self.validate(&config, metadata)?;
-        Ok(config)
+        match config.to_hub() {
+            Ok(_) => Ok(config),
+            Err(_) => Err(self.inexpressible(&config, metadata)),
+        }
+    }
+
+    /// Why a file holds no model of its family: the family has keys for no such thing.
+    fn inexpressible(&self, config: &ModelConfig, metadata: &Metadata) -> anyhow::Error {
+        let name = self.name;
+        if config.window.is_some() && config.family == Family::Llama {
+            let why = format!("gives layers a window, and `{name}` has none");
+            return metadata.bad(&format!("{name}.attention.sliding_window_pattern"), why);
+        }
+        let Biases { qkv, o, mlp } = config.bias;
+        let there = [("attn_q", qkv), ("attn_output", o), ("ffn_gate", mlp)];
+        let there = there.into_iter().filter(|(_, there)| *there);
+        let there: Vec<String> = there.map(|(name, _)| format!("blk.0.{name}.bias")).collect();
+        let (tensor, why) = match &there[..] {
+            [] => ("blk.0.attn_q.bias", "is missing".into()),
+            [one] => (one.as_str(), format!("is a bias, and no `{name}` has it alone")),
+            [one, ..] => (
+                one.as_str(),
+                format!("is a bias, and no `{name}` has just those of {}", there.join(", ")),
+            ),
+        };
+        Error::tensor(metadata.origin(), tensor, why).into()
     }
 
     /// [`ModelConfig::validate`], its errors in the file's own words.
@@ -237,7 +262,7 @@ impl Architecture {
         })
     }
 
-    /// The keys that nobody has read, by now that the text side has been too.
+    /// The keys that nobody has used, by now that the text side has been too.
     pub(super) fn ignored(&self, metadata: &Metadata) -> Vec<Ignored> {
         let reason = |key: &str| match key.split('.').next().unwrap_or_default() {
             "general" | "split" => "describes the file",
@@ -247,7 +272,7 @@ impl Architecture {
             _ => "is no key of this architecture",
         };
         let listed = |key: &str| Ignored::new(metadata.origin(), key, reason(key));
-        metadata.unread().into_iter().map(listed).collect()
+        metadata.unused().into_iter().map(listed).collect()
     }
 
     /// Which layers are windowed, and what such layers have of their own.
@@ -267,7 +292,11 @@ impl Architecture {
         let counts = |width: &usize| *width > 0 && (self.windows.is_some() || *width < context);
         let found = metadata.integer(&width)?.filter(counts);
         let layers = match (found, picked, &self.windows) {
-            (None, _, None) => return Ok(()),
+            (None, _, None) => {
+                metadata.ignore(&width);
+                metadata.ignore(&pattern);
+                return Ok(());
+            }
             (None, _, Some(_)) => return Err(metadata.missing(&width)),
             (Some(_), Some(picked), _) => picked,
             (Some(_), None, Some(windows)) => every_but_last(windows.period, layers),
@@ -276,11 +305,15 @@ impl Architecture {
                 return Err(metadata.bad(&width, why));
             }
         };
-        config.window = found.map(|width| Window { width, layers });
+        let is_windowed = layers.contains(&true);
+        config.window = found.filter(|_| is_windowed).map(|width| Window { width, layers });
+        if !is_windowed {
+            metadata.ignore(&width);
+        }
         if let Some(windows) = &self.windows {
             let theta = metadata.float(&key("rope.freq_base_swa"))?.unwrap_or(windows.theta);
             let local = Rope { theta, ..Rope::default() };
-            config.local_rope = Some(local).filter(|rope| *rope != config.rope);
+            config.local_rope = Some(local).filter(|rope| is_windowed && *rope != config.rope);
             let by_width = config.num_hidden_layers == windows.by_width;
             let (d, h) = (config.hidden_size as f64, config.num_attention_heads as f64);
             let scalar = if by_width { d / h } else { config.head_dim() as f64 };

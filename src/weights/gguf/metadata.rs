@@ -17,11 +17,13 @@ pub(crate) struct Metadata<'a> {
     file: &'a Path,
     values: &'a HashMap<String, Value>,
     read: RefCell<BTreeSet<String>>,
+    /// Those of them that turned out to ask for nothing.
+    idle: RefCell<BTreeSet<String>>,
 }
 
 impl<'a> Metadata<'a> {
     pub(crate) fn new(file: &'a Path, values: &'a HashMap<String, Value>) -> Self {
-        Self { file, values, read: RefCell::default() }
+        Self { file, values, read: RefCell::default(), idle: RefCell::default() }
     }
 
     /// The file that holds them.
@@ -112,6 +114,11 @@ impl<'a> Metadata<'a> {
         })
     }
 
+    /// Counts a key that was read among those that change nothing.
+    pub(crate) fn ignore(&self, key: &str) {
+        self.idle.borrow_mut().insert(key.into());
+    }
+
     /// Refuses a key whose value, as a number (true is 1), is another than `harmless`.
     pub(crate) fn refuse_unless(&self, key: &str, harmless: f64) -> Result<()> {
         let Some(value) = self.get(key) else { return Ok(()) };
@@ -119,16 +126,19 @@ impl<'a> Metadata<'a> {
             .or_else(|| as_count(value).map(|n| n as f64))
             .or_else(|| as_flag(value).map(|on| if on { 1.0 } else { 0.0 }));
         match number {
-            Some(number) if number == harmless => Ok(()),
+            Some(number) if number == harmless => {
+                self.ignore(key);
+                Ok(())
+            }
             _ => Err(self.bad(key, format!("is {}, which is not supported", shown(value)))),
         }
     }
 
-    /// The keys that nobody has read, sorted.
-    pub(super) fn unread(&self) -> Vec<&'a str> {
-        let read = self.read.borrow();
+    /// The keys that nobody has read or that ask for nothing, sorted.
+    pub(super) fn unused(&self) -> Vec<&'a str> {
+        let (read, idle) = (self.read.borrow(), self.idle.borrow());
         let mut unread: Vec<&str> = self.values.keys().map(String::as_str).collect();
-        unread.retain(|key| !read.contains(*key));
+        unread.retain(|key| !read.contains(*key) || idle.contains(*key));
         unread.sort_unstable();
         unread
     }

@@ -30,7 +30,7 @@ use self::{
 };
 use super::{Checkpoint, Source, Weights, cause, header};
 use crate::{
-    config::{ModelConfig, Projection},
+    config::{Ignored, ModelConfig, Projection},
     error::{Error, Result},
     text::Text,
 };
@@ -64,6 +64,10 @@ pub(super) fn open(path: &Path, pretokenizer: Option<&str>) -> Result<Checkpoint
     let origin = format!("{name} (GGUF, {}{split})", file.types().join("/"));
     let weights = Weights { source: Source::Gguf(Gguf::new(file, architecture, &config)) };
     let mut ignored = architecture.ignored(&metadata);
+    if factors.is_some_and(|factors| factors.iter().all(|factor| *factor == 1.0)) {
+        let entry = Ignored::new(metadata.origin(), FREQUENCY_FACTORS, "divides by 1");
+        ignored.push(entry);
+    }
     ignored.extend(weights.check(&config)?);
     Ok(Checkpoint { config, weights, text, name, origin, synthetic: false, ignored })
 }
@@ -88,6 +92,11 @@ impl Gguf {
         self.file.origin()
     }
 
+    /// What the file calls the tensor `name`, or would.
+    pub(super) fn own_name(&self, name: &str) -> String {
+        gguf_name(name, self.sandwich_norms).unwrap_or_else(|| name.into())
+    }
+
     fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.file.infos.get(&gguf_name(name, self.sandwich_norms)?)
     }
@@ -109,9 +118,10 @@ impl Gguf {
 
     /// The tensor on the CPU, in f32.
     pub(super) fn load(&self, name: &str) -> Result<Tensor> {
-        let missing = || Error::tensor(self.origin(), name, "is missing");
+        let own = self.own_name(name);
+        let missing = || Error::tensor(self.origin(), &own, "is missing");
         let info = self.info(name).ok_or_else(missing)?;
-        let mut values = self.file.values(name, info)?;
+        let mut values = self.file.values(&own, info)?;
         if let Some(heads) = self.interleaved_heads(name) {
             values = halves_of_heads(&values, heads, info.shape.dims().get(1).map_or(1, |n| *n));
         }

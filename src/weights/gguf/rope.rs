@@ -48,6 +48,19 @@ pub(super) fn read(
             return Err(metadata.bad(&key("scaling.type"), why));
         }
     };
+    let idle: &[&str] = match scaling {
+        RopeScaling::Yarn { .. } => &[],
+        RopeScaling::Default | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => &[
+            "scaling.original_context_length",
+            "scaling.yarn_beta_fast",
+            "scaling.yarn_beta_slow",
+            "scaling.yarn_log_multiplier",
+        ],
+    };
+    idle.iter().for_each(|rest| metadata.ignore(&key(rest)));
+    if kind == "none" {
+        ["scaling.factor", "scale_linear"].iter().for_each(|rest| metadata.ignore(&key(rest)));
+    }
     match scaling {
         // The programs that read this key differ on what it means, so it must mean nothing.
         RopeScaling::Yarn { attention_factor, .. } => {

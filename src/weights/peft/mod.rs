@@ -56,7 +56,13 @@ impl PeftAdapter {
         let lora = options.lora(config)?;
         let model = dir.join(MODEL);
         if !model.is_file() {
-            let why = format!("no such file; an adapter directory holds {CONFIG} and {MODEL}");
+            let pickled = dir.join("adapter_model.bin").is_file();
+            let why = match pickled {
+                true => "no such file, and adapter_model.bin is not read: a pickle may run any \
+                         code; save the adapter as safetensors"
+                    .into(),
+                false => format!("no such file; an adapter directory holds {CONFIG} and {MODEL}"),
+            };
             return Err(Error::Weights { file: model, why }.into());
         }
         let shards = Shards::open_files(dir, vec![model])?;

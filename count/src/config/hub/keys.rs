@@ -47,6 +47,9 @@ const IDLE: &[(Idle, &[&str])] = &[
             "decoder_start_token_id",
             "forced_bos_token_id",
             "forced_eos_token_id",
+            "bos_token",
+            "eos_token",
+            "pad_token",
             "tokenizer_class",
             "prefix",
         ],
@@ -137,7 +140,9 @@ const IDLE: &[(Idle, &[&str])] = &[
     (
         Idle::Origin,
         &[
+            "_comment",
             "_name_or_path",
+            "model_name",
             "name_or_path",
             "_commit_hash",
             "is_llama_config",
@@ -149,9 +154,11 @@ const IDLE: &[(Idle, &[&str])] = &[
 ];
 
 /// Shares that a training drops at random.
-const DROPOUT: [&str; 7] = [
+const DROPOUT: [&str; 9] = [
     "attention_dropout",
     "hidden_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
     "mlp_dropout",
     "attn_pdrop",
     "embd_pdrop",
@@ -258,7 +265,9 @@ pub(super) fn refuse_quantization(keys: &Object) -> Result<()> {
 /// Decides on each key that `family` has not read: listed as ignored, or refused.
 pub(super) fn settle(keys: &Object, family: Family) -> Result<()> {
     for (key, value) in keys.unread() {
-        if value.is_null() {
+        let neutral = changing(key, family);
+        // Whoever reads a flag takes null for false.
+        if value.is_null() && !matches!(neutral, Some(Neutral::Yes)) {
             keys.ignore(key, "is null, which asks for nothing");
         } else if let Some((idle, _)) = IDLE.iter().find(|(_, keys)| keys.contains(&key)) {
             keys.ignore(key, idle.reason());
@@ -267,10 +276,10 @@ pub(super) fn settle(keys: &Object, family: Family) -> Result<()> {
                 if Neutral::Number(0.0).is(value) { Matters::Never } else { Matters::InTraining };
             keys.ignore_where(key, "drops at random in training; here nothing is", matters);
         } else {
-            let neutral = changing(key, family);
             if !neutral.is_some_and(|neutral| neutral.is(value)) {
                 return Err(keys.refuse(key, asked(key, value, neutral.is_some(), family)));
             }
+            keys.ignore(key, "asks for nothing at this value");
         }
     }
     Ok(())

@@ -225,11 +225,12 @@ fn config(keys: &Object, family: Family) -> Result<ModelConfig> {
         num_key_value_heads: keys.count("num_key_value_heads")?.unwrap_or(heads),
         head_dim: keys.count("head_dim")?.or(head_dim(family)),
         max_position_embeddings: keys.need("max_position_embeddings")?,
-        rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
-        tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(match family {
-            Family::Qwen2 | Family::Llama | Family::Mistral | Family::Qwen3 => false,
-            Family::Gemma3 => true,
-        }),
+        rms_norm_eps: keys.or_silent("rms_norm_eps", keys.number("rms_norm_eps")?, 1e-6)?,
+        tie_word_embeddings: keys.or_silent(
+            "tie_word_embeddings",
+            keys.flag("tie_word_embeddings")?,
+            family == Family::Gemma3,
+        )?,
         rope: Default::default(),
         local_rope: None,
         window: None,
@@ -240,7 +241,10 @@ fn config(keys: &Object, family: Family) -> Result<ModelConfig> {
         activation: activation(keys, family)?,
         scaled_embedding: family == Family::Gemma3,
         query_pre_attn_scalar: match family {
-            Family::Gemma3 => Some(keys.number("query_pre_attn_scalar")?.unwrap_or(256.0)),
+            Family::Gemma3 => {
+                let key = "query_pre_attn_scalar";
+                Some(keys.or_silent(key, keys.number(key)?, 256.0)?)
+            }
             Family::Qwen2 | Family::Llama | Family::Mistral | Family::Qwen3 => None,
         },
     };
@@ -305,7 +309,7 @@ fn activation(keys: &Object, family: Family) -> Result<Activation> {
         }
     };
     let own = activation_key(family);
-    let found = named(own)?.unwrap_or(silent);
+    let found = keys.or_silent(own, named(own)?, silent)?;
     for key in ["hidden_act", "hidden_activation"] {
         if named(key)?.is_some_and(|other| other != found) {
             let name = family.name();

@@ -115,6 +115,19 @@ impl<'a> Object<'a> {
         }))
     }
 
+    /// The value that was `found` under a key, or the family's own where there is no such key. A null
+    /// asks for a value that nobody names.
+    pub fn or_silent<T>(&self, key: &str, found: Option<T>, silent: T) -> Result<T> {
+        match found {
+            Some(value) => Ok(value),
+            None if self.is_null(key) => {
+                let why = "is null, which is no value; without the key, the family's own is taken";
+                Err(self.refuse(key, why))
+            }
+            None => Ok(silent),
+        }
+    }
+
     /// A count that must be there.
     pub fn need(&self, key: &str) -> Result<usize> {
         self.count(key)?.ok_or_else(|| self.refuse(key, "is missing"))

@@ -18,6 +18,8 @@ struct Beside {
     /// The key outside the table that has the base.
     key: &'static str,
     theta: Option<f64>,
+    /// That key is there, and null.
+    is_null: bool,
     /// The base where neither has it.
     silent: f64,
     /// The context of the whole model.
@@ -35,13 +37,28 @@ impl Beside {
                 Err(Error::Config { origin: keys.origin().into(), key: self.key.into(), why }
                     .into())
             }
-            (beside, inside) => Ok(inside.or(beside).unwrap_or(self.silent)),
+            (beside, inside) => match inside.or(beside) {
+                Some(theta) => Ok(theta),
+                None if self.is_null => Err(self.no_base(keys)),
+                None => keys.or_silent("rope_theta", None, self.silent),
+            },
         }
     }
 
     /// Positions where there is no table.
-    fn alone(self) -> Rope {
-        Rope { theta: self.theta.unwrap_or(self.silent), scaling: RopeScaling::Default }
+    fn alone(self, keys: &Object) -> Result<Rope> {
+        match self.theta {
+            None if self.is_null => Err(self.no_base(keys)),
+            theta => {
+                Ok(Rope { theta: theta.unwrap_or(self.silent), scaling: RopeScaling::Default })
+            }
+        }
+    }
+
+    /// The key outside the table asks for a base that nobody names.
+    fn no_base(self, keys: &Object) -> anyhow::Error {
+        let why = "is null, which is no value; without the key, the family's own is taken".into();
+        Error::Config { origin: keys.origin().into(), key: self.key.into(), why }.into()
     }
 }
 
@@ -55,11 +72,14 @@ pub(super) fn of(
 ) -> Result<(Rope, Option<Rope>)> {
     let by_layers = family == Family::Gemma3;
     let silent = if by_layers { 1e6 } else { 10_000.0 };
-    let theta = keys.number("rope_theta")?;
-    let global = Beside { key: "rope_theta", theta, silent, context, by_layers };
+    let (key, theta) = ("rope_theta", keys.number("rope_theta")?);
+    let is_null = keys.is_null(key);
+    let global = Beside { key, theta, is_null, silent, context, by_layers };
     let key = "rope_local_base_freq";
     let theta = if by_layers { keys.number(key)? } else { None };
-    let local = Beside { key, theta, silent: 10_000.0, context, by_layers };
+    let is_null = by_layers && keys.is_null(key);
+    let local = Beside { key, theta, is_null, silent: 10_000.0, context, by_layers };
+    let alone = |local: Beside| by_layers.then(|| local.alone(keys)).transpose();
     let read = |key: &str| -> Result<_> {
         let Some(table) = keys.object(key)? else { return Ok(None) };
         pair(&table, family, global, local, kinds).map(Some)
@@ -70,7 +90,7 @@ pub(super) fn of(
             Err(keys.refuse("rope_scaling", why))
         }
         (Some(both), _) | (None, Some(both)) => Ok(both),
-        (None, None) => Ok((global.alone(), by_layers.then(|| local.alone()))),
+        (None, None) => Ok((global.alone(keys)?, alone(local)?)),
     }
 }
 
@@ -93,7 +113,8 @@ fn pair(
     let by_layers = global.by_layers;
     if full.is_none() && windowed.is_none() {
         // The older layout: windowed layers are never stretched.
-        return Ok((rope(table, global)?, by_layers.then(|| local.alone())));
+        let local = by_layers.then(|| local.alone(table)).transpose()?;
+        return Ok((rope(table, global)?, local));
     }
     // What stands beside the two kinds would be lost.
     if let Some((key, _)) = table.unread().into_iter().find(|(_, value)| !value.is_null()) {
@@ -103,8 +124,8 @@ fn pair(
     let full = full.map(|keys| rope(&keys, global)).transpose()?;
     if by_layers {
         let windowed = windowed.map(|keys| rope(&keys, local)).transpose()?;
-        let windowed = windowed.unwrap_or_else(|| local.alone());
-        return Ok((full.unwrap_or_else(|| global.alone()), Some(windowed)));
+        let full = full.map_or_else(|| global.alone(table), Ok)?;
+        return Ok((full, Some(windowed.map_or_else(|| local.alone(table), Ok)?)));
     }
     let windowed = windowed.map(|keys| rope(&keys, global)).transpose()?;
     for (kind, there, needed) in [(FULL, &full, kinds.full), (WINDOWED, &windowed, kinds.windowed)]

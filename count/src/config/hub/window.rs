@@ -30,12 +30,19 @@ pub(super) fn of(
     context: usize,
 ) -> Result<Option<Window>> {
     let said = match family {
-        Family::Llama => without(keys, layers)?,
-        Family::Mistral => everywhere(keys, layers)?,
+        Family::Llama => without(keys, layers, context)?,
+        Family::Mistral => everywhere(keys, layers, context)?,
         Family::Qwen2 | Family::Qwen3 => above(keys, layers)?,
         Family::Gemma3 => but_each(keys, layers)?,
     };
-    let windowed = match listed(keys, layers)? {
+    let listed = listed(keys, layers)?;
+    // Whichever layers have such a window, it hides nothing; but windowed layers of one family have
+    // rotary positions of their own, however wide it is.
+    if said.width.is_some_and(|width| width >= context) && family != Family::Gemma3 {
+        keys.ignore("sliding_window", "is no shorter than the context");
+        return Ok(None);
+    }
+    let windowed = match listed {
         None => said.layers,
         Some(listed) => match said.by.filter(|_| listed != said.layers) {
             Some(by) => {
@@ -51,12 +58,11 @@ pub(super) fn of(
             false => Ok(None),
         };
     };
-    // Windowed layers of that family have rotary positions of their own, however wide.
-    if width >= context && family != Family::Gemma3 {
-        keys.ignore("sliding_window", "is no shorter than the context");
+    if !windowed.contains(&true) {
+        keys.ignore("sliding_window", "is of windows, and no layer has one");
         return Ok(None);
     }
-    Ok(windowed.contains(&true).then_some(Window { width, layers: windowed }))
+    Ok(Some(Window { width, layers: windowed }))
 }
 
 /// W: a family's own where the file is silent, none where it says null.
@@ -69,22 +75,33 @@ fn width(keys: &Object) -> Result<Option<usize>> {
 }
 
 /// A family without windows.
-fn without(keys: &Object, layers: usize) -> Result<Said> {
-    if let Some(width) = keys.count("sliding_window")? {
-        let why = format!("is {width}; `llama` has no windows");
-        return Err(keys.refuse("sliding_window", why));
-    }
-    if keys.flag("use_sliding_window")? == Some(true) {
-        return Err(keys.refuse("use_sliding_window", "is true; `llama` has no windows"));
+fn without(keys: &Object, layers: usize, context: usize) -> Result<Said> {
+    let width = keys.count("sliding_window")?;
+    let on = keys.flag("use_sliding_window")?;
+    match (on, width) {
+        (Some(false), Some(_)) => {
+            keys.ignore("sliding_window", "is of windows, and `use_sliding_window` is off");
+        }
+        (None, Some(width)) if width < context => {
+            let why = format!("is {width}; `llama` has no windows");
+            return Err(keys.refuse("sliding_window", why));
+        }
+        (Some(true), width) if width.is_none_or(|width| width < context) => {
+            return Err(keys.refuse("use_sliding_window", "is true; `llama` has no windows"));
+        }
+        (None | Some(_), None | Some(_)) => {}
     }
     keys.ignore("max_window_layers", "is of windows, and there are none");
-    Ok(Said { width: None, layers: vec![false; layers], by: Some("`llama` does") })
+    let width = width.filter(|_| on != Some(false));
+    Ok(Said { width, layers: vec![false; layers], by: Some("`llama` does") })
 }
 
 /// A family whose layers all have the window.
-fn everywhere(keys: &Object, layers: usize) -> Result<Said> {
+fn everywhere(keys: &Object, layers: usize, context: usize) -> Result<Said> {
     let width = width(keys)?;
-    if keys.flag("use_sliding_window")?.is_some_and(|on| on != width.is_some()) {
+    let hides = width.is_some_and(|width| width < context);
+    let contradicts = |on| if on { width.is_none() } else { hides };
+    if keys.flag("use_sliding_window")?.is_some_and(contradicts) {
         let why = "says otherwise than `sliding_window`, which `mistral` goes by";
         return Err(keys.refuse("use_sliding_window", why));
     }
@@ -120,12 +137,12 @@ fn but_each(keys: &Object, layers: usize) -> Result<Said> {
     let or = keys.count(written)?;
     if keys.get("layer_types").is_some() {
         keys.ignore(written, "stands beside `layer_types`, which says it");
-    } else if let (Some(a), Some(b)) = (said, or)
-        && a != b
-    {
-        return Err(keys.refuse(key, format!("is {a}, and `{written}` is {b}")));
+    } else if let Some(b) = or.filter(|b| *b != said.unwrap_or(EACH)) {
+        // Alone it is not read, and what wrote it meant something.
+        let a = said.unwrap_or(EACH);
+        return Err(keys.refuse(written, format!("is {b}, and `{key}` is {a}, given or not")));
     }
-    let each = said.or(or).unwrap_or(EACH);
+    let each = said.unwrap_or(EACH);
     if each == 0 {
         return Err(keys.refuse(key, "is 0"));
     }
