@@ -44,7 +44,7 @@ fn torch_saw_as_much_of_each_family() {
         let model = ModelConfig::from_file(&folder.join("config.json")).unwrap();
         let text = std::fs::read_to_string(folder.join("expected.json")).unwrap();
         let expected: Value = serde_json::from_str(&text).unwrap();
-        let (seen, lora) = (&expected["flops"], &expected["lora"]);
+        let seen = &expected["flops"];
         let total = |case: &str| u128::from(seen[case]["total"].as_u64().unwrap());
         let none = LoraConfig::none();
         let (batch, seq) = (2, 12);
@@ -83,14 +83,47 @@ fn torch_saw_as_much_of_each_family() {
             clip: false,
         };
         assert_eq!(flops(&model, &none, train(true)), total("train_full"), "{name}");
-        let targets: Vec<Projection> = lora["targets"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|target| serde_json::from_value(target.clone()).unwrap())
-            .collect();
-        let lora = LoraConfig::new(&model, 3, 6.0, &targets).unwrap();
+        let lora = adapters(&model, &expected);
         assert_eq!(flops(&model, &lora, train(false)), total("train_lora"), "{name}");
+    }
+}
+
+/// The adapters that a golden model was counted with.
+fn adapters(model: &ModelConfig, expected: &Value) -> LoraConfig {
+    let targets = expected["lora"]["targets"].as_array().unwrap().iter();
+    let targets: Vec<Projection> =
+        targets.map(|target| serde_json::from_value(target.clone()).unwrap()).collect();
+    LoraConfig::new(model, 3, 6.0, &targets).unwrap()
+}
+
+#[test]
+fn torch_saw_checkpointed_layers_and_fused_attention() {
+    let golden_of = |path: PathBuf| -> Value {
+        serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    };
+    let root = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden"));
+    let seen = golden_of(root.join("torch_structures.json"));
+    for folder in golden() {
+        let model = ModelConfig::from_file(&folder.join("config.json")).unwrap();
+        let adapted = adapters(&model, &golden_of(folder.join("expected.json")));
+        let seen = &seen["models"][folder.file_name().unwrap().to_str().unwrap()];
+        for (trained, lora) in [("full", LoraConfig::none()), ("lora", adapted)] {
+            for (kept, recompute) in [("kept", false), ("recompute", true)] {
+                let (batch, seq, accumulate, steps, clip) = (2, 12, 1, 1, false);
+                let full = trained == "full";
+                let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+                let (model, lora, dtype) = (model.clone(), lora.clone(), Dtype::F32);
+                let workload = Workload { model, lora, dtype, task };
+                for structure in [Structure::Torch, Structure::TorchSdpa, Structure::TorchSdpaCpu] {
+                    let cost = count(structure, &workload).unwrap().sum(|_, _| true).unwrap();
+                    let flops = Prices::matmul().flops(&cost).unwrap();
+                    let attention = structure.name().strip_prefix("torch:").unwrap();
+                    let expected = seen[trained][kept][attention].as_u64().unwrap();
+                    let name = folder.display();
+                    assert_eq!(flops, expected.into(), "{name} {trained} {kept} {structure}");
+                }
+            }
+        }
     }
 }
 

@@ -331,3 +331,25 @@ fn sums_past_128_bits_are_refused() {
         }
     }
 }
+
+/// Qwen2.5-7B, all of it trained on 4,096 tokens: what the counter reports by attention, and with
+/// checkpointed layers.
+#[test]
+fn torchs_totals_of_7b_by_attention() {
+    let model = ModelConfig::preset("qwen2.5-7b").unwrap();
+    let total = |structure, recompute| {
+        let (batch, seq, accumulate, steps, full, clip) = (1, 4096, 1, 1, true, true);
+        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+        let lora = LoraConfig::none();
+        let workload = Workload { model: model.clone(), lora, dtype: Dtype::F32, task };
+        priced(structure, &workload, &Prices::matmul()).0
+    };
+    for (structure, recompute, expected) in [
+        (Structure::Torch, false, 193_962_870_571_008),
+        (Structure::Torch, true, 254_152_542_257_152),
+        (Structure::TorchSdpa, false, 197_330_124_931_072),
+        (Structure::TorchSdpaCpu, false, 173_759_344_410_624),
+    ] {
+        assert_eq!(total(structure, recompute), expected, "{structure} {recompute}");
+    }
+}

@@ -91,6 +91,8 @@ pub enum Cause {
     Optimizer,
     /// Layers run forward again.
     Recompute,
+    /// The backward pass of fused attention.
+    FusedBackward,
     /// Gradients' products sum over lengths of their own.
     ShorterSums,
     /// Derivatives of what is no product.
@@ -149,6 +151,7 @@ impl Cause {
             Self::Loss => "loss",
             Self::Optimizer => "optimizer",
             Self::Recompute => "recomputed layers",
+            Self::FusedBackward => "backward of fused attention",
             Self::ShorterSums => "lengths of the sums in gradients",
             Self::Derivatives => "derivatives of what is no matmul",
             Self::SumsOfReaders => "gradients summed where they meet",
@@ -215,6 +218,9 @@ impl Cause {
             Self::Loss => "cross-entropy of every position, and its gradient",
             Self::Optimizer => "norm of the gradients, clipping and AdamW, once a step",
             Self::Recompute => "each layer runs forward again when its gradients are computed",
+            Self::FusedBackward => {
+                "five products: the scores once more, and four gradients whoever needs them"
+            }
             Self::ShorterSums => {
                 "a sum of k products takes k - 1 adds, and gradients sum over rows or outputs"
             }

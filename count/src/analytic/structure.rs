@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-use super::{closed_form, formulas, notebook, torch};
+use super::{
+    closed_form, formulas, notebook,
+    torch::{self, Attention},
+};
 use crate::{error::Result, tally::Tally, workload::Workload};
 
 /// A list of operations. What each of the formulas leaves out is written at its function.
@@ -27,13 +30,20 @@ pub enum Structure {
     MegatronCausal,
     /// Hugging Face Trainer's floating_point_ops: 6 · tokens · non-embedding parameters.
     HfTrainer,
-    /// PyTorch's FlopCounterMode: 2·m·n·k of each matmul dispatched.
+    /// PyTorch's FlopCounterMode: 2·m·n·k of each matmul dispatched, attention product by product.
+    #[cfg_attr(feature = "clap", value(name = "torch:eager", alias = "torch"))]
     Torch,
+    /// The same with fused attention: five products backward.
+    #[cfg_attr(feature = "clap", value(name = "torch:sdpa"))]
+    TorchSdpa,
+    /// The same by a release without a formula for the CPU's fused attention, which counts none.
+    #[cfg_attr(feature = "clap", value(name = "torch:sdpa-cpu"))]
+    TorchSdpaCpu,
 }
 
 impl Structure {
     /// All of them, in the order of the help text.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Exact,
         Self::Notebook,
         Self::SixNd,
@@ -43,6 +53,8 @@ impl Structure {
         Self::MegatronCausal,
         Self::HfTrainer,
         Self::Torch,
+        Self::TorchSdpa,
+        Self::TorchSdpaCpu,
     ];
 
     /// The name on the command line and in JSON.
@@ -56,7 +68,9 @@ impl Structure {
             Self::Megatron => "megatron",
             Self::MegatronCausal => "megatron-causal",
             Self::HfTrainer => "hf-trainer",
-            Self::Torch => "torch",
+            Self::Torch => "torch:eager",
+            Self::TorchSdpa => "torch:sdpa",
+            Self::TorchSdpaCpu => "torch:sdpa-cpu",
         }
     }
 }
@@ -76,6 +90,8 @@ impl Serialize for Structure {
 impl<'de> Deserialize<'de> for Structure {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
         let name = String::deserialize(d)?;
+        // As it was called while it was the only one of PyTorch's.
+        let name = if name == "torch" { Self::Torch.name().into() } else { name };
         let found = Self::ALL.into_iter().find(|structure| structure.name() == name);
         found.ok_or_else(|| D::Error::custom(format!("no structure `{name}`")))
     }
@@ -99,6 +115,8 @@ pub fn count(structure: Structure, workload: &Workload) -> Result<Tally> {
         Structure::Megatron => formulas::megatron(workload),
         Structure::MegatronCausal => formulas::megatron_causal(workload),
         Structure::HfTrainer => formulas::hf_trainer(workload),
-        Structure::Torch => torch::count(workload),
+        Structure::Torch => torch::count(workload, Attention::Eager),
+        Structure::TorchSdpa => torch::count(workload, Attention::Sdpa),
+        Structure::TorchSdpaCpu => torch::count(workload, Attention::Unseen),
     }
 }

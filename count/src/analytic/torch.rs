@@ -4,6 +4,15 @@
 //! Source: torch/utils/flop_counter.py. Autograd computes a product's gradients only towards what
 //! needs one: with a frozen base, weights get none, and up to the lowest adapted layer's input
 //! nothing is computed at all.
+//!
+//! Fused attention (`scaled_dot_product_attention`) is one operation: two products forward, five
+//! backward (the scores once more, and the four gradients, needed or not). Some releases have no
+//! formula for the CPU's, and count none of it.
+//!
+//! The counter is a dispatch mode, which sees what activation checkpointing runs again: of each
+//! layer that gradients reach, the whole forward pass. That is `torch.utils.checkpoint` around each
+//! layer without early stop. With it, which is the default of the non-reentrant kind, a layer's last
+//! product is not run again where nothing after it keeps its output.
 
 use super::{
     moments::Moments,
@@ -17,25 +26,35 @@ use crate::{
     workload::{Task, Workload},
 };
 
-/// A product of the forward pass, and towards which of its two sides a gradient is computed: each
-/// is a product of as many multiply-accumulates.
+/// How the counted program computes attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Attention {
+    /// Product by product.
+    Eager,
+    /// Fused, with a formula for it.
+    Sdpa,
+    /// Fused, without a formula for it.
+    Unseen,
+}
+
+/// A product of the forward pass, and how many of as many multiply-accumulates its gradients take:
+/// one towards each of its sides that needs one.
 struct Product {
     component: Component,
     macs: u128,
-    /// Towards the left side: an activation.
-    left: bool,
-    /// Towards the right side: a weight, or another activation.
-    right: bool,
+    gradients: u128,
 }
 
-/// What is dispatched for `workload`. In a forward pass, that is every matmul that runs, so that
-/// the total is the exact structure's under prices of matmuls alone.
-pub(super) fn count(workload: &Workload) -> Result<Tally> {
+/// What is dispatched for `workload`. In a forward pass of eager attention, that is every matmul
+/// that runs, so that the total is the exact structure's under prices of matmuls alone.
+pub(super) fn count(workload: &Workload, attention: Attention) -> Result<Tally> {
     let Workload { model, lora, task, .. } = workload;
     let mut tally = Tally::default();
-    let (trains, full) = match *task {
-        Task::Train { full, .. } => (true, full),
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => (false, false),
+    let (trains, full, recompute) = match *task {
+        Task::Train { full, recompute, .. } => (true, full, recompute),
+        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => {
+            (false, false, false)
+        }
     };
     let runs = micro_steps(task);
     for (phase, moments) in Moments::of(task, model) {
@@ -46,25 +65,32 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
         let head = Product {
             component: Component::LmHead,
             macs: moments.head_rows * model.hidden_size as u128 * model.vocab_size as u128,
-            left: true,
-            right: full,
+            gradients: 1 + u128::from(full),
         };
-        let mut products = vec![head];
+        let (mut products, mut again) = (vec![head], vec![]);
         // The embedding's output needs a gradient only where the embedding is trained.
         let mut input = full;
         for index in 0..model.num_hidden_layers {
             let scores = model.window_of(index).map_or(moments.whole, |_| moments.windowed);
-            let layer = Layer { model, lora, index, rows: moments.rows, full, products: vec![] };
+            let rows = moments.rows;
+            let layer = Layer { model, lora, index, rows, full, attention, products: vec![] };
             let (of_layer, output) = layer.products(scores.all, input);
+            // Without a gradient for its output, nothing asks for what a layer did not keep.
+            if recompute && output {
+                again.extend(of_layer.iter().map(|product| (product.component, product.macs)));
+            }
             products.extend(of_layer);
             input = output;
+        }
+        for (component, product) in again {
+            let cost = times(runs, macs(product))?;
+            tally.add(Phase::Recompute, component, Sum { calls: 0, cost })?;
         }
         for product in products {
             let one = times(runs, macs(product.macs))?;
             tally.add(phase, product.component, Sum { calls: 0, cost: one })?;
             if trains {
-                let gradients = u128::from(product.left) + u128::from(product.right);
-                let cost = times(gradients, one)?;
+                let cost = times(product.gradients, one)?;
                 tally.add(Phase::Backward, product.component, Sum { calls: 0, cost })?;
             }
         }
@@ -79,6 +105,7 @@ struct Layer<'a> {
     index: usize,
     rows: u128,
     full: bool,
+    attention: Attention,
     products: Vec<Product>,
 }
 
@@ -90,8 +117,7 @@ impl Layer<'_> {
         let q = self.projection(QProj, input);
         let k = self.projection(KProj, input);
         let v = self.projection(VProj, input);
-        let weights = self.attention(scores, q, k);
-        let mixed = self.attention(scores, weights, v);
+        let mixed = self.attention(scores, [q, k, v]);
         let residual = self.projection(OProj, mixed) || input;
         let gate = self.projection(GateProj, residual);
         let up = self.projection(UpProj, residual);
@@ -106,23 +132,36 @@ impl Layer<'_> {
         let adapter = self.lora.at(self.index, projection);
         let component = Component::Proj(projection);
         let macs = self.rows * k * n;
-        self.products.push(Product { component, macs, left: input, right: self.full });
+        let gradients = u128::from(input) + u128::from(self.full);
+        self.products.push(Product { component, macs, gradients });
         if let Some(site) = adapter {
             let r = site.rank as u128;
             let component = Component::Lora(projection);
             // B's input, A x, depends on A, which is trained.
+            let (a, b) = (self.rows * k * r, self.rows * r * n);
             self.products.extend([
-                Product { component, macs: self.rows * k * r, left: input, right: true },
-                Product { component, macs: self.rows * r * n, left: true, right: true },
+                Product { component, macs: a, gradients: u128::from(input) + 1 },
+                Product { component, macs: b, gradients: 2 },
             ]);
         }
         input || self.full || adapter.is_some()
     }
 
-    /// Scores of queries and keys, or values weighted by scores: d a head and score.
-    fn attention(&mut self, scores: u128, left: bool, right: bool) -> bool {
+    /// Scores of queries and keys, and values weighted by scores: d a head and score, each; with
+    /// which of q, k and v need a gradient, and whether the output does.
+    fn attention(&mut self, scores: u128, [q, k, v]: [bool; 3]) -> bool {
         let macs = scores * self.model.q_width() as u128;
-        self.products.push(Product { component: Component::Attention, macs, left, right });
-        left || right
+        let (weights, output) = (q || k, q || k || v);
+        let gradients = match self.attention {
+            Attention::Eager => {
+                [[q, k], [weights, v]].map(|sides| sides.map(u128::from).iter().sum())
+            }
+            Attention::Sdpa => [5 * u128::from(output), 0],
+            Attention::Unseen => return output,
+        };
+        let component = Component::Attention;
+        let product = |gradients| Product { component, macs, gradients };
+        self.products.extend(gradients.map(product));
+        output
     }
 }

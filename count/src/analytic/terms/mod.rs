@@ -68,7 +68,8 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
         Structure::MegatronCausal => {
             vec![pass.all_logits(), pass.windows(), pass.lora(), pass.masked_half()]
         }
-        Structure::Torch => vec![],
+        Structure::Torch | Structure::TorchSdpa => vec![],
+        Structure::TorchSdpaCpu => vec![pass.scores()],
     };
     if !matches!(structure, Structure::Exact | Structure::Notebook) {
         terms.extend(pass.no_arithmetic());
@@ -76,12 +77,9 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
     let runs = runs(task);
     let scaled = |term: Term| term.checked_mul(runs).ok_or_else(overflow);
     let mut terms = terms.into_iter().map(scaled).collect::<Result<Vec<_>, _>>()?;
-    let by_gradient = matches!(structure, Structure::Exact | Structure::Torch);
-    if let (true, Task::Train { full: false, .. }) = (by_gradient, task) {
-        for term in [pass.frozen_weights(), pass.below_adapters()] {
-            terms.push(term.checked_mul(micro_steps(task)).ok_or_else(overflow)?);
-        }
-    }
+    let of_training = pass.gradients(structure)?.into_iter();
+    let scaled = |term: Term| term.checked_mul(micro_steps(task)).ok_or_else(overflow);
+    terms.extend(of_training.map(scaled).collect::<Result<Vec<_>, _>>()?);
     match structure {
         Structure::Exact => terms.extend(pass.beside_the_passes()?),
         // What runs once, not once a pass.

@@ -3,6 +3,7 @@
 use super::{Pass, executed, overflow, tables};
 use crate::{
     analytic::{
+        Structure,
         causes::{Cause, Term},
         closed_form::layers,
         pieces::{macs, micro_steps, only, times},
@@ -17,8 +18,73 @@ use crate::{
 };
 
 impl Pass<'_> {
+    /// What of a training's two backward thirds, of a micro-step, a structure that goes by
+    /// gradients leaves out or adds; nothing of other structures and tasks.
+    pub(super) fn gradients(&self, structure: Structure) -> Result<Vec<Term>> {
+        let Task::Train { full, recompute, .. } = self.workload.task else { return Ok(vec![]) };
+        // The exact structure's recomputed layers are among what it executes beside the passes.
+        let (attention, is_torch) = match structure {
+            Structure::Exact => (true, false),
+            Structure::Torch | Structure::TorchSdpa => (true, true),
+            Structure::TorchSdpaCpu => (false, true),
+            Structure::Notebook
+            | Structure::SixNd
+            | Structure::SixNdNoEmbedding
+            | Structure::Palm
+            | Structure::Megatron
+            | Structure::MegatronCausal
+            | Structure::HfTrainer => return Ok(vec![]),
+        };
+        let mut terms = match full {
+            true => vec![],
+            false => vec![self.frozen_weights(), self.below_adapters(attention)],
+        };
+        if structure == Structure::TorchSdpa {
+            terms.push(self.fused_backward(full));
+        }
+        if is_torch && recompute {
+            terms.push(self.products_again(full, attention)?);
+        }
+        Ok(terms)
+    }
+
+    /// Products of the layers that gradients reach, once more.
+    fn products_again(&self, full: bool, attention: bool) -> Result<Term> {
+        let Workload { model, lora, .. } = self.workload;
+        let reached = Training::new(self.workload, full, self.m).reached();
+        let [_, _, _, _, q, _] = self.sizes();
+        let scores = match attention {
+            true => 0,
+            false => 2 * q * self.m.scores(model, reached.clone()).all,
+        };
+        let mut tally = Tally::default();
+        layers(&mut tally, Phase::Recompute, model, lora, &self.m, reached)?;
+        let all = tally.sum(|_, _| true)?.macs;
+        Ok(Term::more(Cause::Recompute, macs(all - scores)))
+    }
+
+    /// Fused attention's gradients beside the four of eager attention: the scores once more, and in
+    /// the lowest layer what it has no need of.
+    fn fused_backward(&self, full: bool) -> Term {
+        let Workload { model, lora, .. } = self.workload;
+        let [_, _, _, _, q, _] = self.sizes();
+        let reached = Training::new(self.workload, full, self.m).reached();
+        let lowest = reached.clone().next().filter(|_| !full);
+        let extra = |layer: usize| match lowest {
+            Some(lowest) if layer == lowest => match untouched(|p| lora.at(layer, p)) {
+                // It has no gradients at all.
+                4 => 0,
+                needless => 1 + needless,
+            },
+            Some(_) | None => 1,
+        };
+        let scores = |layer: usize| self.m.scores(model, layer..layer + 1).all;
+        let products = reached.map(|layer| extra(layer) * scores(layer)).sum::<u128>();
+        Term::more(Cause::FusedBackward, macs(products * q))
+    }
+
     /// Weight gradients that a frozen base does not need: one product for each of its matrices.
-    pub(super) fn frozen_weights(&self) -> Term {
+    fn frozen_weights(&self) -> Term {
         let [layers, d, f, v, q, kv] = self.sizes();
         let matrices = layers * (2 * d * (q + kv) + 3 * d * f) + d * v;
         Term::less(Cause::FrozenWeights, macs(self.m.rows * matrices))
@@ -71,19 +137,25 @@ impl Pass<'_> {
     }
 
     /// Gradients towards activations that no adapter has touched yet: all of the layers below the
-    /// first that carries one, and in that layer what lies before its adapters.
-    pub(super) fn below_adapters(&self) -> Term {
+    /// first that carries one, and in that layer what lies before its adapters; those of attention
+    /// where it is counted at all.
+    fn below_adapters(&self, attention: bool) -> Term {
         let lora = &self.workload.lora;
         let untouched = self.layers().take_while(|layer| !lora.carries(*layer)).count();
         // So many layers without any, and then the one where the first adapter is.
-        let below = untouched as u128 * self.towards_activations(|_| None);
-        let first = self.towards_activations(|projection| lora.at(untouched, projection));
+        let below = untouched as u128 * self.towards_activations(attention, |_| None);
+        let first =
+            self.towards_activations(attention, |projection| lora.at(untouched, projection));
         Term::less(Cause::BelowAdapters, macs(below + first))
     }
 
     /// Products of one layer towards activations that the adapters `at` its projections, there
     /// being none in any layer below, have not touched.
-    fn towards_activations(&self, at: impl Fn(Projection) -> Option<Site>) -> u128 {
+    fn towards_activations(
+        &self,
+        attention: bool,
+        at: impl Fn(Projection) -> Option<Site>,
+    ) -> u128 {
         let model = &self.workload.model;
         let [_, _, _, _, q, _] = self.sizes();
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
@@ -100,10 +172,15 @@ impl Pass<'_> {
             let adapter = at(projection).map_or(0, |site| site.rank);
             self.m.rows * (k * (n + adapter)) as u128
         });
-        // Of attention: towards queries, keys, weights (from queries and keys) and values.
-        let sides =
-            [touched(&[QProj]), touched(&[KProj]), touched(&[QProj, KProj]), touched(&[VProj])];
-        let untouched = sides.into_iter().filter(|touched| !touched).count() as u128;
-        skipped.sum::<u128>() + untouched * self.m.whole.all * q
+        let scores = if attention { untouched(&at) * self.m.whole.all * q } else { 0 };
+        skipped.sum::<u128>() + scores
     }
+}
+
+/// Products of attention's gradients that the adapters `at` a layer's projections do not ask for:
+/// towards queries, keys, weights (from queries and keys) and values.
+fn untouched(at: impl Fn(Projection) -> Option<Site>) -> u128 {
+    let [q, k, v] =
+        [Projection::QProj, Projection::KProj, Projection::VProj].map(|p| at(p).is_some());
+    [q, k, q || k, v].into_iter().filter(|touched| !touched).count() as u128
 }
