@@ -3,7 +3,7 @@
 use super::{Bound, Ceiling, Energy, Kind, Limits, Measured, Point, Seconds};
 use crate::{
     error::{Error, Result},
-    ledger::Dtype,
+    ledger::{Dtype, Phase},
     prices::Prices,
     workload::Task,
 };
@@ -20,6 +20,7 @@ struct Unit {
     tokens: u64,
     ops: u64,
     flops: u128,
+    recomputed_flops: u128,
     unit_flops: u128,
 }
 
@@ -60,6 +61,8 @@ impl Point {
         let flops_per_s = unit.flops as f64 / time;
         let sheet = ceiling.datasheet.as_ref().and_then(|sheet| sheet.flops_per_s(dtype));
         let tokens_per_s = unit.tokens as f64 / time;
+        let model_flops_per_s = (unit.flops - unit.recomputed_flops) as f64 / time;
+        let recomputes = |share: f64| (unit.recomputed_flops > 0).then_some(share);
         let point = Self {
             workload,
             batch: unit.batch,
@@ -70,11 +73,14 @@ impl Point {
             time_to_first_token_s: (kind == Kind::Prefill).then_some(time),
             time_per_token_s: (kind == Kind::Decode).then_some(time),
             flops: unit.flops,
+            recomputed_flops: unit.recomputed_flops,
             unit_flops: unit.unit_flops,
             flops_per_token: unit.flops as f64 / unit.tokens as f64,
             flops_per_s,
-            mfu_measured: limits.compute_s / time,
-            mfu_datasheet: sheet.map(|peak| flops_per_s / peak),
+            mfu_measured: model_flops_per_s / peak,
+            mfu_datasheet: sheet.map(|peak| model_flops_per_s / peak),
+            hfu_measured: recomputes(limits.compute_s / time),
+            hfu_datasheet: sheet.and_then(|peak| recomputes(flops_per_s / peak)),
             bytes,
             ops: unit.ops,
             bytes_per_s: at_rest / time,
@@ -110,8 +116,9 @@ impl Point {
             let percent = 100.0 * share;
             Err(Error::Ceiling(format!("{percent:.1} % of the {what} cannot be: {why}")).into())
         };
-        if self.mfu_measured > 1.0 {
-            return refuse(format!("measured {name} matmul ceiling"), self.mfu_measured, &slow);
+        let share = self.hfu_measured.unwrap_or(self.mfu_measured);
+        if share > 1.0 {
+            return refuse(format!("measured {name} matmul ceiling"), share, &slow);
         }
         if let Some(share) = self.bandwidth_use.filter(|share| *share > 1.0) {
             return refuse("measured memory bandwidth".into(), share, &slow);
@@ -120,7 +127,7 @@ impl Point {
             let share = self.roofline_share;
             return refuse("speed that the measured dispatch allows".into(), share, &slow);
         }
-        match (self.mfu_datasheet, &ceiling.datasheet) {
+        match (self.hfu_datasheet.or(self.mfu_datasheet), &ceiling.datasheet) {
             (Some(share), Some(sheet)) if share > 1.0 => {
                 let why = format!(
                     "the entry `{}` ({}) is not of this device, or clocked lower",
@@ -160,6 +167,7 @@ impl Unit {
         let of_unit = executed.iter().filter(|(phase, ..)| kind.counts(*phase));
         let calls: u128 = of_unit.map(|(_, _, sum)| sum.calls).sum();
         let cost = executed.sum(|phase, _| kind.counts(phase))?;
+        let again = executed.sum(|phase, _| kind.counts(phase) && phase == Phase::Recompute)?;
         let share = |total: u128| {
             let units = u128::from(measured.units);
             anyhow::ensure!(total.is_multiple_of(units), "units of one benchmark differ");
@@ -172,6 +180,7 @@ impl Unit {
             tokens: batch * seq,
             ops: u64::try_from(share(calls)?)?,
             flops: share(Prices::matmul().flops(&cost)?)?,
+            recomputed_flops: share(Prices::matmul().flops(&again)?)?,
             unit_flops: share(Prices::unit().flops(&cost)?)?,
         })
     }
@@ -184,7 +193,7 @@ mod tests {
         audit::Audit,
         bench::{Datasheet, DeviceInfo, MatmulRate, Peak, SCHEMA_VERSION, Stream},
         config::{LoraConfig, ModelConfig},
-        ledger::{Key, Ledger, Module, Op, Phase, Scope},
+        ledger::{Key, Ledger, Module, Op, Scope},
         workload::{Sampling, Workload},
     };
 
@@ -262,6 +271,29 @@ mod tests {
         let energy = point.energy.unwrap();
         assert_eq!((energy.joules, energy.tokens_per_joule), (2.0, 0.5));
         assert_eq!((energy.flop_per_joule, energy.watts), (5000.0, 2.0));
+    }
+
+    /// Two training steps of a second each, whose layer runs again: what the model asks for is two
+    /// products of three.
+    #[test]
+    fn what_is_recomputed_is_of_the_hardware_and_not_of_the_model() {
+        let mut ledger = Ledger::default();
+        let scope = Scope { layer: Some(0), module: Module::SelfAttn };
+        for phase in [Phase::Forward, Phase::Recompute, Phase::BackwardX] {
+            let op = Op::Matmul { b: 1, m: 1, k: 100, n: 20 };
+            ledger.add(Key { phase, scope, op, dtype: Dtype::F32 }, 2, Default::default());
+        }
+        let (batch, seq, accumulate, steps) = (1, 7, 1, 2);
+        let (full, recompute, clip) = (true, true, false);
+        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+        let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
+        let Measured { workload, .. } = measured();
+        let workload = Workload { task, ..workload };
+        let measured = Measured { workload, ledger, audit, ..measured() };
+        let point = Point::new(Kind::Train, measured, &ceiling()).unwrap();
+        assert_eq!((point.flops, point.recomputed_flops), (12_000, 4000));
+        assert_eq!((point.mfu_measured, point.hfu_measured), (0.4, Some(0.6)));
+        assert_eq!(point.hfu_datasheet, None);
     }
 
     #[test]

@@ -153,16 +153,29 @@ pub struct Point {
     pub time_per_token_s: Option<f64>,
     /// FLOPs of a unit, matrix products alone.
     pub flops: u128,
+    /// Those of `flops` that run layers again for their gradients. The device works for them; the
+    /// model does not ask for them.
+    #[serde(default)]
+    pub recomputed_flops: u128,
     /// FLOPs of a unit with every primitive at 1, comparisons and sign changes free.
     pub unit_flops: u128,
     /// `flops` over `tokens`.
     pub flops_per_token: f64,
     /// Matrix products' FLOPs a second.
     pub flops_per_s: f64,
-    /// That over the measured ceiling of its element type, in 0..=1.
+    /// Model FLOPs utilization, in 0..=1: `flops` less `recomputed_flops` a second, over the measured
+    /// ceiling of the element type. Source: Chowdhery et al. 2022, *PaLM* (arXiv 2204.02311),
+    /// appendix B, with the products that ran in place of 6N + 12·L·H·Q·T.
     pub mfu_measured: f64,
-    /// That over the maker's, where it is known.
+    /// The same over the maker's peak, where it is known.
     pub mfu_datasheet: Option<f64>,
+    /// Hardware FLOPs utilization, in 0..=1: all of `flops` a second over the measured ceiling, where
+    /// layers are recomputed; elsewhere it is the MFU.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hfu_measured: Option<f64>,
+    /// The same over the maker's peak, where it is known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub hfu_datasheet: Option<f64>,
     /// Bytes that a unit's ops read and write. Rates below are of weights and cache, which come
     /// from memory; activations may stay in the chip's caches from op to op.
     pub bytes: Traffic,
@@ -197,7 +210,7 @@ pub struct Point {
 
 impl Point {
     /// Every time and rate but `seconds`, under its key; 0 for what is not there.
-    fn figures(&self) -> [(&'static str, f64); 19] {
+    fn figures(&self) -> [(&'static str, f64); 21] {
         let or_0 = |figure: Option<f64>| figure.unwrap_or(0.0);
         let energy = |of: fn(&Energy) -> f64| self.energy.as_ref().map_or(0.0, of);
         [
@@ -208,6 +221,8 @@ impl Point {
             ("flops_per_s", self.flops_per_s),
             ("mfu_measured", self.mfu_measured),
             ("mfu_datasheet", or_0(self.mfu_datasheet)),
+            ("hfu_measured", or_0(self.hfu_measured)),
+            ("hfu_datasheet", or_0(self.hfu_datasheet)),
             ("bytes_per_s", self.bytes_per_s),
             ("bandwidth_use", or_0(self.bandwidth_use)),
             ("intensity", self.intensity),

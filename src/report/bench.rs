@@ -10,10 +10,16 @@ use super::{
 use crate::{
     bench::{BenchReport, Ceiling, Comparison, DeviceInfo, Kind, Point, Verdict},
     error::Result,
+    workload::Task,
 };
 
 /// A column: its heading, and a point's cell.
 type Column = (&'static str, fn(&Point, Figures) -> String);
+
+/// Whether layers run again for their gradients.
+fn recomputes(point: &Point) -> bool {
+    matches!(point.workload.task, Task::Train { recompute: true, .. })
+}
 
 /// The columns that `report` fills.
 fn columns(report: &BenchReport) -> Vec<Column> {
@@ -25,6 +31,9 @@ fn columns(report: &BenchReport) -> Vec<Column> {
     let mut columns: Vec<Column> = vec![("dtype", |p, _| p.workload.dtype.name().into())];
     if any(|p| p.workload.lora.rank > 0) {
         columns.push(("LoRA", |p, _| p.workload.lora.rank.to_string()));
+    }
+    if any(recomputes) {
+        columns.push(("recompute", |p, _| if recomputes(p) { "yes" } else { "no" }.into()));
     }
     columns
         .extend([("batch", (|p, _| p.batch.to_string()) as fn(&Point, Figures) -> String), length]);
@@ -46,6 +55,9 @@ fn columns(report: &BenchReport) -> Vec<Column> {
         ("FLOP/s", |p, _| human(p.flops_per_s)),
         ("MFU", |p, _| share(p.mfu_measured)),
     ]);
+    if any(|p| p.hfu_measured.is_some()) {
+        columns.push(("HFU", |p, _| share(p.hfu_measured.unwrap_or(p.mfu_measured))));
+    }
     if any(|p| p.mfu_datasheet.is_some()) {
         columns.push(("of datasheet", |p, _| p.mfu_datasheet.map_or("-".into(), share)));
     }
@@ -273,7 +285,7 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
 /// A field of the CSV: its name, and a point's value; empty where there is none.
 type Field = (&'static str, fn(&Point) -> String);
 
-const FIELDS: [Field; 37] = [
+const FIELDS: [Field; 40] = [
     ("dtype", |p| p.workload.dtype.name().into()),
     ("lora_rank", |p| p.workload.lora.rank.to_string()),
     ("batch", |p| p.batch.to_string()),
@@ -293,6 +305,9 @@ const FIELDS: [Field; 37] = [
     ("flops_per_s", |p| p.flops_per_s.to_string()),
     ("mfu_measured", |p| p.mfu_measured.to_string()),
     ("mfu_datasheet", |p| optional(p.mfu_datasheet)),
+    ("recomputed_flops", |p| p.recomputed_flops.to_string()),
+    ("hfu_measured", |p| optional(p.hfu_measured)),
+    ("hfu_datasheet", |p| optional(p.hfu_datasheet)),
     ("weights_bytes", |p| p.bytes.weights.to_string()),
     ("kv_cache_bytes", |p| p.bytes.kv_cache.to_string()),
     ("activations_bytes", |p| p.bytes.activations.to_string()),

@@ -276,6 +276,9 @@ fn speed_table(report: &BenchReport) -> Table {
         ("FLOP/s", |p| large(p.flops_per_s, "FLOP/s")),
         ("MFU", |p| Cell::share(p.mfu_measured)),
     ]);
+    if any(|p| p.hfu_measured.is_some()) {
+        columns.push(("HFU", |p| Cell::share(p.hfu_measured.unwrap_or(p.mfu_measured))));
+    }
     if any(|p| p.mfu_datasheet.is_some()) {
         columns.push(("of datasheet", |p| optional(p.mfu_datasheet, Cell::share)));
     }
