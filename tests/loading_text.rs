@@ -436,7 +436,14 @@ fn a_checkpoints_sampling_is_taken_whole_or_refused_by_name() {
                 "suppress_tokens": [], "_from_model_config": true}),
             Ok(Sampling::GREEDY),
         ),
-        (json!({"min_p": 0.05}), Err("`min_p` is 0.05, which is not supported")),
+        // What narrows a draw does nothing without one, and what is off does nothing at all.
+        (json!({"min_p": 0.05, "typical_p": 0.9}), Ok(Sampling::GREEDY)),
+        (
+            json!({"trust_remote_code": false, "new": null, "other": [], "_name": 3}),
+            Ok(Sampling::GREEDY),
+        ),
+        (json!({"trust_remote_code": true}), Err("`trust_remote_code` is unknown")),
+        (json!({"do_sample": true, "min_p": 0.05}), Err("`min_p` is 0.05, which is not supported")),
         (json!({"num_beams": 4}), Err("`num_beams` is 4, which is not supported")),
         (json!({"suppress_tokens": [0]}), Err("`suppress_tokens` is [0], which is not")),
         (json!({"forced_bos_token_id": 0}), Err("`forced_bos_token_id` is 0, which is not")),
