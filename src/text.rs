@@ -4,6 +4,7 @@ mod added;
 mod chat;
 mod framing;
 mod gguf;
+mod special;
 mod stand_in;
 mod stream;
 mod suggested;
@@ -23,7 +24,7 @@ use crate::{
     weights::Metadata,
 };
 
-use self::chat::Templates;
+use self::{chat::Templates, special::Special};
 pub use self::{
     chat::{Chat, Message},
     stream::Stream,
@@ -70,7 +71,7 @@ impl Text {
     }
 
     /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
-    /// generation_config.json and chat templates. `vocab` is the model's, in tokens.
+    /// special_tokens_map.json, generation_config.json and chat templates. `vocab` is the model's, in tokens.
     ///
     /// # Errors
     /// No tokenizer.json, a malformed file, or more tokens than the model has.
@@ -88,15 +89,20 @@ impl Text {
         tokenizer.with_padding(None);
 
         let config_file = dir.join("tokenizer_config.json");
-        let config = read_json(&config_file)?.unwrap_or_default();
-        added::recognise(&mut tokenizer, &config)
-            .and_then(|()| framing::complete(&mut tokenizer, &config))
+        let mut config = read_json(&config_file)?.unwrap_or_default();
+        special::merge_map(dir, &mut config)?;
+        let special = Special::of(&config)
+            .and_then(|special| {
+                added::recognise(&mut tokenizer, &config, &special)?;
+                framing::complete(&mut tokenizer, &config)?;
+                Ok(special)
+            })
             .map_err(|why| Error::File { file: config_file, why })?;
         let eos_token = config.get("eos_token").and_then(token_text);
         let document = eos_token.and_then(|token| tokenizer.token_to_id(token));
         let generation = eos_ids(dir)?.unwrap_or_else(|| document.into_iter().collect());
         let ends = Ends { generation, document };
-        let chat = Templates::from_directory(dir, &config)?;
+        let chat = Templates::from_directory(dir, &config, special.texts())?;
         let suggested = Suggested::of_directory(dir)?;
         Ok(Self { chat, suggested, ..Self::new(tokenizer, ends, vocab, &file)? })
     }
@@ -120,9 +126,7 @@ impl Text {
         for id in [Ok(roles.eos)].into_iter().chain(turns).chain(named.map(Ok)) {
             generation.extend(id?.filter(|id| !generation.contains(id)));
         }
-        let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
-        let tokens = [("bos_token", token(roles.bos)), ("eos_token", token(roles.eos))];
-        let chat = Templates::from_gguf(metadata, tokens)?;
+        let chat = Templates::from_gguf(metadata, gguf::special(metadata, &tokenizer, &roles)?)?;
         let suggested = Suggested::of_gguf(metadata)?;
         let ends = Ends { generation, document: roles.eos };
         Ok(Self { chat, suggested, ..Self::new(tokenizer, ends, vocab, metadata.file())? })
@@ -191,7 +195,10 @@ impl Text {
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.tokens(text, true)?;
         let end = self.ends.document.or(self.ends.generation.first().copied());
-        ids.extend(end.filter(|end| ids.last() != Some(end)));
+        if let Some(end) = end.filter(|end| ids.last() != Some(end)) {
+            self.check(end, "ends with")?;
+            ids.push(end);
+        }
         Ok(ids)
     }
 
@@ -202,17 +209,28 @@ impl Text {
                     Error::Prompt(format!("cannot be tokenized: {}", first_line(&e)))
                 })?;
                 let ids = encoding.get_ids();
-                let beyond = ids.iter().find(|id| **id as usize >= self.vocab);
-                let Some(&id) = beyond else { return Ok(ids.to_vec()) };
-                let token = tokenizer.id_to_token(id).unwrap_or_default();
-                let why = format!("holds `{token}`, a token that the model does not have");
-                Err(Error::Prompt(why).into())
+                ids.iter().try_for_each(|id| self.check(*id, "holds"))?;
+                Ok(ids.to_vec())
             }
             Model::Bytes => {
                 let fold = |byte| (usize::from(byte) % self.vocab.max(1)) as u32;
                 Ok(text.bytes().map(fold).collect())
             }
         }
+    }
+
+    /// Refuses a token that the model does not have, in a text that `has` it.
+    fn check(&self, id: u32, has: &str) -> Result<()> {
+        if (id as usize) < self.vocab {
+            return Ok(());
+        }
+        let token = match &self.model {
+            Model::Tokenizer(tokenizer) => tokenizer.id_to_token(id),
+            Model::Bytes => None,
+        };
+        let token = token.unwrap_or_else(|| id.to_string());
+        let why = format!("{has} `{token}`, a token that the model does not have");
+        Err(Error::Prompt(why).into())
     }
 
     /// Text of `ids`; what is no valid UTF-8 becomes U+FFFD, an id without a token nothing.

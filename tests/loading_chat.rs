@@ -202,6 +202,35 @@ fn expressions_give_what_jinja2_gives_or_are_refused() {
     assert!(refused.is_empty(), "{} refused\n{}", refused.len(), refused.join("\n"));
 }
 
+#[test]
+fn what_would_take_all_memory_or_time_is_one_line() {
+    let chat = conversation(r#"{"messages": [{"role": "user", "content": "a"}]}"#).unwrap();
+    for (source, why) in [
+        ("{{ '%999999999d' % 3 }}", "a width or precision of 999999999 is more than"),
+        ("{{ '%.999999999f' % 3.0 }}", "a width or precision of 999999999 is more than"),
+        ("{{ '%*d' % (999999999, 3) }}", "a width or precision of 999999999 is more than"),
+        ("{{ '%99999999999999999999999d'|format(3) }}", "is more than"),
+        ("{{ 'x'.center(99999999999) }}", "are too many"),
+        ("{{ 'x'|indent(999999999) }}", "a width of 999999999 is more than"),
+        ("{{ [1]|batch(999999999, 0)|list }}", "items are more than"),
+        ("{{ [1]|slice(999999999)|list }}", "items are more than"),
+        ("{{ 'a' * 1000000000 }}", "too large"),
+        ("{{ [0] * 1000000000 }}", "too large"),
+        ("{{ 10**10000 }}", ""),
+        ("{{ range(10**9)|length }}", "more than 100000 items"),
+        ("{{ -170141183460469231731687303715884105728 % 0 }}", "% by zero"),
+        ("{{ 1 % 170141183460469231731687303715884105729 }}", "more than 127 bits"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        (r#"{{ "\N{BULLET}" }}"#, "write the character itself (its line 1)"),
+        (r#"{{ "\ud83d" }}"#, "is no whole character (its line 1)"),
+    ] {
+        let error = one_line(&text(source).render(&chat, true).unwrap_err());
+        assert!(error.contains(why), "{source}: {error}");
+    }
+    let least = text("{{ -170141183460469231731687303715884105728 % -1 }}");
+    assert_eq!(least.render(&chat, true).unwrap(), "0");
+}
+
 /// How the rows of a table look: what counts under `--mask-prompt` is in brackets.
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + \
                       '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}\

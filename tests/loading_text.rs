@@ -169,6 +169,15 @@ fn the_beginning_of_a_sequence_comes_first_where_the_checkpoint_says_so() {
     let no = Some(Value::Bool(false));
     assert_eq!(ids(&[("add_bos_token", no), ("bos_token_id", id(268))]), plain);
     gguf_case(dir.path(), &[("add_bos_token", yes)]);
+    let why = "`tokenizer.ggml.bos_token_id` is missing, and `tokenizer.ggml.add_bos_token` asks";
+    refused(dir.path(), line, &[why]);
+    gguf_case(dir.path(), &[("pre", Some(Value::String("llama-bpe".into())))]);
+    let why = "`tokenizer.ggml.bos_token_id` is missing, and `tokenizer.ggml.pre` asks for that";
+    refused(dir.path(), line, &[why]);
+    gguf_case(
+        dir.path(),
+        &[("add_bos_token", Some(Value::Bool(true))), ("bos_token_id", id(9999))],
+    );
     refused(dir.path(), line, &["`tokenizer.ggml.bos_token_id` names no token"]);
 
     // transformers': a post-processor in tokenizer.json.
@@ -245,7 +254,8 @@ fn flags_and_post_processor_agree_or_are_refused() {
             Err("`add_bos_token` is true for the `bos_token` `<|im_end|>`, but the post_processor"),
         ),
         (none, json!({add_bos: true, "bos_token": null}), Err("and there is no `bos_token`")),
-        (none, json!({add_bos: true, "bos_token": "<s>"}), Err("`<s>`, which is no token")),
+        // A name that tokenizer.json does not have is a token of its own.
+        (none, json!({add_bos: true, "bos_token": "<s>"}), Ok(&[258, 39, 72])),
         (none, json!({add_bos: "yes"}), Err("`add_bos_token` is neither true nor false")),
     ] {
         match (framed(processor, config.clone()), expected) {
@@ -282,6 +292,152 @@ fn tokens_listed_beside_the_tokenizer_are_recognised() {
     }
     let error = framed(&Json::Null, json!({"split_special_tokens": true})).unwrap_err();
     assert!(one_line(&error).contains("`split_special_tokens` is true, which is not supported"));
+}
+
+/// The case `base` with these files of its tokenizer; what cannot be read is a line.
+fn special(config: &Json, map: Option<&Json>, vocab: usize) -> Result<Text, String> {
+    let dir = tmp();
+    fs::copy(format!("{CASES}/base/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    if let Some(map) = map {
+        fs::write(dir.path().join("special_tokens_map.json"), map.to_string()).unwrap();
+    }
+    Text::from_directory(dir.path(), vocab).map_err(|error| one_line(&error))
+}
+
+#[test]
+fn special_tokens_are_those_that_transformers_finds() {
+    const TEMPLATE: &str =
+        "{{ bos_token }},{{ eos_token }},{{ pad_token }},{{ image_token }},{{ x_token }}";
+    let [im_end, im_start, end] = ["<|im_end|>", "<|im_start|>", "<|endoftext|>"];
+    // (config, map, the ids of `<x>`, `<y>` and `Hello` or None where they are text, the names), as
+    // transformers' PreTrainedTokenizerFast has them.
+    type Ids = [Option<u32>; 3];
+    let none: Ids = [None; 3];
+    let (x, y): (Ids, Ids) = ([Some(261), None, None], [None, Some(261), None]);
+    let both = [Some(261), Some(262), None];
+    for (mut config, map, ids, names) in [
+        (json!({}), None, none, ",,,,"),
+        (
+            json!({}),
+            Some(json!({"bos_token": end, "eos_token": {"content": im_end, "lstrip": false}})),
+            none,
+            "<|endoftext|>,<|im_end|>,,,",
+        ),
+        // The map takes the config's place, unless there is an added_tokens_decoder.
+        (
+            json!({"eos_token": end, "bos_token": im_start}),
+            Some(json!({"eos_token": im_end, "bos_token": null})),
+            none,
+            ",<|im_end|>,,,",
+        ),
+        (
+            json!({"eos_token": end, "added_tokens_decoder": {}}),
+            Some(json!({"eos_token": im_end, "bos_token": im_start})),
+            none,
+            ",<|endoftext|>,,,",
+        ),
+        (json!({"additional_special_tokens": ["<x>", "<y>"]}), None, both, ",,,,"),
+        (json!({"additional_special_tokens": [im_start]}), None, none, ",,,,"),
+        (json!({"extra_special_tokens": ["<x>"]}), None, x, ",,,,"),
+        (json!({"extra_special_tokens": {"x_token": "<x>"}}), None, x, ",,,,<x>"),
+        (json!({"image_token": "<x>"}), None, x, ",,,<x>,"),
+        (
+            json!({"extra_special_tokens": ["<x>"], "additional_special_tokens": ["<y>"]}),
+            None,
+            x,
+            ",,,,",
+        ),
+        (
+            json!({"extra_special_tokens": {"x_token": "<x>"}, "additional_special_tokens": ["<y>"]}),
+            None,
+            both,
+            ",,,,<x>",
+        ),
+        (
+            json!({"pad_token": "<y>", "eos_token": "<x>", "image_token": "Hello"}),
+            None,
+            [Some(261), Some(262), Some(263)],
+            ",<x>,<y>,Hello,",
+        ),
+        (json!({}), Some(json!({"additional_special_tokens": ["<y>"]})), y, ",,,,"),
+        (
+            json!({"additional_special_tokens": ["<x>"]}),
+            Some(json!({"additional_special_tokens": ["<y>"]})),
+            x,
+            ",,,,",
+        ),
+        (
+            json!({"additional_special_tokens": ["<x>"]}),
+            Some(json!({"extra_special_tokens": ["<y>"]})),
+            both,
+            ",,,,",
+        ),
+        (json!({"image_token": "<x>"}), Some(json!({"image_token": "<y>"})), x, ",,,<x>,"),
+    ] {
+        config["chat_template"] = TEMPLATE.into();
+        let text = special(&config, map.as_ref(), 1024).unwrap();
+        for (token, id) in ["<x>", "<y>", "Hello"].into_iter().zip(ids) {
+            let found = text.encode(token).unwrap();
+            let bytes: Vec<u32> = token.bytes().map(u32::from).collect();
+            assert_eq!(found, id.map_or(bytes, |id| vec![id]), "{token} of {config}");
+        }
+        assert_eq!(text.chat(None, "").unwrap(), names, "{config}");
+    }
+    // The document's end and the flags know of the map too.
+    let map = json!({"bos_token": end, "eos_token": im_end});
+    let text = special(&json!({"add_bos_token": true}), Some(&map), 1024).unwrap();
+    let id = |token: &str| text.encode(token).unwrap()[0];
+    assert_eq!(text.encode_document("a").unwrap(), [id(end), 97, id(im_end)]);
+    // A space before the token is part of it where its flag says so.
+    let stripped = json!({"eos_token": {"content": "<x>", "lstrip": true, "normalized": false}});
+    assert_eq!(special(&stripped, None, 1024).unwrap().encode("a <x>").unwrap(), [97, 261]);
+}
+
+#[test]
+fn what_no_tokenizer_can_be_is_refused_by_name() {
+    for (config, map, why) in [
+        (json!({"pad_token": 5}), None, "tokenizer_config.json: `pad_token` is 5, which is no tok"),
+        (json!({"extra_special_tokens": 1}), None, "`extra_special_tokens` is neither a list"),
+        (json!({"additional_special_tokens": [1]}), None, "holds 1, which is no token"),
+        (json!({}), Some(json!([])), "special_tokens_map.json: is no JSON object"),
+        (json!({}), Some(json!({"eos_token": 1})), "special_tokens_map.json: `eos_token` is 1"),
+        (
+            json!({"add_prefix_space": true}),
+            None,
+            "`add_prefix_space` is true, but tokenizer.json adds no space",
+        ),
+        (json!({"add_prefix_space": 1}), None, "`add_prefix_space` is 1, neither true nor false"),
+    ] {
+        let error = special(&config, map.as_ref(), 1024).unwrap_err();
+        assert!(error.contains(why), "{error}");
+    }
+    special(&json!({"add_prefix_space": false}), None, 1024).unwrap();
+    // A token that is added beyond the model's own is refused where a text has it.
+    let text = special(&json!({"eos_token": "<x>"}), None, 261).unwrap();
+    for error in [text.encode("<x>").unwrap_err(), text.encode_document("a").unwrap_err()] {
+        assert!(one_line(&error).contains("`<x>`, a token that the model does not have"));
+    }
+}
+
+#[test]
+fn a_ggufs_template_knows_its_special_tokens() {
+    let dir = tmp();
+    let template = "{{ pad_token }},{{ unk_token }},{{ mask_token }},{{ eos_token }}";
+    let id = |id| Some(Value::U32(id));
+    gguf_case(dir.path(), &[("padding_token_id", id(268)), ("unknown_token_id", id(269))]);
+    let file = dir.path().join("m.gguf");
+    let mut text = open(&file).unwrap().text;
+    fs::write(dir.path().join("a.jinja"), template).unwrap();
+    text.choose_template(dir.path().join("a.jinja").to_str().unwrap()).unwrap();
+    let token = |id: u32| text.decode(&[id], false).unwrap();
+    let names = format!("{},{},,{}", token(268), token(269), token(270));
+    assert_eq!(text.chat(None, "").unwrap(), names);
+    // What templates are given is not listed as unused.
+    let line = "eval --model m.gguf --data data.txt --seq 8 --json";
+    fs::write(dir.path().join("data.txt"), "Some text.").unwrap();
+    let ignored = run(dir.path(), line)["ignored"].to_string();
+    assert!(!ignored.contains("padding_token_id"), "{ignored}");
 }
 
 #[test]
@@ -436,7 +592,14 @@ fn a_checkpoints_sampling_is_taken_whole_or_refused_by_name() {
                 "suppress_tokens": [], "_from_model_config": true}),
             Ok(Sampling::GREEDY),
         ),
-        (json!({"min_p": 0.05}), Err("`min_p` is 0.05, which is not supported")),
+        // What narrows a draw does nothing without one, and what is off does nothing at all.
+        (json!({"min_p": 0.05, "typical_p": 0.9}), Ok(Sampling::GREEDY)),
+        (
+            json!({"trust_remote_code": false, "new": null, "other": [], "_name": 3}),
+            Ok(Sampling::GREEDY),
+        ),
+        (json!({"trust_remote_code": true}), Err("`trust_remote_code` is unknown")),
+        (json!({"do_sample": true, "min_p": 0.05}), Err("`min_p` is 0.05, which is not supported")),
         (json!({"num_beams": 4}), Err("`num_beams` is 4, which is not supported")),
         (json!({"suppress_tokens": [0]}), Err("`suppress_tokens` is [0], which is not")),
         (json!({"forced_bos_token_id": 0}), Err("`forced_bos_token_id` is 0, which is not")),

@@ -5,7 +5,10 @@
 //! ```
 
 mod clock;
+mod compare;
 mod display;
+mod escapes;
+mod format;
 mod mask;
 mod methods;
 mod python;

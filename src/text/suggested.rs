@@ -30,6 +30,8 @@ enum Role {
     Taken,
     /// It asks for what is not supported, unless it is null, false, empty or this number.
     Off(f64),
+    /// The same, of what narrows a draw: it does nothing where the likeliest token is taken.
+    Drawn(f64),
     /// It chooses nothing: it is about lengths, output or other tokens, or refines what is off.
     Idle,
 }
@@ -42,11 +44,11 @@ const ROLES: [(&str, Role); 60] = [
     ("top_p", Role::Taken),
     ("repetition_penalty", Role::Taken),
     ("eos_token_id", Role::Taken),
-    ("min_p", Role::Off(0.0)),
-    ("top_h", Role::Off(0.0)),
-    ("typical_p", Role::Off(1.0)),
-    ("epsilon_cutoff", Role::Off(0.0)),
-    ("eta_cutoff", Role::Off(0.0)),
+    ("min_p", Role::Drawn(0.0)),
+    ("top_h", Role::Drawn(0.0)),
+    ("typical_p", Role::Drawn(1.0)),
+    ("epsilon_cutoff", Role::Drawn(0.0)),
+    ("eta_cutoff", Role::Drawn(0.0)),
     ("presence_penalty", Role::Off(0.0)),
     ("frequency_penalty", Role::Off(0.0)),
     ("encoder_repetition_penalty", Role::Off(1.0)),
@@ -154,7 +156,7 @@ impl Suggested {
     pub fn shown(&self) -> Vec<String> {
         let chooses = |key: &str| match role(key) {
             Some(Role::Taken) => key != "eos_token_id",
-            Some(Role::Off(_)) | None => !key.starts_with('_'),
+            Some(Role::Off(_) | Role::Drawn(_)) | None => !key.starts_with('_'),
             Some(Role::Idle) => false,
         };
         let shown = self.values.iter().filter(|(key, _)| chooses(key));
@@ -167,14 +169,14 @@ impl Suggested {
     /// # Errors
     /// A value that cannot be honoured, or a key that nobody knows, by name.
     pub fn sampling(&self) -> Result<Sampling> {
-        self.values.iter().try_for_each(|(key, value)| self.check(key, value))?;
-        let repeat_penalty = self.number("repetition_penalty")?.unwrap_or(1.0);
-        let greedy = Sampling { repeat_penalty, ..Sampling::GREEDY };
         let draws = match self.get("do_sample") {
             None => false,
             Some(Json::Bool(draws)) => *draws,
             Some(_) => return Err(self.bad("do_sample", "is neither true nor false")),
         };
+        self.values.iter().try_for_each(|(key, value)| self.check(key, value, draws))?;
+        let repeat_penalty = self.number("repetition_penalty")?.unwrap_or(1.0);
+        let greedy = Sampling { repeat_penalty, ..Sampling::GREEDY };
         if !draws {
             return self.valid(greedy);
         }
@@ -191,12 +193,17 @@ impl Suggested {
         self.valid(Sampling { temperature, top_k, top_p, repeat_penalty })
     }
 
-    fn check(&self, key: &str, value: &Json) -> Result<()> {
+    /// Refuses a value that would change the choice. A key that nobody knows may, unless its value
+    /// says that it is off.
+    fn check(&self, key: &str, value: &Json, draws: bool) -> Result<()> {
         match role(key) {
             Some(Role::Taken | Role::Idle) => Ok(()),
-            Some(Role::Off(harmless)) if is_off(value, *harmless) => Ok(()),
-            Some(Role::Off(_)) => Err(self.bad(key, format!("is {value}, which is not supported"))),
-            None if key.starts_with('_') => Ok(()),
+            Some(Role::Drawn(_)) if !draws => Ok(()),
+            Some(Role::Off(harmless) | Role::Drawn(harmless)) if is_off(value, *harmless) => Ok(()),
+            Some(Role::Off(_) | Role::Drawn(_)) => {
+                Err(self.bad(key, format!("is {value}, which is not supported")))
+            }
+            None if key.starts_with('_') || is_off(value, f64::NAN) => Ok(()),
             None => Err(self.bad(key, "is unknown, and may change how tokens are chosen")),
         }
     }

@@ -155,6 +155,7 @@ mod online {
         fetch("tokenizer.json")?;
         for name in [
             "tokenizer_config.json",
+            "special_tokens_map.json",
             "generation_config.json",
             "chat_template.jinja",
             "chat_template.json",

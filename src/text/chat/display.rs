@@ -21,7 +21,29 @@ impl Object for Unshown {
     }
 }
 
-fn is_unshown(value: &Value) -> bool {
+/// One group of `groupby`: a pair, whose parts have names too.
+#[derive(Debug)]
+pub(super) struct Group(pub(super) [Value; 2]);
+
+impl Object for Group {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        match (key.as_usize(), key.as_str()) {
+            (Some(0), _) | (_, Some("grouper")) => Some(self.0[0].clone()),
+            (Some(1), _) | (_, Some("list")) => Some(self.0[1].clone()),
+            _ => None,
+        }
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(2)
+    }
+}
+
+pub(super) fn is_unshown(value: &Value) -> bool {
     value.downcast_object_ref::<Unshown>().is_some()
 }
 
@@ -48,10 +70,11 @@ pub(super) fn repr(value: &Value) -> Result<String, Error> {
         ValueKind::Iterable if is_unshown(value) => refuse("a sequence that is no list"),
         ValueKind::Seq | ValueKind::Iterable => {
             let items = items(value)?;
-            let one = value.is_tuple() && items.len() == 1;
+            let tuple = value.is_tuple() || value.downcast_object_ref::<Group>().is_some();
+            let one = items.len() == 1;
             let items: Result<Vec<_>, _> = items.iter().map(repr).collect();
             let items = items?.join(", ");
-            Ok(match (value.is_tuple(), one) {
+            Ok(match (tuple, one) {
                 (true, true) => format!("({items},)"),
                 (true, false) => format!("({items})"),
                 (false, _) => format!("[{items}]"),

@@ -57,7 +57,7 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>, 
         "split" | "rsplit" => split(text, name == "rsplit", args)?,
         "splitlines" => {
             let [keep] = bind(args, ["keepends"])?;
-            lines(text, is_true(keep))
+            split_lines(text, is_true(keep)).into_iter().map(Value::from).collect()
         }
         "partition" | "rpartition" => {
             let (separator,): (&str,) = from_args(args)?;
@@ -174,7 +174,7 @@ fn words(text: &str, most: usize, from_right: bool) -> Vec<&str> {
 }
 
 /// `str.splitlines`.
-fn lines(text: &str, keep: bool) -> Value {
+pub(super) fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     let ends = |c: char| matches!(c, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
     let mut lines = vec![];
     let mut rest = text;
@@ -187,14 +187,14 @@ fn lines(text: &str, keep: bool) -> Value {
         rest = &rest[end..];
     }
     lines.extend((!rest.is_empty()).then_some(rest));
-    lines.into_iter().map(Value::from).collect()
+    lines
 }
 
 /// The part of `text` from `start` to `end`, counted in characters as Python's slices are, and how
 /// many characters come before it; `None` where `start` is past the end.
 fn part(text: &str, start: Option<i64>, end: Option<i64>) -> Option<(&str, usize)> {
     let n = text.chars().count() as i64;
-    let place = |at: i64| if at < 0 { (at + n).max(0) } else { at };
+    let place = |at: i64| if at < 0 { at.saturating_add(n).max(0) } else { at };
     let (start, end) = (place(start.unwrap_or(0)), place(end.unwrap_or(n)).min(n));
     let byte = |at: i64| {
         text.char_indices().nth(usize::try_from(at).unwrap_or(0)).map_or(text.len(), |(at, _)| at)

@@ -1,13 +1,13 @@
 //! What Jinja2 gives a template that minijinja lacks or does otherwise: filters, functions, tests.
 
 use minijinja::{
-    Error, ErrorKind, State, Value,
+    Error, ErrorKind, Value,
     value::{Kwargs, Rest, Tuple, ValueKind, ValueOrKwargs},
 };
 
 use super::{
-    display::{self, Json, Unshown},
-    methods::strip,
+    display::{self, Group, Json, Unshown},
+    methods::{split_lines, strip},
 };
 
 pub(super) fn fail<T>(why: impl Into<String>) -> Result<T, Error> {
@@ -133,38 +133,66 @@ pub(super) fn dict(first: Option<Value>, options: Kwargs) -> Result<Value, Error
     Ok(Value::from_pairs(pairs))
 }
 
-/// `a % b`: of a string its printf formatting, of numbers what is left over, with `b`'s sign.
-pub(super) fn modulo(state: &mut State, a: &Value, b: &Value) -> Result<Value, Error> {
-    if a.as_str().is_some() {
-        let given: Vec<Value> = match b.is_tuple() {
-            true => b.try_iter()?.collect(),
-            false => vec![b.clone()],
-        };
-        let args: Vec<Value> = [a.clone()].into_iter().chain(given).collect();
-        return state.apply_filter("format", &args);
+/// What a loop goes over: to Python, none is nothing that can be gone over. A string is its
+/// characters, in a list: minijinja does not know how many there are, and the loop's variables need
+/// that.
+pub(super) fn iterable(value: Value) -> Result<Value, Error> {
+    match (value.kind(), value.as_str()) {
+        (ValueKind::None, _) => fail("a loop over none"),
+        (_, Some(text)) => Ok(text.chars().map(Value::from).collect()),
+        (_, None) => Ok(value),
     }
-    let number = |value: &Value| matches!(value.kind(), ValueKind::Number | ValueKind::Bool);
-    if !number(a) || !number(b) {
-        return fail(format!("% of a {} and a {}", a.kind(), b.kind()));
-    }
-    if let (Ok(a), Ok(b)) = (i128::try_from(a.clone()), i128::try_from(b.clone())) {
-        let left = a.checked_rem(b).map(|left| if left * b < 0 { left + b } else { left });
-        return left.map_or_else(|| fail("% by zero"), |left| Ok(left.into()));
-    }
-    let (a, b) = (f64::try_from(a.clone())?, f64::try_from(b.clone())?);
-    if b == 0.0 {
-        return fail("% by zero");
-    }
-    let left = a % b;
-    Ok(Value::from(if left * b < 0.0 { left + b } else { left }))
 }
 
-/// What a loop goes over: to Python, none is nothing that can be gone over.
-pub(super) fn iterable(value: Value) -> Result<Value, Error> {
-    match value.kind() {
-        ValueKind::None => fail("a loop over none"),
-        _ => Ok(value),
+/// Jinja2's `indent(width=4, first=False, blank=False)`; a width may be the text itself.
+pub(super) fn indent(value: &Value, args: Rest<ValueOrKwargs>) -> Result<String, Error> {
+    const MOST: usize = 1 << 10;
+    let [width, first, blank] = bind(&args.into_values(), ["width", "first", "blank"])?;
+    let width = width.unwrap_or_else(|| Value::from(4));
+    let by = match (width.as_str(), width.as_i64()) {
+        (Some(text), _) => text.to_string(),
+        (_, Some(n)) => match usize::try_from(n).unwrap_or(0) {
+            n if n > MOST => return fail(format!("indent: a width of {n} is more than {MOST}")),
+            n => " ".repeat(n),
+        },
+        _ => return fail("indent: the width is neither a number nor a string"),
+    };
+    let Some(text) = value.as_str() else { return fail("indent: no string") };
+    // As Jinja2 does: a newline at the end is then one line more.
+    let text = format!("{text}\n");
+    let blank = is_true(blank);
+    let mut out = if is_true(first) { by.clone() } else { String::new() };
+    for (index, line) in split_lines(&text, false).into_iter().enumerate() {
+        if index > 0 {
+            out.push('\n');
+            out += if blank || !line.is_empty() { &by } else { "" };
+        }
+        out += line;
     }
+    Ok(out)
+}
+
+/// Jinja2's `batch` and `slice` make as many items as they are told to.
+pub(super) fn few(count: usize) -> Result<usize, Error> {
+    const MOST: usize = 100_000;
+    match count {
+        0..=MOST => Ok(count),
+        _ => fail(format!("{count} items are more than {MOST}")),
+    }
+}
+
+/// Jinja2's `groupby`, of which each group is a pair.
+pub(super) fn groupby(
+    value: Value,
+    attribute: Option<&str>,
+    options: Kwargs,
+) -> Result<Value, Error> {
+    let group = |group: Value| {
+        let list: Value = group.get_item(&Value::from(1))?.try_iter()?.collect();
+        Ok(Value::from_object(Group([group.get_item(&Value::from(0))?, list])))
+    };
+    let groups = minijinja::filters::groupby(value, attribute, options)?;
+    groups.try_iter()?.map(group).collect::<Result<Value, Error>>()
 }
 
 /// Jinja2's `callable` test.
@@ -201,7 +229,9 @@ pub(super) fn range(args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
             return fail("range: more than 100000 items");
         }
         items.push(Value::from(at));
-        at += step;
+        // What is past the largest number is past the end too.
+        let Some(next) = at.checked_add(step) else { break };
+        at = next;
     }
     if step == 0 { fail("range: a step of 0") } else { Ok(Value::from_object(Unshown(items))) }
 }

@@ -4,17 +4,23 @@
 //! |---|---|
 //! | `{% generation %}…{% endgeneration %}` | `{% with %}{% filter generation__ %}…{% endfilter %}{% endwith %}`: a scope of its own, captured |
 //! | `a % b` | `modulo__(a, b)`: strings are formatted by it |
+//! | `a < b` | `compare__("<", a, b)`: values of different kinds have no order |
 //! | `for x in y` | `for x in iterable__(y)`: none is no empty list |
+//! | `"<\/a>"` | `"<\\/a>"`: what stands for a character is read as Python reads it |
 //!
-//! Text, comments, raw blocks and strings stay as they are, and no line moves. What minijinja would
+//! Text, comments and raw blocks stay as they are, and no line moves. What minijinja would
 //! take otherwise than Jinja2, in silence, is refused.
 
 use std::ops::Range;
+
+use super::escapes;
 
 /// The filter that marks what a generation block gives.
 pub(super) const GENERATION: &str = "generation__";
 /// The function behind `%`.
 pub(super) const MODULO: &str = "modulo__";
+/// The function behind `<`, `<=`, `>` and `>=`.
+pub(super) const COMPARE: &str = "compare__";
 /// The function that loops go through.
 pub(super) const ITERABLE: &str = "iterable__";
 
@@ -51,7 +57,7 @@ pub(super) fn rewrite(source: &str) -> Result<String, String> {
                     let code = Code { source, tokens };
                     code.check()?;
                     out += &source[at..open];
-                    out += &code.edited(open..end);
+                    out += &code.edited(open..end)?;
                     at = end;
                     continue;
                 }
@@ -178,18 +184,23 @@ impl Code<'_> {
             let name = self.text(index);
             let attribute = token.kind == Kind::Name && self.text(index - 1) == ".";
             if attribute && DICT_METHODS.contains(&name) && self.text(index + 1) != "(" {
-                let line = 1 + self.source[..token.at.start].matches('\n').count();
                 return Err(format!(
                     "`.{name}` without a call is a dict's method to Jinja2, not its key: write \
-                     `['{name}']` (its line {line})"
+                     `['{name}']` (its line {})",
+                    self.line(token)
                 ));
             }
         }
         Ok(())
     }
 
-    /// The tag at `whole` with its edits.
-    fn edited(&self, whole: Range<usize>) -> String {
+    /// The line that a token begins in.
+    fn line(&self, token: &Token) -> usize {
+        1 + self.source[..token.at.start].matches('\n').count()
+    }
+
+    /// The tag at `whole` with its edits; the error is a string that cannot be read.
+    fn edited(&self, whole: Range<usize>) -> Result<String, String> {
         let mut edits: Vec<(Range<usize>, String)> = vec![];
         for (name, becomes) in [
             ("generation", format!("with %}}{{% filter {GENERATION}")),
@@ -202,18 +213,35 @@ impl Code<'_> {
             }
         }
         let calls = self.modulos().into_iter().chain(self.iterated());
+        let compared = self.compared();
+        let calls = calls.chain(compared.iter().map(|(_, range)| (range.clone(), COMPARE)));
         let mut calls: Vec<(Range<usize>, &str)> = calls.collect();
         // Of calls that begin together, the longest is the outermost.
         calls.sort_by_key(|(range, _)| (range.start, std::cmp::Reverse(range.end)));
         for (range, name) in calls {
             let (start, end) =
                 (self.tokens[range.start].at.start, self.tokens[range.end - 1].at.end);
-            edits.push((start..start, format!("{name}(")));
+            let op = compared.iter().find(|(_, all)| name == COMPARE && *all == range);
+            let op = op.map_or(String::new(), |(op, _)| format!("\"{}\",", self.text(*op)));
+            edits.push((start..start, format!("{name}({op}")));
             edits.push((end..end, ")".into()));
         }
         let percent = |index: &usize| self.is_modulo(*index);
         let percents = (0..self.tokens.len()).filter(percent);
-        edits.extend(percents.map(|index| (self.tokens[index].at.clone(), ",".into())));
+        let commas = percents.chain(compared.iter().map(|(op, _)| *op));
+        edits.extend(commas.map(|index| (self.tokens[index].at.clone(), ",".into())));
+        for token in self.tokens.iter().filter(|token| token.kind == Kind::Literal) {
+            let written = &self.source[token.at.clone()];
+            let translated = match written.starts_with(['"', '\'']) {
+                true => escapes::translated(written),
+                false => continue,
+            };
+            let translated =
+                translated.map_err(|why| format!("{why} (its line {})", self.line(token)))?;
+            if translated != written {
+                edits.push((token.at.clone(), translated));
+            }
+        }
         edits.sort_by_key(|(range, _)| range.start);
 
         let (mut out, mut at) = (String::new(), whole.start);
@@ -222,7 +250,7 @@ impl Code<'_> {
             out += &text;
             at = range.end;
         }
-        out + &self.source[at..whole.end]
+        Ok(out + &self.source[at..whole.end])
     }
 
     fn is_modulo(&self, index: usize) -> bool {
@@ -301,6 +329,44 @@ impl Code<'_> {
         let depth = self.tokens[index].depth;
         let closes = |at: &usize| self.tokens[*at].depth == depth;
         (index + 1..self.tokens.len()).find(closes).map_or(self.tokens.len(), |at| at + 1)
+    }
+
+    /// Each `<` and its like, with its operands from the first token to after the last. Chains of
+    /// them, which Python takes pair by pair, stay as they are.
+    fn compared(&self) -> Vec<(usize, Range<usize>)> {
+        let depth = |index: usize| self.tokens[index].depth;
+        let chains = |index: usize| {
+            ["<", "<=", ">", ">=", "==", "!=", "in"].contains(&self.text(index))
+                || (self.text(index) == "not" && self.text(index + 1) == "in")
+        };
+        let mut found = vec![];
+        for op in 1..self.tokens.len() {
+            let is_order = ["<", "<=", ">", ">="].contains(&self.text(op));
+            if self.tokens[op].kind != Kind::Operator || !is_order {
+                continue;
+            }
+            let ends = |index: &usize| {
+                depth(*index) < depth(op)
+                    || (depth(*index) == depth(op) && self.ends_comparison(*index))
+            };
+            let start = (0..op).rev().find(ends).map_or(0, |before| before + 1);
+            let end = (op + 1..self.tokens.len()).find(ends).unwrap_or(self.tokens.len());
+            let chained = (start > 0 && chains(start - 1)) || chains(end);
+            if start < op && op + 1 < end && !chained {
+                found.push((op, start..end));
+            }
+        }
+        found
+    }
+
+    /// Whether a token at a comparison's own depth is no part of its operands.
+    fn ends_comparison(&self, index: usize) -> bool {
+        let text = self.text(index);
+        match self.tokens[index].kind {
+            Kind::Literal => false,
+            Kind::Name => WORDS.contains(&text) && text != "is",
+            Kind::Operator => [",", ":", "=", "==", "!=", "<", ">", "<=", ">="].contains(&text),
+        }
     }
 
     /// What a `for` statement goes over.

@@ -6,11 +6,15 @@ use std::{
     ops::Range,
 };
 
-use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, syntax::SyntaxConfig};
+use minijinja::{Environment, Error as JinjaError, ErrorKind, State, Value, syntax::SyntaxConfig};
 
 use super::{
-    Chat, clock, display, methods, python,
-    rewrite::{GENERATION, ITERABLE, MODULO, rewrite},
+    Chat, clock,
+    compare::compare,
+    display,
+    format::{self, FORMAT},
+    methods, python,
+    rewrite::{COMPARE, GENERATION, ITERABLE, MODULO, rewrite},
 };
 use crate::error::{Error, Result};
 
@@ -18,6 +22,14 @@ use crate::error::{Error, Result};
 const MARKS: [char; 2] = ['\u{fdd0}', '\u{fdd1}'];
 /// The name that the one template of an environment has.
 const NAME: &str = "chat template";
+
+/// What the tests of an order are called.
+const ORDERS: [(&str, [&str; 3]); 4] = [
+    ("<", ["<", "lt", "lessthan"]),
+    ("<=", ["<=", "le", "le"]),
+    (">", [">", "gt", "greaterthan"]),
+    (">=", [">=", "ge", "ge"]),
+];
 
 /// A Jinja template, ready to be rendered.
 #[derive(Debug)]
@@ -176,7 +188,8 @@ fn environment(marks: bool) -> Environment<'static> {
             Err(JinjaError::new(ErrorKind::UnknownFunction, format!("`{name}` is not supported")))
         });
     }
-    env.add_function(MODULO, python::modulo);
+    env.add_function(MODULO, format::modulo);
+    env.add_function(COMPARE, |op: String, a: &Value, b: &Value| compare(&op, a, b));
     env.add_function(ITERABLE, python::iterable);
 
     env.add_filter("tojson", python::tojson);
@@ -185,6 +198,16 @@ fn environment(marks: bool) -> Environment<'static> {
     env.add_filter("dictsort", python::dictsort);
     env.add_filter("trim", python::trim);
     env.add_filter("string", |value: &Value| display::str(value));
+    env.add_filter(FORMAT, minijinja::filters::format);
+    env.add_filter("format", format::format);
+    env.add_filter("indent", python::indent);
+    env.add_filter("groupby", python::groupby);
+    env.add_filter("batch", |state: &State, value: Value, count, fill: Option<Value>| {
+        minijinja::filters::batch(state, value, python::few(count)?, fill)
+    });
+    env.add_filter("slice", |state: &State, value: Value, count, fill: Option<Value>| {
+        minijinja::filters::slice(state, value, python::few(count)?, fill)
+    });
     env.add_filter(GENERATION, move |text: String| match marks {
         true => format!("{}{text}{}", MARKS[0], MARKS[1]),
         false => text,
@@ -193,6 +216,11 @@ fn environment(marks: bool) -> Environment<'static> {
     env.remove_filter("attr");
     env.remove_filter("pprint");
 
+    for (op, names) in ORDERS {
+        for name in names {
+            env.add_test(name, move |a: &Value, b: &Value| compare(op, a, b));
+        }
+    }
     env.add_test("callable", python::is_callable);
     env.add_test("iterable", python::is_iterable);
     env.add_test("sequence", python::is_sequence);

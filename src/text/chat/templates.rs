@@ -25,9 +25,6 @@ const TOOLS: &str = "tool_use";
 /// The template beside tokenizer.json, and the folder of its named ones.
 const FILE: &str = "chat_template.jinja";
 const FOLDER: &str = "additional_chat_templates";
-/// The special tokens that a template is given by these names, where a tokenizer has them.
-const SPECIAL: [&str; 7] =
-    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 /// Templates by name, and the special tokens that they may ask for.
 #[derive(Debug, Default)]
@@ -50,11 +47,16 @@ impl Hash for Templates {
 impl Templates {
     /// Those of a directory whose tokenizer_config.json holds `config`, as transformers finds them:
     /// chat_template.jinja and additional_chat_templates/ take the place of the config's. A
-    /// processor's chat_template.json is read where there are no others.
+    /// processor's chat_template.json is read where there are no others. `tokens` are the special
+    /// tokens by their names, which every template is given.
     ///
     /// # Errors
     /// A file that cannot be read, or that is no template.
-    pub(in crate::text) fn from_directory(dir: &Path, config: &Json) -> Result<Self> {
+    pub(in crate::text) fn from_directory(
+        dir: &Path,
+        config: &Json,
+        tokens: impl Iterator<Item = (String, String)>,
+    ) -> Result<Self> {
         let mut sources = files(dir)?;
         if sources.is_empty() {
             sources = listed(config, &dir.join("tokenizer_config.json"))?;
@@ -69,12 +71,7 @@ impl Templates {
                 return Err(fail("has no `chat_template`".into()).into());
             }
         }
-        let token = |name: &str| {
-            let token = config.get(name)?;
-            let text = token.as_str().or_else(|| token.get("content")?.as_str())?;
-            Some((name.to_string(), text.to_string()))
-        };
-        Ok(Self::new(sources, SPECIAL.into_iter().filter_map(token).collect()))
+        Ok(Self::new(sources, tokens.collect()))
     }
 
     /// Those of a GGUF: `tokenizer.chat_template`, and `tokenizer.chat_template.NAME`.
@@ -83,7 +80,7 @@ impl Templates {
     /// A key of another type.
     pub(in crate::text) fn from_gguf(
         metadata: &Metadata,
-        tokens: [(&str, Option<String>); 2],
+        tokens: BTreeMap<String, String>,
     ) -> Result<Self> {
         const KEY: &str = "tokenizer.chat_template";
         let mut sources = vec![];
@@ -98,9 +95,7 @@ impl Templates {
             };
             sources.extend(metadata.text(key)?.map(|text| (name.to_string(), text.to_string())));
         }
-        let tokens =
-            tokens.into_iter().filter_map(|(name, token)| Some((name.to_string(), token?)));
-        Ok(Self::new(sources, tokens.collect()))
+        Ok(Self::new(sources, tokens))
     }
 
     fn new(sources: Vec<(String, String)>, tokens: BTreeMap<String, String>) -> Self {

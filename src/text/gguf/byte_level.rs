@@ -14,13 +14,12 @@ use tokenizers::{
     tokenizer::SplitDelimiterBehavior,
 };
 
-use super::Vocabulary;
+use super::{PRE, Vocabulary};
 use crate::{
     error::{Error, Result},
     weights::Metadata,
 };
 
-const PRE: &str = "tokenizer.ggml.pre";
 const MERGES: &str = "tokenizer.ggml.merges";
 
 /// What `tokenizer.ggml.pre` names: how text is split before bytes are merged.

@@ -4,7 +4,7 @@
 mod byte_level;
 mod sentence_piece;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use tokenizers::{
     AddedToken, Tokenizer,
@@ -21,6 +21,15 @@ use crate::{
 const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
 const TYPES: &str = "tokenizer.ggml.token_type";
+const PRE: &str = "tokenizer.ggml.pre";
+/// What templates call the tokens of roles that no text asks for; llama.cpp spells one so.
+const NAMED: [(&str, &str); 5] = [
+    ("unk_token", "unknown"),
+    ("sep_token", "seperator"),
+    ("pad_token", "padding"),
+    ("cls_token", "cls"),
+    ("mask_token", "mask"),
+];
 
 /// What a token is, as `tokenizer.ggml.token_type` numbers it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -122,9 +131,13 @@ impl Roles {
     /// Encoding with special tokens puts those around the text that the file asks for.
     fn add_to(&self, tokenizer: &mut Tokenizer, metadata: &Metadata) -> Result<()> {
         let added = |wanted: bool, id: Option<u32>, role: &str| {
+            let key = format!("tokenizer.ggml.{role}_token_id");
+            let asks = format!("tokenizer.ggml.add_{role}_token");
+            // Where the file is silent, it is the kind of pre-tokenizer that has the token added.
+            let asks = if metadata.flag(&asks)?.is_some() { &asks } else { PRE };
+            let what = if id.is_some() { "names no token" } else { "is missing" };
+            let none = || metadata.bad(&key, format!("{what}, and `{asks}` asks for that token"));
             let id = id.filter(|id| tokenizer.id_to_token(*id).is_some());
-            let why = "names no token, and the tokenizer adds it";
-            let none = || metadata.bad(&format!("tokenizer.ggml.{role}_token_id"), why);
             wanted.then(|| id.ok_or_else(none)).transpose()
         };
         let before: Vec<u32> = added(self.add_bos, self.bos, "bos")?.into_iter().collect();
@@ -138,6 +151,20 @@ pub(super) fn token_id(metadata: &Metadata, role: &str) -> Result<Option<u32>> {
     let key = format!("tokenizer.ggml.{role}_token_id");
     let id = metadata.integer(&key)?.map(u32::try_from).transpose();
     id.map_err(|_| metadata.bad(&key, "is no token's id"))
+}
+
+/// The special tokens that templates know by name, of those that the metadata gives a role.
+pub(super) fn special(
+    metadata: &Metadata,
+    tokenizer: &Tokenizer,
+    roles: &Roles,
+) -> Result<BTreeMap<String, String>> {
+    let mut ids = vec![("bos_token", roles.bos), ("eos_token", roles.eos)];
+    for (name, role) in NAMED {
+        ids.push((name, token_id(metadata, role)?));
+    }
+    let text = |(name, id): (&str, Option<u32>)| Some((name.into(), tokenizer.id_to_token(id?)?));
+    Ok(ids.into_iter().filter_map(text).collect())
 }
 
 /// The tokenizer, and the roles of its tokens; `pretokenizer` is `--pretokenizer`.
