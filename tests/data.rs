@@ -84,7 +84,8 @@ fn conversation() -> Vec<Message> {
 proptest! {
     #[test]
     fn windows_are_the_stream_and_predict_each_token_but_the_first_once(
-        chars in prop::collection::vec(any::<char>(), 1..60), seq in 1usize..90,
+        chars in prop::collection::vec(any::<char>().prop_filter("binary", |c| *c != '\0'), 1..60),
+        seq in 1usize..90,
     ) {
         let source: String = ['x', 'y'].into_iter().chain(chars).collect();
         let dataset = load("a.txt", source.as_bytes(), &Text::bytes(256), &options(seq)).unwrap();
@@ -225,12 +226,23 @@ fn templates_that_hide_the_prompt_are_told() {
     let one_answer = chats(&[&thoughts[..2]]);
     let dataset = load("a.jsonl", one_answer.as_bytes(), &forgetful, &masked(200)).unwrap();
     assert_eq!(learned(&forgetful, &all(&dataset)), "hm/b<|im_end|>");
+    // What a template forgets is not learnt; what it keeps is.
+    let dataset = load("a.jsonl", file.as_bytes(), &forgetful, &masked(200)).unwrap();
+    assert_eq!(learned(&forgetful, &all(&dataset)), "b<|im_end|>d<|im_end|>");
+    // What ends a turn is not to be told from what it says, where the template writes no end.
+    let endless = text(&FORGETFUL.replace("<|im_end|>\n", "\n"));
+    let why = "cannot find it, as the chat template renders what comes up to it otherwise alone than \
+               in the whole: end the conversation with it, or put {% generation %} around what the \
+               template writes of an answer, and give that as --template";
     assert_eq!(
-        refused("a.jsonl", file.as_bytes(), &forgetful, &masked(200)),
-        "a.jsonl: line 1: message 2: --mask-prompt cannot find it, as the chat template renders \
-         what comes up to it otherwise alone than in the whole"
+        refused("a.jsonl", file.as_bytes(), &endless, &masked(200)),
+        format!("a.jsonl: line 1: message 2: --mask-prompt {why}")
     );
-    assert!(load("a.jsonl", file.as_bytes(), &forgetful, &options(200)).is_ok());
+    assert!(load("a.jsonl", file.as_bytes(), &endless, &options(200)).is_ok());
+    // Nor where it changes what comes before by what is said.
+    let echoes = text(&format!("{{{{ messages[-1].content }}}}{FORGETFUL}"));
+    let error = refused("a.jsonl", file.as_bytes(), &echoes, &masked(200));
+    assert_eq!(error, format!("a.jsonl: line 1: message 2: --mask-prompt {why}"));
 
     let first = text("{{ messages[0].content.strip() }}");
     let file = chats(&[&[message("assistant", "alone")]]);

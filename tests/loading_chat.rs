@@ -102,8 +102,12 @@ fn every_template_gives_the_text_that_transformers_gives() {
             .or_insert_with(|| text(&read(Path::new(TEMPLATES).join(format!("{template}.jinja")))));
         let chat = conversation(&records[name]).unwrap();
         let found = text.render(&chat, *prompt);
-        // A list where a string was meant is a text that nobody means: it is refused.
-        let shown = expected.as_ref().filter(|text| !text.to_lowercase().contains("[{'type'"));
+        // A list where a string was meant is a text that nobody means: it is refused, and so is a
+        // text without it, of a template that shows the string of the other message.
+        let shown = expected.as_ref().filter(|text| {
+            let parts = text.contains("one") && text.contains("two");
+            !text.to_lowercase().contains("[{'type'") && (parts || !text.contains("three"))
+        });
         let shown =
             if name == "parts" && template != "json_variants" { shown } else { expected.as_ref() };
         if found.as_ref().ok() != shown {
@@ -240,7 +244,7 @@ const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' +
 fn records_are_read_in_the_forms_that_people_have() {
     let said = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n[b<|im_end|>]";
     // (record, row): rows as TRL and transformers make them, worked out by hand.
-    let table: [(&str, &str); 15] = [
+    let table: [(&str, &str); 21] = [
         (
             r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
             said,
@@ -285,6 +289,31 @@ fn records_are_read_in_the_forms_that_people_have() {
             r#"{"instruction": "Add.", "input": "", "output": "3", "text": null}"#,
             "Below is an instruction that describes a task. Write a response that appropriately completes the request.\
           \n\n### Instruction:\nAdd.\n\n### Response:\n[3<|im_end|>]",
+        ),
+        // Stanford's file has the whole in `text`, too.
+        (
+            r#"{"instruction": "Add.", "input": "", "output": "3", "text": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n3"}"#,
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\
+          \n\n### Instruction:\nAdd.\n\n### Response:\n[3<|im_end|>]",
+        ),
+        // Mixed names: what they mean is the same.
+        (
+            r#"{"messages": [{"role": "user", "value": "a"}, {"from": "gpt", "content": "b"}]}"#,
+            said,
+        ),
+        // Columns that hold nothing are none.
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system": "", "history": [], "functions": "[]"}"#,
+            said,
+        ),
+        (r#"{"prompt": "a ", "completion": "b", "system": "", "tools": "[]"}"#, "a [b<|im_end|>]"),
+        (
+            r#"{"messages": [{"role": "user", "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]}"#,
+            said,
+        ),
+        (
+            r#"{"conversations": [{"from": "human", "value": [{"type": "text", "text": "a"}]}, {"from": "gpt", "value": "b"}]}"#,
+            said,
         ),
         // One part of text is its text.
         (
@@ -345,6 +374,85 @@ fn columns_reach_the_template() {
     }
 }
 
+/// Answers lose what they thought, and are asked for with a thought begun, as of the reasoning models
+/// distilled from DeepSeek R1.
+const BEGUN: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>' + m.content }}\
+                     {% else %}{{ '<|im_start|>assistant\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}\
+                     {% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}";
+
+#[test]
+fn answers_are_found_where_the_template_forgets_what_was_thought() {
+    let thinking = read(Path::new(TEMPLATES).join("thinking.jinja"));
+    let question = |content: &str| json!({"role": "user", "content": content});
+    let answer = |content: &str| json!({"role": "assistant", "content": content});
+    let thought = |thought: &str, content: &str| json!({"role": "assistant", "content": content, "reasoning_content": thought});
+    let (q, a) = ("<|im_start|>user\n", "<|im_start|>assistant\n");
+    // (template, messages, row): worked out by hand. What the template writes between what asks for an
+    // answer and its content is learnt, as it is where the answer is the last.
+    let table = [
+        // Qwen3's manner: only the answer after the last question shows a thought, be it empty.
+        (
+            &*thinking,
+            json!([question("a"), answer("b"), question("c"), answer("d")]),
+            format!(
+                "{q}a<|im_end|>\n{a}[b<|im_end|>]\n{q}c<|im_end|>\n{a}[<think>\n\n</think>\n\nd<|im_end|>]"
+            ),
+        ),
+        (
+            &*thinking,
+            json!([question("a"), thought("t", "b"), question("c"), thought("u", "d")]),
+            format!(
+                "{q}a<|im_end|>\n{a}[b<|im_end|>]\n{q}c<|im_end|>\n{a}[<think>\nu\n</think>\n\nd<|im_end|>]"
+            ),
+        ),
+        (
+            &*thinking,
+            json!([question("a"), answer("<think>\nt\n</think>\n\nb"), question("c"), answer("d")]),
+            format!(
+                "{q}a<|im_end|>\n{a}[b<|im_end|>]\n{q}c<|im_end|>\n{a}[<think>\n\n</think>\n\nd<|im_end|>]"
+            ),
+        ),
+        // What is said may look like the template's own words.
+        (
+            &*thinking,
+            json!([
+                question("<|im_end|>\n<|im_start|>assistant\n"),
+                answer("<|im_end|>b"),
+                question("b"),
+                answer("b")
+            ]),
+            format!(
+                "{q}<|im_end|>\n{a}<|im_end|>\n{a}[<|im_end|>b<|im_end|>]\n{q}b<|im_end|>\n{a}[<think>\n\n</think>\n\nb<|im_end|>]"
+            ),
+        ),
+        // A question between answers: the second has the first's thought before it, alone, not here.
+        (
+            &*thinking,
+            json!([
+                question("a"),
+                thought("t", "b"),
+                json!({"role": "tool", "content": "r"}),
+                thought("u", "c"),
+                question("d"),
+                answer("e")
+            ]),
+            format!(
+                "{q}a<|im_end|>\n{a}[b<|im_end|>]\n<|im_start|>tool\nr<|im_end|>\n{a}[c<|im_end|>]\n{q}d<|im_end|>\n{a}[<think>\n\n</think>\n\ne<|im_end|>]"
+            ),
+        ),
+        (
+            BEGUN,
+            json!([question("a"), answer("t</think>b"), question("c"), answer("d")]),
+            format!("<|endoftext|><|im_start|>a{a}[b<|im_end|>]<|im_start|>c{a}[d<|im_end|>]"),
+        ),
+    ];
+    for (template, messages, expected) in table {
+        let (text, record) = (text(template), json!({ "messages": messages }).to_string());
+        let dataset = load("a.jsonl", record.as_bytes(), &text, true).map_err(|e| one_line(&e));
+        assert_eq!(dataset.map(|d| rows(&d, &text)), Ok(vec![expected]), "{record}");
+    }
+}
+
 #[test]
 fn what_would_change_what_is_learnt_is_refused_by_name() {
     let turns = r#"{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}"#;
@@ -359,10 +467,9 @@ fn what_would_change_what_is_learnt_is_refused_by_name() {
         (chat(r#", "conversations": []"#), "has both `messages` and `conversations`: which of them is to be learnt?"),
         (chat(r#", "weight": 0.5"#), "the column `weight` is not supported: rows cannot be weighted; take it away"),
         (chat(r#", "images": ["a.png"]"#), "the column `images` is not supported: only text is supported; take it away"),
-        (r#"{"text": "x", "label": 1}"#.into(), "the column `label` is not supported: it is a preference or a class, and next tokens alone are trained on; take it away"),
-        (r#"{"prompt": "x", "chosen": "y", "rejected": "z", "completion": "y"}"#.into(), "the column `chosen` is not supported: it is a preference or a class, and next tokens alone are trained on; take it away"),
+        (r#"{"prompt": "x", "chosen": "y", "rejected": "z", "completion": "y"}"#.into(), "the column `chosen` is not supported: it is a preference, and next tokens alone are trained on; take it away"),
         (r#"{"text": "x", "input_ids": [1]}"#.into(), "the column `input_ids` is not supported: text is tokenized here; take it away"),
-        (chat(r#", "system": "s""#), "has both `messages` and `system`: write the system message as the first"),
+        (chat(r#", "system": "s""#), "the column `system` is not supported: write the system message as the first of the list"),
         (chat(r#", "tools": {"name": "f"}"#), "`tools` is no list but a map"),
         (chat(r#", "tools": ["f"]"#), "`tools`[0] is no object, a function's JSON schema"),
         (chat(r#", "tools": "f""#), "`tools` is a string, but no JSON: EOF while parsing a value at line 1 column 1"),
@@ -380,9 +487,47 @@ fn what_would_change_what_is_learnt_is_refused_by_name() {
         (r#"{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}"#.into(), "`prompt` and `completion` are not both strings, nor both lists of messages"),
         (r#"{"prompt": [{"role": "assistant", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}"#.into(), "`prompt` ends in an assistant's message, and answers are not continued"),
         (r#"{"prompt": "a"}"#.into(), "has only some of prompt and completion"),
-        (r#"{"instruction": "a", "output": "b", "history": [["c", "d"]]}"#.into(), "the column `history` has no place in the prompt of Stanford Alpaca: use `messages`"),
+        (r#"{"instruction": "a", "output": "b", "history": [["c", "d"]]}"#.into(), "the column `history` is not supported: it has no place in the prompt of Stanford Alpaca: use `messages`"),
         (r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, {"role": "assistant", "content": "b"}]}"#.into(),
          "the checkpoint's chat template fails: it shows the parts of message 1's content as a list: join them"),
+        (chat(r#", "completion": "x""#), "the column `completion` is not supported: write the answer as the last message of the list"),
+        (chat(r#", "response": "x""#), "the column `response` is not supported: write the answer as the last message of the list"),
+        (chat(r#", "answer": "x""#), "the column `answer` is not supported: write the answer as the last message of the list"),
+        (chat(r#", "target": "x""#), "the column `target` is not supported: write the answer as the last message of the list"),
+        (chat(r#", "input": "x""#), "the column `input` is not supported: write it as messages of the list"),
+        (chat(r#", "history": "x""#), "the column `history` is not supported: write it as messages of the list"),
+        (chat(r#", "suffix": "x""#), "the column `suffix` is not supported: write it as messages of the list"),
+        (chat(r#", "functions": [{"name": "f"}]"#), "the column `functions` is not supported: write the functions as `tools`, as JSON schemas"),
+        (chat(r#", "available_tools": [{"name": "f"}]"#), "the column `available_tools` is not supported: write the functions as `tools`, as JSON schemas"),
+        (chat(r#", "system_prompt": "x""#), "the column `system_prompt` is not supported: write the system message as the first of the list"),
+        (chat(r#", "instructions": "x""#), "the column `instructions` is not supported: write the system message as the first of the list"),
+        (chat(r#", "score": 1"#), "the column `score` is not supported: it is a preference or a class, and next tokens alone are trained on; take it away"),
+        (r#"{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "system_prompt": "s"}"#.into(), "the column `system_prompt` is not supported: call the column `system`"),
+        (r#"{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "functions": "[{}]"}"#.into(), "the column `functions` is not supported: write the functions as `tools`, as JSON schemas"),
+        (r#"{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "r"}"#.into(), "the column `response` is not supported: write the answer as the last message of the list"),
+        (r#"{"text": "x", "tools": [{}]}"#.into(), "the column `tools` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"prompt": "x", "completion": "y", "tools": [{}]}"#.into(), "the column `tools` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"instruction": "x", "output": "y", "tools": [{}]}"#.into(), "the column `tools` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"text": "x", "documents": [{}]}"#.into(), "the column `documents` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"prompt": "x", "completion": "y", "documents": [{}]}"#.into(), "the column `documents` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"instruction": "x", "output": "y", "documents": [{}]}"#.into(), "the column `documents` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"text": "x", "chat_template_kwargs": {"a": 1}}"#.into(), "the column `chat_template_kwargs` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"prompt": "x", "completion": "y", "chat_template_kwargs": {"a": 1}}"#.into(), "the column `chat_template_kwargs` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"instruction": "x", "output": "y", "chat_template_kwargs": {"a": 1}}"#.into(), "the column `chat_template_kwargs` is not supported: no chat template is applied to this form, which alone could read it"),
+        (r#"{"prompt": "x", "completion": "y", "system": "s"}"#.into(), "the column `system` is not supported: put it into the prompt"),
+        (r#"{"prompt": "x", "completion": "y", "input": "s"}"#.into(), "the column `input` is not supported: this form has no place for it: put it into the prompt"),
+        (r#"{"prompt": "x", "completion": "y", "history": "s"}"#.into(), "the column `history` is not supported: this form has no place for it: put it into the prompt"),
+        (r#"{"prompt": "x", "completion": "y", "suffix": "s"}"#.into(), "the column `suffix` is not supported: this form has no place for it: put it into the prompt"),
+        (r#"{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}], "system": "s"}"#.into(), "the column `system` is not supported: write the system message as the first of `prompt`"),
+        (r#"{"prompt": "x", "completion": "y", "label": true}"#.into(), "the column `label` is not supported: it is a preference or a class, and next tokens alone are trained on; take it away"),
+        (r#"{"prompt": "x", "chosen": "y", "rejected": "z"}"#.into(), "the column `chosen` is not supported: it is a preference, and next tokens alone are trained on; take it away"),
+        (r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected_response": "z"}"#.into(), "the column `rejected_response` is not supported: it is a preference, and next tokens alone are trained on; take it away"),
+        (r#"{"instruction": "x", "output": "y", "text": "x y"}"#.into(), "has both `text` and `instruction`, and its `text` is not what these make in the prompt of Stanford Alpaca: take one of them away"),
+        (one(r#", "function_call": {"name": "f"}"#), "messages[0]: the key `function_call` is not supported: write the call as `tool_calls`"),
+        (r#"{"messages": [{"role": "user", "text": "a"}]}"#.into(), "messages[0].text: no template reads it: call the key `content`"),
+        (r#"{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}"#.into(), "messages[0]: has neither `content` nor `tool_calls`"),
+        (r#"{"messages": [{"role": "user", "content": null, "tool_calls": []}]}"#.into(), "messages[0]: has neither `content` nor `tool_calls`"),
+        (r#"{"conversations": [{"from": "human", "value": 3}]}"#.into(), "conversations[0].value: is neither a string nor a list of parts but a number"),
         (r#"["a"]"#.into(), "is no object but a sequence"),
         (r#"{"text": "x"}"#.into(), "is of another kind than those before: `text`, not `messages`"),
     ];
@@ -393,29 +538,115 @@ fn what_would_change_what_is_learnt_is_refused_by_name() {
         let (_, error) = error.rsplit_once("a.jsonl: ").unwrap();
         assert_eq!(error, format!("line 3: {why}"), "{record}");
     }
-    // A mark that says that an answer is not learnt cannot go unheard.
-    let marked = r#"{"messages": [{"role": "assistant", "content": "b", "weight": 0}, {"role": "assistant", "content": "c"}]}"#;
-    let error = one_line(&load("a.jsonl", marked.as_bytes(), &text, false).unwrap_err());
-    assert!(
-        error.ends_with(
-            "line 1: marks messages that are not to be learnt: that takes --mask-prompt"
-        ),
-        "{error}"
-    );
+    // A mark that says that a message is not learnt cannot go unheard, whoever says it.
+    for marked in [
+        r#"{"messages": [{"role": "assistant", "content": "b", "weight": 0}, {"role": "assistant", "content": "c"}]}"#,
+        r#"{"messages": [{"role": "user", "content": "b", "train": false}, {"role": "assistant", "content": "c"}]}"#,
+        r#"{"conversations": [{"from": "system", "value": "b", "weight": 0}, {"from": "gpt", "value": "c", "weight": 1}]}"#,
+    ] {
+        let error = one_line(&load("a.jsonl", marked.as_bytes(), &text, false).unwrap_err());
+        let why = "line 1: marks messages that are not to be learnt: that takes --mask-prompt";
+        assert!(error.ends_with(why), "{error}");
+    }
 }
 
 #[test]
 fn columns_that_change_nothing_are_listed() {
     let lines = r#"{"messages": [{"role": "user", "content": "a"}], "id": 1, "prompt": "a"}
 {"messages": [{"role": "user", "content": "a"}], "source": {"x": 1}, "id": 2, "images": []}"#;
+    let facts = r#"{"text": "ab", "label": 1, "score": 0.5, "int_score": 3, "url": "u"}"#;
+    let notes = load("a.jsonl", facts.as_bytes(), &text(CHATML), false).unwrap().notes().clone();
+    let columns: Vec<&str> = notes.ignored.iter().map(|ignored| ignored.key.as_str()).collect();
+    assert_eq!(columns, ["int_score", "label", "score", "url"]);
     let notes = load("a.jsonl", lines.as_bytes(), &text(CHATML), false).unwrap().notes().clone();
     let columns: Vec<&str> = notes.ignored.iter().map(|ignored| ignored.key.as_str()).collect();
     assert_eq!(columns, ["id", "images", "prompt", "source"]);
     assert!(notes.ignored[0].file.ends_with("a.jsonl"), "{notes:?}");
     assert!(notes.form.unwrap().ends_with("a.jsonl: read as `messages`"));
-    let turn = r#"{"conversations": [{"from": "gpt", "value": "a", "id": 7}]}"#;
-    let notes = load("a.jsonl", turn.as_bytes(), &text(CHATML), false).unwrap().notes().clone();
-    assert!(notes.ignored[0].key == "conversations[].id", "{notes:?}");
+}
+
+/// The template takes strings alone, as Qwen3's and SmolLM3's do: anything else becomes nothing.
+const STRINGS: &str = "{% for m in messages %}{% set content = m.content if m.content is string else '' %}\
+                       {{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}";
+
+#[test]
+fn text_that_the_template_would_leave_out_is_refused() {
+    let parts = r#"[{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]"#;
+    let record = |content: &str| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": {content}}}, {{"role": "assistant", "content": "ab"}}]}}"#
+        )
+    };
+    let load = |content: &str, template: &str| {
+        load("a.jsonl", record(content).as_bytes(), &text(template), false)
+    };
+    let error = one_line(&load(parts, STRINGS).unwrap_err());
+    let why = "line 1: the checkpoint's chat template fails: it takes only strings, and the content of \
+               message 1 is a list of parts, which it would leave out: join them";
+    assert!(error.ends_with(why), "{error}");
+    // One part is its text; a template that goes over parts shows them; one that says nothing of users
+    // leaves out their strings, too.
+    assert!(load(r#"[{"type": "text", "text": "a"}]"#, STRINGS).is_ok());
+    let each = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}\
+                {% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}{% endfor %}";
+    assert_eq!(load(parts, each).unwrap().tokens(), text(each).encode("abab").unwrap().len());
+    assert!(load(parts, "{% for m in messages[1:] %}{{ m.content }}{% endfor %}").is_ok());
+}
+
+#[test]
+fn what_the_template_does_not_read_is_listed() {
+    let calls = r#"[{"function": {"name": "f", "arguments": {}}}]"#;
+    let lines = format!(
+        r#"{{"messages": [{{"role": "user", "content": "a", "name": "x"}}, {{"role": "assistant", "content": "b", "reasoning_content": "r", "tool_calls": {calls}}}], "tools": [{{"name": "f"}}], "documents": [{{}}], "chat_template_kwargs": {{"depth": 1, "other": 2}}}}
+{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "tool", "content": "b", "name": "y"}}]}}"#
+    );
+    let sharegpt = format!(
+        r#"{{"conversations": [{{"from": "human", "value": "a"}}, {{"from": "gpt", "value": "b", "id": 7, "tool_calls": {calls}}}]}}"#
+    );
+    // (template, file, what of it is listed)
+    let table: [(&str, &str, &[&str]); 5] = [
+        (
+            CHATML,
+            &lines,
+            &[
+                "tools",
+                "documents",
+                "chat_template_kwargs.depth",
+                "chat_template_kwargs.other",
+                "messages[].name",
+                "messages[].reasoning_content",
+                "messages[].tool_calls",
+            ],
+        ),
+        (
+            "{{ tools }}{{ documents }}{{ depth }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{{ m.reasoning_content }}{% endfor %}",
+            &lines,
+            &["chat_template_kwargs.other", "messages[].name"],
+        ),
+        // One line that is read is enough.
+        (
+            "{{ tools|string|length }}{{ documents }}{{ depth }}{{ other }}{% for m in messages %}{{ m.content }}{{ m.thinking }}{{ m.tool_calls|length }}\
+             {% if m.role == 'tool' %}{{ m.name }}{% endif %}{% endfor %}",
+            &lines,
+            &[],
+        ),
+        (CHATML, &sharegpt, &["conversations[].id", "conversations[].tool_calls"]),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}",
+            &sharegpt,
+            &["conversations[].id"],
+        ),
+    ];
+    for (template, file, listed) in table {
+        let dataset = load("a.jsonl", file.as_bytes(), &text(template), false).unwrap();
+        let ignored = &dataset.notes().ignored;
+        let mut keys: Vec<&str> = ignored.iter().map(|one| one.key.as_str()).collect();
+        let mut listed = listed.to_vec();
+        (keys.sort_unstable(), listed.sort_unstable());
+        assert_eq!(keys, listed, "{template}");
+        let why = "the chat template does not read it";
+        assert!(ignored.iter().all(|one| one.reason == why), "{ignored:?}");
+    }
 }
 
 #[test]
@@ -427,6 +658,24 @@ fn files_that_are_no_text_say_what_to_do() {
         ("a.arrow", b"ARROW1", "a .arrow file is no text: write it as JSON lines first"),
         ("a.jsonl.gz", b"\x1f\x8b", "a .gz file is compressed: unpack it first"),
         ("a.txt", b"PK\x03\x04", "a zip file is compressed: unpack it first"),
+        (
+            "a.txt",
+            b" {\"text\": \"a\"}\n{\"text\": \"b\"}",
+            "holds records of JSON, and a file of this name",
+        ),
+        (
+            "a.txt",
+            b"[{\"text\": \"a\"},\n{\"text\": \"b\"}]\n",
+            "holds records of JSON, and a file of this name",
+        ),
+        (
+            "a.jsonl.txt",
+            b"{\n\"text\": \"a\"\n}\n",
+            "holds records of JSON, and a file of this name",
+        ),
+        ("a", b"\xef\xbb\xbf{\"text\": \"a\"}", "holds records of JSON, and a file of this name"),
+        ("a.dat", b"ab\0", "holds a NUL byte (byte 2), as binary files and UTF-16 do"),
+        ("a.jsonl", b"{\0\"\0", "holds a NUL byte (byte 1), as binary files and UTF-16 do"),
         ("a.json", b"[]", "is empty: there is nothing to train on"),
         ("a.json", b"[{\"text\": \"a\"}, 3]", "line 1: is no object but a number"),
         ("a.json", b"{\"data\": [{\"text\": \"a\"}]}", "line 1: has neither `text` nor `messages`"),
@@ -438,6 +687,13 @@ fn files_that_are_no_text_say_what_to_do() {
     ] {
         let error = one_line(&load(name, content, &text, false).unwrap_err());
         assert!(error.contains(&format!("{name}: {why}")), "{error}");
+    }
+    // What merely begins with a brace or a bracket is text.
+    for content in
+        ["[1]", "[{x}] a", "{}\n", "{\"a\": 1}.a", "[{\"a\": 1}] says", "{\"a\": 1", "[]"]
+    {
+        let dataset = load("a.txt", content.as_bytes(), &text, false).unwrap();
+        assert_eq!(dataset.tokens(), text.encode(content).unwrap().len(), "{content}");
     }
     // Plain text begins without its byte order mark.
     let dataset = load("a.txt", "\u{feff}ab".as_bytes(), &text, false).unwrap();
@@ -492,7 +748,8 @@ fn a_template_is_chosen_by_name_by_file_or_by_tools() {
         {"name": "default", "template": "listed"}, {"name": "tool_use", "template": "tools"}
     ]});
     let mut text = text_of(&[("tokenizer_config.json", &list.to_string())]).unwrap();
-    let given = conversation(r#"{"messages": [{"role": "user"}], "tools": []}"#).unwrap();
+    let given =
+        conversation(r#"{"messages": [{"role": "user", "content": ""}], "tools": []}"#).unwrap();
     assert_eq!(text.chat(None, "x").unwrap(), "listed");
     assert_eq!(text.render(&given, false).unwrap(), "tools");
     let before = text.fingerprint().unwrap();
@@ -585,7 +842,8 @@ fn a_gguf_has_templates_by_name() {
     }
     write_gguf(&dir.path().join("m.gguf"), &metadata, &tensors(&tiny()), GgmlDType::F32);
     let mut text = open(dir.path()).unwrap().text;
-    let given = conversation(r#"{"messages": [{"role": "user"}], "tools": []}"#).unwrap();
+    let given =
+        conversation(r#"{"messages": [{"role": "user", "content": ""}], "tools": []}"#).unwrap();
     assert_eq!(text.chat(None, "x").unwrap(), "default");
     assert_eq!(text.render(&given, false).unwrap(), "tools");
     text.choose_template("rag").unwrap();

@@ -11,6 +11,7 @@ mod escapes;
 mod format;
 mod mask;
 mod methods;
+mod parts;
 mod python;
 mod rewrite;
 mod template;
@@ -55,9 +56,43 @@ impl Message {
 
     /// Whether its content is a list that a text shows as such, of a template that knows only strings.
     fn is_shown_in(&self, text: &str) -> bool {
-        let content = self.value.get_attr("content").unwrap_or_default();
+        let content = self.content();
         content.kind() == ValueKind::Seq
             && display::repr(&content).is_ok_and(|shown| text.contains(&shown))
+    }
+
+    /// What it says: mostly a string; undefined if it says nothing.
+    fn content(&self) -> Value {
+        self.value.get_attr("content").unwrap_or_default()
+    }
+
+    /// Whether it has no content, or an empty one.
+    pub(crate) fn says_nothing(&self) -> bool {
+        let content = self.content();
+        content.is_undefined() || content.is_none() || content.len() == Some(0)
+    }
+
+    /// The names of its keys, in order.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = String> {
+        self.value.try_iter().into_iter().flatten().map(|key| key.to_string())
+    }
+
+    /// The same without the key `name`.
+    pub(crate) fn without(&self, name: &str) -> Self {
+        Self { value: Value::from_pairs(self.others(name)), role: self.role.clone() }
+    }
+
+    /// Its keys but the one called `name`, with their values.
+    fn others(&self, name: &str) -> impl Iterator<Item = (String, Value)> {
+        let pair = |key: String| self.value.get_attr(&key).ok().map(|value| (key, value));
+        self.keys().filter(move |key| key != name).filter_map(pair)
+    }
+
+    /// The same, saying something else.
+    fn saying(&self, content: Value) -> Self {
+        let content = ("content".to_string(), content);
+        let value = Value::from_pairs(self.others("content").chain([content]));
+        Self { value, role: self.role.clone() }
     }
 
     /// What transformers gives a template of it: no keys that are null, and what was thought under
@@ -105,6 +140,15 @@ impl Chat {
     /// A conversation of these messages alone.
     pub fn new(messages: impl Into<Vec<Message>>) -> Self {
         Self { messages: messages.into(), ..Self::default() }
+    }
+
+    /// The same with the message of this index saying something else.
+    pub(crate) fn saying(&self, index: usize, content: impl Into<Value>) -> Self {
+        let mut chat = self.clone();
+        if let Some(message) = chat.messages.get_mut(index) {
+            *message = message.saying(content.into());
+        }
+        chat
     }
 
     /// The same with other messages.

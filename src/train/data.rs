@@ -5,12 +5,15 @@
 //! ```
 
 mod cache;
+mod columns;
 mod conversation;
 mod documents;
 mod formats;
 mod order;
 mod records;
+mod spans;
 mod turns;
+mod unread;
 
 use std::{
     collections::BTreeSet,
@@ -33,6 +36,7 @@ use {
     documents::{Documents, Found},
     formats::Document,
     records::Kind,
+    unread::unread,
 };
 
 pub use order::Order;
@@ -112,7 +116,7 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that cannot be read, is not UTF-8, is blank, holds a single token or is of a kind that
-    /// is no text; a record that is no such document, that has a column which would change what is
+    /// is no text; plain text that begins with a record of JSON; a record that is no such document, that has a column which would change what is
     /// learnt and is not supported, or that is of another kind than those before; a conversation that
     /// the template refuses, that is longer than a row, or in which nothing counts; `mask_prompt`
     /// with plain text.
@@ -134,13 +138,17 @@ impl Dataset {
             return Err(Error::flag("--mask-prompt", why).into());
         }
         let name = file.display().to_string();
-        let unread = |column: &String| {
-            Ignored::new(&name, column, "a column that changes nothing of what is learnt")
+        let listed = |columns: BTreeSet<String>, why: &'static str| {
+            let entry = |column| Ignored::new(&name, column, why);
+            columns.into_iter().map(entry).collect::<Vec<_>>()
         };
-        let notes = Notes {
-            form: found.format.map(|form| format!("{name}: read as {form}")),
-            ignored: found.ignored.iter().map(unread).collect(),
-        };
+        let mut ignored = listed(found.ignored, "a column that changes nothing of what is learnt");
+        if let Documents::Conversations(conversations) = &found.documents {
+            let unread = unread(conversations, text);
+            ignored.extend(listed(unread, "the chat template does not read it"));
+        }
+        let form = found.format.map(|form| format!("{name}: read as {form}"));
+        let notes = Notes { form, ignored };
         let entry = match &options.cache {
             Some(dir) => {
                 let source = (&bytes, kind, options.mask_prompt, text.fingerprint()?);

@@ -13,7 +13,7 @@ use super::{
     compare::compare,
     display,
     format::{self, FORMAT},
-    methods, python,
+    methods, parts, python,
     rewrite::{COMPARE, GENERATION, ITERABLE, MODULO, rewrite},
 };
 use crate::error::{Error, Result};
@@ -81,10 +81,19 @@ impl Template {
         generation_prompt: bool,
     ) -> Result<String> {
         let compiled = self.compiled.as_ref().map_err(|why| fails(why))?;
-        let text = rendered(&compiled.plain, context(chat, tokens, generation_prompt))?;
-        match chat.messages.iter().position(|message| message.is_shown_in(&text)) {
-            Some(at) => Err(fails(&format!(
+        let render =
+            |chat: &Chat| rendered(&compiled.plain, context(chat, tokens, generation_prompt));
+        let text = render(chat)?;
+        if let Some(at) = chat.messages.iter().position(|message| message.is_shown_in(&text)) {
+            return Err(fails(&format!(
                 "it shows the parts of message {}'s content as a list: join them",
+                at + 1
+            )));
+        }
+        match parts::lost(chat, render) {
+            Some(at) => Err(fails(&format!(
+                "it takes only strings, and the content of message {} is a list of parts, which it \
+                 would leave out: join them",
                 at + 1
             ))),
             None => Ok(text),

@@ -40,6 +40,7 @@ impl<'a> Found<'a> {
         if text.trim().is_empty() {
             return Err(empty());
         }
+        kind.check(text)?;
         if kind == Kind::Text {
             let (documents, ignored) = (Documents::Plain(text), BTreeSet::new());
             return Ok(Self { documents, format: None, ignored });

@@ -7,7 +7,10 @@ use std::collections::BTreeSet;
 
 use minijinja::{Value, value::ValueKind};
 
-use super::turns::{self, Turn};
+use super::{
+    columns::{self, Refused, refuse},
+    turns::{self, Turn},
+};
 use crate::text::Chat;
 
 /// One record.
@@ -30,6 +33,8 @@ pub(super) struct Pair {
 pub(super) struct Conversation {
     pub(super) chat: Chat,
     pub(super) answers: Answers,
+    /// The column that holds its messages, for a report.
+    pub(super) column: &'static str,
 }
 
 /// What of a conversation is no prompt.
@@ -37,8 +42,9 @@ pub(super) struct Conversation {
 pub(super) enum Answers {
     /// What the assistant says.
     Assistant,
-    /// Of what the assistant says, the messages that are marked so; one mark a message.
-    Marked(Vec<bool>),
+    /// Of what the assistant says, the messages that are marked so: whether each counts, and whether
+    /// any message, whoever says it, is marked not to count.
+    Marked { counts: Vec<bool>, excludes: bool },
     /// Everything from the message of this index on.
     From(usize),
 }
@@ -47,45 +53,45 @@ pub(super) enum Answers {
 struct Form {
     columns: &'static [&'static str],
     name: &'static str,
+    /// Columns that may not stand beside these.
+    refused: Refused,
+    /// Another form's only column, which repeats the whole of this one.
+    echo: Option<&'static str>,
     read: fn(&mut Record) -> Result<Document, String>,
 }
 
 /// The forms; a record is of exactly one.
 const FORMS: [Form; 5] = [
-    Form { columns: &["text"], name: "`text`", read: text },
-    Form { columns: &["messages"], name: "`messages`", read: messages },
-    Form { columns: &["conversations"], name: "`conversations`", read: conversations },
+    Form { columns: &["text"], name: "`text`", refused: columns::TEXT, echo: None, read: text },
+    Form {
+        columns: &["messages"],
+        name: "`messages`",
+        refused: columns::MESSAGES,
+        echo: None,
+        read: messages,
+    },
+    Form {
+        columns: &["conversations"],
+        name: "`conversations`",
+        refused: columns::CONVERSATIONS,
+        echo: None,
+        read: conversations,
+    },
     Form {
         columns: &["prompt", "completion"],
         name: "`prompt` and `completion`",
+        // Which these are depends on whether both are strings.
+        refused: &[],
+        echo: None,
         read: prompt_and_completion,
     },
     Form {
         columns: &["instruction", "output"],
         name: "`instruction`, `input` and `output`, in the prompt of Stanford Alpaca",
+        refused: columns::ALPACA,
+        echo: Some("text"),
         read: alpaca,
     },
-];
-
-/// Columns that would change what is learnt, whatever the form, and how.
-const REFUSED: [(&[&str], &str); 4] = [
-    (
-        &["chosen", "rejected", "label", "labels", "kto_tag", "score", "reward"],
-        "it is a preference or a class, and next tokens alone are trained on",
-    ),
-    (&["weight", "weights", "sample_weight", "loss_weight"], "rows cannot be weighted"),
-    (
-        &[
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            "loss_mask",
-            "completion_mask",
-            "assistant_masks",
-        ],
-        "text is tokenized here",
-    ),
-    (&["images", "image", "videos", "video", "audios", "audio"], "only text is supported"),
 ];
 
 /// Arguments of transformers' `apply_chat_template` itself, which are no variables of a template.
@@ -132,8 +138,10 @@ pub(super) fn document(
         }
     }
     let mut record = Record { columns, ignored };
+    // What no form can have says more of a record than the form that it lacks.
+    refuse(&record.columns, columns::ALWAYS)?;
     let form = record.form()?;
-    record.refuse()?;
+    refuse(&record.columns, form.refused)?;
     let document = (form.read)(&mut record)?;
     record.ignored.extend(record.columns.into_iter().map(|(name, _)| name));
     Ok((form.name, document))
@@ -159,7 +167,11 @@ impl Record<'_> {
     /// The one form that the record has all columns of.
     fn form(&self) -> Result<&'static Form, String> {
         let whole = |form: &&Form| form.columns.iter().all(|column| self.has(column));
-        let mut forms = FORMS.iter().filter(whole);
+        let whole: Vec<&Form> = FORMS.iter().filter(whole).collect();
+        let repeats = |form: &&&Form| {
+            whole.iter().any(|other| other.echo.is_some_and(|echo| form.columns == [echo]))
+        };
+        let mut forms = whole.iter().filter(|form| !repeats(form));
         match (forms.next(), forms.next()) {
             (Some(form), None) => Ok(form),
             (Some(one), Some(other)) => Err(format!(
@@ -176,19 +188,6 @@ impl Record<'_> {
                 })
             }
         }
-    }
-
-    /// Refuses columns that would change what is learnt.
-    fn refuse(&self) -> Result<(), String> {
-        for (names, why) in REFUSED {
-            let given = |(name, value): &&(String, Value)| {
-                names.contains(&name.as_str()) && value.len() != Some(0)
-            };
-            if let Some((name, _)) = self.columns.iter().find(given) {
-                return Err(format!("the column `{name}` is not supported: {why}; take it away"));
-            }
-        }
-        Ok(())
     }
 
     /// What a template is given beside the messages.
@@ -240,7 +239,7 @@ impl Record<'_> {
     /// The turns of a list that is the column `name`.
     fn turns(&mut self, name: &str) -> Result<Vec<Turn>, String> {
         let list = self.take(name).unwrap_or_default();
-        turns::read(&list, name, self.ignored)
+        turns::read(&list, name)
     }
 }
 
@@ -250,12 +249,7 @@ fn text(record: &mut Record) -> Result<Document, String> {
 
 fn messages(record: &mut Record) -> Result<Document, String> {
     let turns = record.turns("messages")?;
-    if record.has("system") {
-        return Err(
-            "has both `messages` and `system`: write the system message as the first".into()
-        );
-    }
-    conversation(record.chat()?, turns)
+    conversation(record.chat()?, turns, "messages")
 }
 
 /// ShareGPT's, with its system message in a column of its own.
@@ -267,21 +261,22 @@ fn conversations(record: &mut Record) -> Result<Document, String> {
         }
         turns.insert(0, Turn::system(&system));
     }
-    conversation(record.chat()?, turns)
+    conversation(record.chat()?, turns, "conversations")
 }
 
-fn conversation(chat: Chat, turns: Vec<Turn>) -> Result<Document, String> {
+fn conversation(chat: Chat, turns: Vec<Turn>, column: &'static str) -> Result<Document, String> {
     let answers = match turns.iter().any(|turn| turn.counts.is_some()) {
         false => Answers::Assistant,
-        true => Answers::Marked(
-            turns
+        true => Answers::Marked {
+            counts: turns
                 .iter()
                 .map(|turn| turn.message.role() == "assistant" && turn.counts != Some(false))
                 .collect(),
-        ),
+            excludes: turns.iter().any(|turn| turn.counts == Some(false)),
+        },
     };
     let messages = turns.into_iter().map(|turn| turn.message).collect();
-    Ok(Document::Conversation(Conversation { chat: Chat { messages, ..chat }, answers }))
+    Ok(Document::Conversation(Conversation { chat: Chat { messages, ..chat }, answers, column }))
 }
 
 /// TRL's: both strings, or both lists of messages.
@@ -291,11 +286,13 @@ fn prompt_and_completion(record: &mut Record) -> Result<Document, String> {
     };
     match (is_text(record, "prompt"), is_text(record, "completion")) {
         (true, true) => {
+            refuse(&record.columns, columns::PAIR)?;
             let prompt = record.take_text("prompt")?.unwrap_or_default();
             let completion = record.take_text("completion")?.unwrap_or_default();
             Ok(Document::Pair(Pair { prompt, completion }))
         }
         (false, false) => {
+            refuse(&record.columns, columns::MESSAGE_PAIR)?;
             let prompt = record.turns("prompt")?;
             let completion = record.turns("completion")?;
             if prompt.last().is_some_and(|turn| turn.message.role() == "assistant") {
@@ -311,7 +308,8 @@ fn prompt_and_completion(record: &mut Record) -> Result<Document, String> {
             let answers = Answers::From(prompt.len());
             let messages = prompt.into_iter().chain(completion).map(|turn| turn.message).collect();
             let chat = Chat { messages, ..record.chat()? };
-            Ok(Document::Conversation(Conversation { chat, answers }))
+            let column = "prompt and completion";
+            Ok(Document::Conversation(Conversation { chat, answers, column }))
         }
         _ => {
             Err("`prompt` and `completion` are not both strings, nor both lists of messages".into())
@@ -321,13 +319,6 @@ fn prompt_and_completion(record: &mut Record) -> Result<Document, String> {
 
 /// Stanford Alpaca's, in the prompt that it was made for.
 fn alpaca(record: &mut Record) -> Result<Document, String> {
-    for name in ["system", "history"] {
-        if record.take(name).is_some_and(|value| value.len() != Some(0)) {
-            return Err(format!(
-                "the column `{name}` has no place in the prompt of Stanford Alpaca: use `messages`"
-            ));
-        }
-    }
     let mut part = |name| Ok::<_, String>(record.take_text(name)?.unwrap_or_default());
     let (instruction, input, completion) = (part("instruction")?, part("input")?, part("output")?);
     let task = "Below is an instruction that describes a task";
@@ -339,5 +330,13 @@ fn alpaca(record: &mut Record) -> Result<Document, String> {
              ### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
         ),
     };
+    // Stanford's own file repeats the whole of each record in this column: it is left, and listed.
+    let mut others = record.columns.iter().filter(|(name, _)| name == "text");
+    let whole = format!("{prompt}{completion}");
+    if others.any(|(_, text)| text.as_str() != Some(&*whole)) {
+        return Err("has both `text` and `instruction`, and its `text` is not what these make in \
+                    the prompt of Stanford Alpaca: take one of them away"
+            .into());
+    }
     Ok(Document::Pair(Pair { prompt, completion }))
 }

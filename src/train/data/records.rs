@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use minijinja::Value;
+use serde::de::IgnoredAny;
 use serde_json::{Deserializer, error::Category};
 
 /// How a file is read.
@@ -71,8 +72,36 @@ impl Kind {
         if let Some((_, what, why)) = MAGIC.iter().find(|(magic, ..)| bytes.starts_with(magic)) {
             return Err(format!("{what} {why}"));
         }
+        if let Some(at) = bytes.iter().position(|&byte| byte == 0) {
+            return Err(format!(
+                "holds a NUL byte (byte {at}), as binary files and UTF-16 do: write it as UTF-8 text"
+            ));
+        }
         let known = RECORDS.iter().find(|(name, _)| *name == extension);
         Ok(known.map_or(Self::Text, |(_, kind)| *kind))
+    }
+
+    /// Refuses plain text that begins with a JSON object, or with a list of them, on lines of its own.
+    ///
+    /// A run would learn the braces and keys of such records. What merely begins with a brace or a
+    /// bracket, as code and prose do, is text.
+    pub(super) fn check(self, text: &str) -> Result<(), String> {
+        let inside = text.trim_start();
+        let begins = |open: char, then: char| {
+            inside.strip_prefix(open).is_some_and(|rest| rest.trim_start().starts_with(then))
+        };
+        if self != Self::Text || !(begins('{', '"') || begins('[', '{')) {
+            return Ok(());
+        }
+        let mut values = Deserializer::from_str(inside).into_iter::<IgnoredAny>();
+        let parses = values.next().is_some_and(|value| value.is_ok());
+        let line = inside[values.byte_offset()..].lines().next().unwrap_or_default();
+        match parses && line.trim().is_empty() {
+            true => Err("holds records of JSON, and a file of this name is read as plain text: \
+                         name it .jsonl (a record a line) or .json"
+                .into()),
+            false => Ok(()),
+        }
     }
 
     /// The records of a text, each with the number of its first line, from 1; none of plain text.

@@ -1,6 +1,7 @@
-//! The messages of a record: OpenAI's with `role`, and ShareGPT's with `from` and `value`.
+//! The messages of a record: OpenAI's with `role` and `content`, and ShareGPT's with `from` and
+//! `value`.
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
 
 use minijinja::{Value, value::ValueKind};
 
@@ -24,8 +25,18 @@ const SPEAKERS: [(&[&str], &str); 4] = [
 /// Keys of a message that say whether it counts.
 const MARKS: [&str; 3] = ["weight", "train", "training"];
 
-/// Keys of a message that would change what counts in a way that is not supported.
-const REFUSED: [&str; 6] = ["loss", "loss_weight", "loss_mask", "mask", "train_detail", "masked"];
+/// Keys of a message that would change what is learnt in a way that is not supported, and what to
+/// write instead.
+const REFUSED: [(&[&str], &str); 2] = [
+    (
+        &["loss", "loss_weight", "loss_mask", "mask", "train_detail", "masked"],
+        "mark a message by `weight` 0 or 1",
+    ),
+    (&["function_call"], "write the call as `tool_calls`"),
+];
+
+/// Keys in ShareGPT's words, and in a template's.
+const NAMES: [(&str, &str); 2] = [("from", "role"), ("value", "content")];
 
 impl Turn {
     /// What the system says.
@@ -34,12 +45,8 @@ impl Turn {
     }
 }
 
-/// The messages of `list`, the column `name`; keys that change nothing are added to `ignored`.
-pub(super) fn read(
-    list: &Value,
-    name: &str,
-    ignored: &mut BTreeSet<String>,
-) -> Result<Vec<Turn>, String> {
+/// The messages of `list`, the column `name`.
+pub(super) fn read(list: &Value, name: &str) -> Result<Vec<Turn>, String> {
     let items: Vec<Value> = match list.kind() {
         ValueKind::Seq => list.try_iter().map_err(|e| e.to_string())?.collect(),
         kind => return Err(format!("`{name}` is no list of messages but a {kind}")),
@@ -47,59 +54,58 @@ pub(super) fn read(
     if items.is_empty() {
         return Err(format!("`{name}` is empty"));
     }
-    let turn =
-        |(at, item)| turn(item, name, ignored).map_err(|why: String| format!("{name}[{at}]{why}"));
+    let turn = |(at, item)| turn(item).map_err(|why: String| format!("{name}[{at}]{why}"));
     items.iter().enumerate().map(turn).collect()
 }
 
 /// One message; the error begins with what stands after its place.
-fn turn(item: &Value, name: &str, ignored: &mut BTreeSet<String>) -> Result<Turn, String> {
+fn turn(item: &Value) -> Result<Turn, String> {
+    let (keys, counts) = marked(keys(item)?)?;
+    let given = |name: &str| keys.iter().any(|(key, _)| key == name);
+    for (names, instead) in REFUSED {
+        if let Some(key) = names.iter().find(|key| given(key)) {
+            return Err(format!(": the key `{key}` is not supported: {instead}"));
+        }
+    }
+    let pairs: Vec<(Cow<str>, Value)> =
+        keys.iter().map(|(key, value)| pair(key, value, &given)).collect::<Result<_, _>>()?;
+    says_something(&pairs)?;
+    let message =
+        Message::from_value(Value::from_pairs(pairs)).map_err(|why| format!(": {why}"))?;
+    if counts == Some(true) && message.role() != "assistant" {
+        return Err(format!(": a message of role `{}` is marked to be learnt", message.role()));
+    }
+    Ok(Turn { message, counts })
+}
+
+/// The keys of a message, without those that are null: these are none.
+fn keys(item: &Value) -> Result<Vec<(String, Value)>, String> {
     if item.kind() != ValueKind::Map {
         return Err(format!(": is no object but a {}", item.kind()));
     }
     let mut keys = vec![];
     for key in item.try_iter().map_err(|e| format!(": {e}"))? {
         let value = item.get_item(&key).map_err(|e| format!(": {e}"))?;
-        keys.push((key.to_string(), value));
+        if !value.is_none() {
+            keys.push((key.to_string(), value));
+        }
     }
-    let given = |name: &str| {
-        keys.iter().find(|(key, value)| key == name && !value.is_none()).map(|(_, value)| value)
-    };
-    if let Some(key) = REFUSED.into_iter().find(|key| given(key).is_some()) {
-        return Err(format!(
-            ": the key `{key}` is not supported: mark a message by `weight` 0 or 1"
-        ));
-    }
-    let marks = MARKS.into_iter().filter_map(|key| Some((key, given(key)?)));
+    Ok(keys)
+}
+
+/// Takes the marks off the keys of a message: the others, and what the marks say.
+fn marked(keys: Vec<(String, Value)>) -> Result<(Vec<(String, Value)>, Option<bool>), String> {
+    let (marks, others): (Vec<_>, Vec<_>) =
+        keys.into_iter().partition(|(key, _)| MARKS.contains(&key.as_str()));
     let mut counts = None;
     for (key, value) in marks {
-        let mark = mark(key, value)?;
+        let mark = mark(&key, &value)?;
         if counts.is_some_and(|before| before != mark) {
             return Err(format!(".{key}: contradicts another mark of the message"));
         }
         counts = Some(mark);
     }
-    let message = match (given("role"), given("from"), given("value")) {
-        (None, Some(from), Some(value)) => {
-            let known = |key: &str| ["from", "value"].contains(&key) || MARKS.contains(&key);
-            let others = keys.iter().filter(|(key, value)| !known(key) && !value.is_none());
-            ignored.extend(others.map(|(key, _)| format!("{name}[].{key}")));
-            sharegpt(from, value)?
-        }
-        _ => {
-            let shown = keys.iter().filter(|(key, _)| !MARKS.contains(&key.as_str())).cloned();
-            let pair = |(key, value): (String, Value)| match key.as_str() {
-                "content" => Ok((key, content(value)?)),
-                _ => Ok((key, value)),
-            };
-            let pairs = shown.map(pair).collect::<Result<Vec<_>, String>>()?;
-            Message::from_value(Value::from_pairs(pairs)).map_err(|why| format!(": {why}"))?
-        }
-    };
-    if counts == Some(true) && message.role() != "assistant" {
-        return Err(format!(": a message of role `{}` is marked to be learnt", message.role()));
-    }
-    Ok(Turn { message, counts })
+    Ok((others, counts))
 }
 
 /// Whether a mark says that its message counts.
@@ -112,12 +118,28 @@ fn mark(key: &str, value: &Value) -> Result<bool, String> {
     }
 }
 
-fn sharegpt(from: &Value, value: &Value) -> Result<Message, String> {
+/// A key and its value in a template's words; `given` says which keys the message has.
+fn pair<'a>(
+    key: &'a str,
+    value: &Value,
+    given: &impl Fn(&str) -> bool,
+) -> Result<(Cow<'a, str>, Value), String> {
+    // Beside the template's own word, the other is a key like any other.
+    let known = NAMES.iter().find(|(name, own)| *name == key && !given(own));
+    let own = known.map_or(key, |(_, own)| own);
+    let value = match own {
+        "role" if key == "from" => speaker(value)?,
+        "content" => content(key, value.clone())?,
+        _ => value.clone(),
+    };
+    Ok((own.into(), value))
+}
+
+/// A template's word for who speaks in ShareGPT's.
+fn speaker(from: &Value) -> Result<Value, String> {
     let from = from.as_str().ok_or(".from: is not a string")?;
-    let text = value.as_str().ok_or(".value: is not a string")?;
-    let speaker = SPEAKERS.iter().find(|(names, _)| names.contains(&from));
-    match speaker {
-        Some((_, role)) => Ok(Message::new(*role, text)),
+    match SPEAKERS.iter().find(|(names, _)| names.contains(&from)) {
+        Some((_, role)) => Ok(Value::from(*role)),
         None if from == "function_call" => {
             Err(".from: a `function_call` is not taken apart: use `messages` with `tool_calls`"
                 .into())
@@ -129,28 +151,35 @@ fn sharegpt(from: &Value, value: &Value) -> Result<Message, String> {
     }
 }
 
-/// What a message says: a string, nothing, or parts of text. A single part is its text.
-fn content(value: Value) -> Result<Value, String> {
+/// Refuses a message whose text stands where no template looks for it, or that has none.
+fn says_something(pairs: &[(Cow<str>, Value)]) -> Result<(), String> {
+    let given = |name: &str| pairs.iter().any(|(key, value)| key == name && value.len() != Some(0));
+    match pairs.iter().any(|(key, _)| key == "content") {
+        true => Ok(()),
+        false if given("text") => Err(".text: no template reads it: call the key `content`".into()),
+        false if given("tool_calls") => Ok(()),
+        false => Err(": has neither `content` nor `tool_calls`".into()),
+    }
+}
+
+/// What the key `name` says: a string, or parts of text. A single part is its text.
+fn content(name: &str, value: Value) -> Result<Value, String> {
     if value.kind() != ValueKind::Seq {
         return match value.kind() {
-            ValueKind::String | ValueKind::None => Ok(value),
-            kind => Err(format!(".content: is neither a string nor a list of parts but a {kind}")),
+            ValueKind::String => Ok(value),
+            kind => Err(format!(".{name}: is neither a string nor a list of parts but a {kind}")),
         };
     }
     let parts: Vec<Value> = value.try_iter().map_err(|e| e.to_string())?.collect();
     for (at, part) in parts.iter().enumerate() {
         let key = |name: &str| part.get_attr(name).unwrap_or_default();
-        let kind = key("type");
-        match kind.as_str() {
-            Some("text") if key("text").as_str().is_some() => (),
-            Some("text") => return Err(format!(".content[{at}]: has no `text` that is a string")),
-            Some(other) => {
-                return Err(format!(
-                    ".content[{at}]: is of type `{other}`; only text is supported"
-                ));
-            }
-            None => return Err(format!(".content[{at}]: has no `type`")),
-        }
+        let why = match key("type").as_str() {
+            Some("text") if key("text").as_str().is_some() => continue,
+            Some("text") => "has no `text` that is a string".into(),
+            Some(other) => format!("is of type `{other}`; only text is supported"),
+            None => "has no `type`".into(),
+        };
+        return Err(format!(".{name}[{at}]: {why}"));
     }
     match &parts[..] {
         [one] => Ok(one.get_attr("text").unwrap_or_default()),
