@@ -642,7 +642,8 @@ fn what_the_template_does_not_read_is_listed() {
         let ignored = &dataset.notes().ignored;
         let mut keys: Vec<&str> = ignored.iter().map(|one| one.key.as_str()).collect();
         let mut listed = listed.to_vec();
-        (keys.sort_unstable(), listed.sort_unstable());
+        keys.sort_unstable();
+        listed.sort_unstable();
         assert_eq!(keys, listed, "{template}");
         let why = "the chat template does not read it";
         assert!(ignored.iter().all(|one| one.reason == why), "{ignored:?}");

@@ -230,7 +230,7 @@ fn gguf_metadata_is_checked() {
         ),
         ("tokenizer.ggml.token_type", None, "`tokenizer.ggml.token_type` is missing"),
         ("tokenizer.ggml.add_sep_token", Some(Value::Bool(true)), "is true, which is not"),
-        ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), "bos_token_id` names no token"),
+        ("tokenizer.ggml.add_bos_token", Some(Value::Bool(true)), "bos_token_id` is missing, and"),
         ("general.type", text("adapter"), "is `adapter`; this is no model"),
         ("qwen2.attention.causal", Some(Value::Bool(false)), "is false, which is not supported"),
         ("qwen2.final_logit_softcapping", Some(Value::F32(30.0)), "is 30, which is not supported"),

@@ -7,6 +7,9 @@ use minijinja::{Value, value::ValueKind};
 
 use crate::text::Message;
 
+/// The keys of one message, in order.
+type Keys = Vec<(String, Value)>;
+
 /// A message, and whether the record says that it counts.
 #[derive(Debug, PartialEq)]
 pub(super) struct Turn {
@@ -79,7 +82,7 @@ fn turn(item: &Value) -> Result<Turn, String> {
 }
 
 /// The keys of a message, without those that are null: these are none.
-fn keys(item: &Value) -> Result<Vec<(String, Value)>, String> {
+fn keys(item: &Value) -> Result<Keys, String> {
     if item.kind() != ValueKind::Map {
         return Err(format!(": is no object but a {}", item.kind()));
     }
@@ -94,7 +97,7 @@ fn keys(item: &Value) -> Result<Vec<(String, Value)>, String> {
 }
 
 /// Takes the marks off the keys of a message: the others, and what the marks say.
-fn marked(keys: Vec<(String, Value)>) -> Result<(Vec<(String, Value)>, Option<bool>), String> {
+fn marked(keys: Keys) -> Result<(Keys, Option<bool>), String> {
     let (marks, others): (Vec<_>, Vec<_>) =
         keys.into_iter().partition(|(key, _)| MARKS.contains(&key.as_str()));
     let mut counts = None;
