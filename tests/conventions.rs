@@ -127,7 +127,7 @@ fn what_means_nothing_is_refused() {
     let many = u64::MAX;
     let line = format!("count train --structure 6nd --full --steps {many} --accumulate {many}");
     refused(path, &line, &["128 bits"]);
-    refused(path, "reconcile", &["forward, generate, train or evaluate"]);
+    refused(path, "reconcile", &["forward, generate, train or eval"]);
     refused(path, "reconcile --from 7nd forward", &["--from", "7nd", "megatron-causal"]);
     refused(path, "reconcile --to no.json", &["no.json"]);
     std::fs::write(path.join("odd.json"), "{\"schema_version\": 1}").unwrap();
@@ -151,4 +151,31 @@ fn the_guides_show_what_is_printed() {
         commands += 1;
     }
     assert!(commands >= 7);
+}
+
+/// Totals that are right, of something that a reader may not have meant.
+#[test]
+fn a_count_says_what_may_surprise() {
+    let dir = tmp();
+    let told = |args: &str| {
+        let output = flopaudit(dir.path(), args).output().unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let notes = report["notes"].as_array().cloned().unwrap_or_default();
+        let notes: Vec<String> = notes.iter().map(|n| n.as_str().unwrap().to_string()).collect();
+        assert!(notes.iter().all(|note| stderr.contains(note)), "{stderr}");
+        notes
+    };
+    assert!(told("count forward --preset qwen2.5-0.5b --seq 32768 --json").is_empty());
+    let notes = told("count eval --preset qwen2.5-0.5b --seq 32769 --json");
+    assert_eq!(notes, ["a context of 32769 tokens is longer than the model was made for, 32768"]);
+    // Beside weights that a run would take.
+    assert!(told("count forward --json").is_empty());
+    std::fs::create_dir(dir.path().join("weights")).unwrap();
+    std::fs::write(dir.path().join("weights/model.gguf"), "").unwrap();
+    let notes = told("count forward --json");
+    assert!(
+        notes[0].starts_with("counted is the preset qwen2.5-0.5b, not the weights"),
+        "{notes:?}"
+    );
 }

@@ -57,6 +57,11 @@ impl ModelArgs {
         Ok(checkpoint)
     }
 
+    /// Whether no model is named.
+    pub fn names_no_model(&self) -> bool {
+        self.model.is_none() && self.config.is_none() && self.preset.is_none()
+    }
+
     /// The config alone.
     pub fn config_only(&self) -> Result<Described> {
         if let Some(found) = self.config()? {
@@ -123,7 +128,8 @@ fn say_what_matters(ignored: &[Ignored]) {
     }
 }
 
-const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
+/// What is counted where no model is named.
+pub const DEFAULT_PRESET: &str = "qwen2.5-0.5b";
 
 /// Which operations count.
 #[derive(Debug, Args)]

@@ -38,6 +38,7 @@ pub enum Command {
     /// A training: forward, backward, update.
     Train(Box<Run<TrainingArgs>>),
     /// Passes over known text with their loss.
+    #[command(name = "eval", visible_alias = "evaluate")]
     Evaluate(Box<Run<EvaluationArgs>>),
 }
 

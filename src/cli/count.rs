@@ -6,8 +6,8 @@ use clap::{Args, Subcommand};
 
 use super::{
     args::{
-        CountingArgs, Described, EvaluationArgs, ForwardArgs, GenerationArgs, Listing, OutputArgs,
-        StructureArg, TrainingArgs,
+        CountingArgs, DEFAULT_PRESET, Described, EvaluationArgs, ForwardArgs, GenerationArgs,
+        Listing, OutputArgs, StructureArg, TrainingArgs, note,
     },
     workload::WorkloadArgs,
 };
@@ -17,7 +17,8 @@ use crate::{
     report::{self, Report},
     sweep::{Axis, Base, Sweep},
     target::Target,
-    workload::Task,
+    weights,
+    workload::{Task, Workload},
 };
 
 /// What to count.
@@ -30,6 +31,7 @@ pub enum Command {
     /// A training: forward and backward passes.
     Train(Box<Count<TrainingArgs>>),
     /// Forward passes over known text.
+    #[command(name = "eval", visible_alias = "evaluate")]
     Evaluate(Box<Count<EvaluationArgs>>),
 }
 
@@ -84,9 +86,30 @@ fn count<T: Args>(args: &Count<T>, task: Task) -> Result<()> {
     let (workload, Described { origin, ignored, .. }) = args.workload.of(task)?;
     let structure = args.structure.structure;
     let tally = analytic::count(structure, &workload)?;
+    let notes = notes(args, &workload);
+    notes.iter().for_each(|told| note(told));
     let report = Report::new("count", &origin, vec![workload], structure, &prices, &tally)?
-        .with_ignored(ignored.as_deref());
+        .with_ignored(ignored.as_deref())
+        .with_notes(notes);
     output.write(&report.sized_for(args.workload.device()), false)
+}
+
+/// What a reader of the count may not expect.
+fn notes<T: Args>(args: &Count<T>, workload: &Workload) -> Vec<String> {
+    let mut notes = vec![];
+    if args.workload.model.names_no_model() && weights::default_is_local() {
+        notes.push(format!(
+            "counted is the preset {DEFAULT_PRESET}, not the weights that a run without --model takes; \
+             --model counts those"
+        ));
+    }
+    let (context, most) = (workload.context(), workload.model.max_position_embeddings as u64);
+    if context > most {
+        notes.push(format!(
+            "a context of {context} tokens is longer than the model was made for, {most}"
+        ));
+    }
+    notes
 }
 
 /// Counts every point of the grid.

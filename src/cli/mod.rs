@@ -41,6 +41,7 @@ enum Command {
     /// Train adapters (or every weight) on text, within a budget, then audit the run.
     Train(Box<train::Args>),
     /// Score text: cross-entropy and perplexity, audited.
+    #[command(visible_alias = "evaluate")]
     Eval(Box<eval::Args>),
     /// Execute a workload on random tokens and compare all three countings.
     #[command(subcommand)]

@@ -54,6 +54,7 @@ enum Command {
     /// A training.
     Train(Box<WorkloadArgs<TrainingArgs>>),
     /// Forward passes over known text.
+    #[command(name = "eval", visible_alias = "evaluate")]
     Evaluate(Box<WorkloadArgs<EvaluationArgs>>),
 }
 
@@ -149,7 +150,7 @@ impl Args {
             (_, Some(_), Some(_)) => fail("one run at a time; the other end is a structure"),
             (Some(_), _, _) => fail("a run brings its workload; name no other"),
             (None, None, None) => {
-                fail("of which workload? add forward, generate, train or evaluate, or name a run")
+                fail("of which workload? add forward, generate, train or eval, or name a run")
             }
         }
     }

@@ -12,18 +12,26 @@ const HOW: &str = "write a number and its unit, such as \"1e17 FLOP\" or \"100 P
 pub struct Flops(pub u128);
 
 impl Flops {
-    /// Reads `1e17 FLOP`, `100 PFLOP`, `0.25 EFLOPs`: a decimal number, then FLOP or FLOPs with an
-    /// SI prefix (k, M, G, T, P, E, Z, Y) or none. Exact: no floating point is involved.
+    /// Reads `1e17 FLOP`, `100 PFLOP`, `0.25 EFLOPs`, `3 PF-days`: a decimal number, then FLOP, FLOPs
+    /// or a day of FLOP/s, with an SI prefix (k, M, G, T, P, E, Z, Y) or none. Exact: no floating
+    /// point is involved.
     ///
     /// # Errors
     /// What is wrong, as the rest of a sentence.
     pub fn parse(text: &str) -> Result<Self, String> {
         let bad = |why: &str| format!("`{text}` {why}; {HOW}");
         let text = text.trim();
-        let number = ["FLOPs", "FLOP"].iter().find_map(|unit| text.strip_suffix(unit));
-        let Some(number) = number else {
+        let amount = UNITS.iter().find_map(|(units, times)| {
+            units.iter().find_map(|u| Some((text.strip_suffix(u)?, times)))
+        });
+        let Some((number, times)) = amount else {
             let rate = ["FLOPS", "FLOP/s", "FLOPs/s"].iter().any(|unit| text.ends_with(unit));
-            return Err(bad(if rate { "is a rate, not an amount" } else { "has no unit" }));
+            let word = text.ends_with(|c: char| c.is_alphabetic() || c == '$');
+            return Err(bad(match (rate, word) {
+                (true, _) => "is a rate, not an amount",
+                (false, true) => "has a unit that is none of FLOPs",
+                (false, false) => "has no unit",
+            }));
         };
         let prefixed = number.trim_end().char_indices().next_back();
         let prefix = prefixed.and_then(|(at, c)| Some((at, "kMGTPEZY".find(c)?)));
@@ -39,10 +47,20 @@ impl Flops {
             None => Err(bad("is not a number of FLOPs")),
             Some(Err(why)) => Err(bad(why)),
             Some(Ok(0)) => Err(bad("is nothing to spend")),
-            Some(Ok(flops)) => Ok(Self(flops)),
+            Some(Ok(flops)) => match flops.checked_mul(*times) {
+                Some(flops) => Ok(Self(flops)),
+                None => Err(bad("does not fit 128 bits")),
+            },
         }
     }
 }
+
+/// Units, which a prefix may precede, and how many FLOPs each is. A day has 86,400 seconds; OpenAI's
+/// petaflop/s-day (*AI and Compute*, 2018) is such a day of 10^15 FLOP/s.
+const UNITS: [(&[&str], u128); 2] = [
+    (&["FLOP/s-days", "FLOP/s-day", "FLOPS-days", "FLOPS-day", "F-days", "F-day"], 86_400),
+    (&["FLOPs", "FLOP"], 1),
+];
 
 /// `number` · 10^`shift`; none where it is no decimal number.
 fn decimal(number: &str, shift: i64) -> Option<Result<u128, &'static str>> {
@@ -205,6 +223,9 @@ mod tests {
         assert_eq!(read("0.123456789012345678 EFLOP"), 123_456_789_012_345_678);
         assert_eq!(read("340282366920938463463374607431768211455 FLOP"), u128::MAX);
         assert_eq!(read("1000e-3 FLOP"), 1);
+        assert_eq!(read("1 PF-day"), 86_400 * 10u128.pow(15));
+        assert_eq!(read("0.5 PFLOP/s-days"), 43_200 * 10u128.pow(15));
+        assert_eq!(read("2 EF-days"), 172_800 * 10u128.pow(18));
     }
 
     #[test]
@@ -212,6 +233,10 @@ mod tests {
         for (text, why) in [
             ("1e17", "`1e17` has no unit"),
             ("", "has no unit"),
+            ("3 GPU-hours", "a unit that is none of FLOPs"),
+            ("30 $", "a unit that is none of FLOPs"),
+            ("1e17 flops", "a unit that is none of FLOPs"),
+            ("1e35 PF-days", "128 bits"),
             ("FLOP", "not a number"),
             ("PFLOP", "not a number"),
             ("-3 TFLOP", "negative"),
