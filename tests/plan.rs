@@ -144,6 +144,42 @@ fn a_plan_worked_out_by_hand() {
     assert_eq!(account["left_flops"], 8);
 }
 
+/// What `count` says of a workload is what a plan says of it.
+#[test]
+fn a_plan_prices_what_the_flags_say() {
+    let cases = [
+        (
+            "kind = \"forward\"\nseq = 5\npast = 7\nlogits = \"last\"",
+            "forward --seq 5 --past 7 --logits last",
+        ),
+        ("kind = \"eval\"\nseq = 5\npasses = 3", "eval --seq 5 --passes 3"),
+        (
+            "kind = \"train\"\nseq = 5\nsteps = 2\nfull = true\nrecompute = true",
+            "train --seq 5 --steps 2 --full --recompute --batch 1",
+        ),
+        (
+            "kind = \"train\"\nseq = 5\nsteps = 2\nlora_rank = 3\nrecompute = true",
+            "train --seq 5 --steps 2 --lora-rank 3 --recompute --batch 1",
+        ),
+    ];
+    for (table, flags) in cases {
+        let dir = with_plan(&format!(
+            "structure = \"torch\"\npreset = \"tiny\"\n[[experiment]]\n{table}\n"
+        ));
+        let (code, stdout, stderr) = plan_with(dir.path(), "--json");
+        assert_eq!((code, stderr.as_str()), (0, ""), "{table}");
+        let account: Value = serde_json::from_str(&stdout).unwrap();
+        let line = format!("count {flags} --preset tiny --structure torch:eager --json");
+        let counted = json(&line)["total_flops"].clone();
+        assert_eq!(account["experiments"][0]["flops"], counted, "{table}");
+    }
+    let dir =
+        with_plan("preset = \"tiny\"\n[[experiment]]\nkind = \"train\"\nsteps = 1\npasses = 2\n");
+    let (code, _, stderr) = plan_with(dir.path(), "--json");
+    assert_eq!(code, 2);
+    assert!(stderr.contains("`passes` means nothing where kind = \"train\""), "{stderr}");
+}
+
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
     #[test]

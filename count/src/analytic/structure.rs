@@ -57,6 +57,12 @@ impl Structure {
         Self::TorchSdpaCpu,
     ];
 
+    /// The one of this name; `torch` is what `torch:eager` was called while it was alone.
+    pub fn named(name: &str) -> Option<Self> {
+        let name = if name == "torch" { Self::Torch.name() } else { name };
+        Self::ALL.into_iter().find(|structure| structure.name() == name)
+    }
+
     /// The name on the command line and in JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -90,10 +96,7 @@ impl Serialize for Structure {
 impl<'de> Deserialize<'de> for Structure {
     fn deserialize<D: Deserializer<'de>>(d: D) -> std::result::Result<Self, D::Error> {
         let name = String::deserialize(d)?;
-        // As it was called while it was the only one of PyTorch's.
-        let name = if name == "torch" { Self::Torch.name().into() } else { name };
-        let found = Self::ALL.into_iter().find(|structure| structure.name() == name);
-        found.ok_or_else(|| D::Error::custom(format!("no structure `{name}`")))
+        Self::named(&name).ok_or_else(|| D::Error::custom(format!("no structure `{name}`")))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     ledger::Dtype,
     prices::Prices,
-    workload::{Sampling, Task, Workload},
+    workload::{Logits, Sampling, Task, Workload},
 };
 
 /// Most rows of a plan: more are nobody's reading.
@@ -108,12 +108,10 @@ impl Plan {
             move |e: anyhow::Error| source.fail(None, key, &explain(&e).1)
         };
         let structure = match &file.structure {
-            Some(name) => {
-                Structure::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| {
-                    let known = Structure::ALL.map(Structure::name).join(", ");
-                    source.fail(None, "structure", &format!("is `{name}`; known: {known}"))
-                })?
-            }
+            Some(name) => Structure::named(name).ok_or_else(|| {
+                let known = Structure::ALL.map(Structure::name).join(", ");
+                source.fail(None, "structure", &format!("is `{name}`; known: {known}"))
+            })?,
             None => Structure::Exact,
         };
         let prices = match file.prices.as_deref() {
@@ -189,13 +187,13 @@ fn unfold(
     let missing = match kind {
         Kind::Train => table.steps.is_none().then_some("steps"),
         Kind::Generate => table.new_tokens.is_none().then_some("new_tokens"),
-        Kind::Evaluate => None,
+        Kind::Evaluate | Kind::Forward => None,
     };
     if let Some(key) = missing {
         return Err(source.fail(Some(index), key, "is missing: a number, or \"max\""));
     }
     let lengths = match kind {
-        Kind::Train | Kind::Evaluate => &table.seq,
+        Kind::Train | Kind::Evaluate | Kind::Forward => &table.seq,
         Kind::Generate => &table.prompt_tokens,
     };
     let adapters = adapters(table);
@@ -265,10 +263,19 @@ fn task(table: &ExperimentTable, batch: u64, length: u64) -> Task {
             accumulate: table.accumulate.map_or(1, |Count(n)| n),
             steps: number(table.steps),
             full: table.full.unwrap_or(false),
-            recompute: false,
+            recompute: table.recompute.unwrap_or(false),
             clip: true,
         },
-        Kind::Evaluate => Task::Evaluate { batch, seq: length, passes: 1 },
+        Kind::Evaluate => {
+            let passes = table.passes.map_or(1, |Count(n)| n);
+            Task::Evaluate { batch, seq: length, passes }
+        }
+        Kind::Forward => Task::Forward {
+            batch,
+            seq: length,
+            past: table.past.map_or(0, |Natural(n)| n),
+            logits: table.logits.unwrap_or(Logits::All),
+        },
         Kind::Generate => {
             let new_tokens = number(table.new_tokens);
             let greedy = Sampling::GREEDY;

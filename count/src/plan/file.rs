@@ -15,6 +15,7 @@ use super::values::{Count, CountOrMax, Flops, Grid, Natural, Rate};
 use crate::{
     config::{Layers, Modules, TargetModules},
     error::{Error, Result},
+    workload::Logits,
 };
 
 /// The whole file. Absent keys have the command line's defaults; the budget's is 1e17 FLOPs.
@@ -48,7 +49,10 @@ pub enum Kind {
     /// Steps of training.
     Train,
     /// Forward passes with a loss.
+    #[serde(alias = "eval")]
     Evaluate,
+    /// One forward pass, after others if there is a past.
+    Forward,
     /// New tokens after a prompt.
     Generate,
 }
@@ -59,6 +63,7 @@ impl Kind {
         match self {
             Self::Train => "train",
             Self::Evaluate => "evaluate",
+            Self::Forward => "forward",
             Self::Generate => "generate",
         }
     }
@@ -66,8 +71,9 @@ impl Kind {
     /// The keys that mean something for this kind, beside those of every kind.
     const fn keys(self) -> &'static [&'static str] {
         match self {
-            Self::Train => &["seq", "steps", "accumulate", "full"],
-            Self::Evaluate => &["seq"],
+            Self::Train => &["seq", "steps", "accumulate", "full", "recompute"],
+            Self::Evaluate => &["seq", "passes"],
+            Self::Forward => &["seq", "past", "logits"],
             Self::Generate => &[
                 "prompt_tokens",
                 "new_tokens",
@@ -111,6 +117,14 @@ pub struct ExperimentTable {
     pub accumulate: Option<Count>,
     /// Every weight is trained, not the adapters alone.
     pub full: Option<bool>,
+    /// Layers run forward again for their gradients.
+    pub recompute: Option<bool>,
+    /// Passes over as many rows.
+    pub passes: Option<Count>,
+    /// Tokens in the cache before the pass.
+    pub past: Option<Natural>,
+    /// At which positions logits are asked for.
+    pub logits: Option<Logits>,
     /// Tokens of each prompt.
     pub prompt_tokens: Option<Grid<Count>>,
     /// Tokens chosen for each sequence.
