@@ -71,7 +71,8 @@ impl Text {
     }
 
     /// Reads tokenizer.json and, where there are any, tokenizer_config.json,
-    /// special_tokens_map.json, generation_config.json and chat templates. `vocab` is the model's, in tokens.
+    /// special_tokens_map.json, generation_config.json and chat templates. `vocab` is the model's, in
+    /// tokens.
     ///
     /// # Errors
     /// No tokenizer.json, a malformed file, or more tokens than the model has.

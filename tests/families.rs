@@ -1,6 +1,8 @@
 //! Tiny checkpoints of each family, made by transformers: its logits, its greedy tokens, PEFT's
 //! gradients and FlopCounterMode's totals (tests/golden/families/README.md says how they were made).
 
+mod peft_gradients;
+
 use std::{cell::RefCell, fs, path::PathBuf};
 
 use candle_core::Device;
@@ -191,32 +193,9 @@ fn greedy_tokens_equal_transformers_and_balance() {
 #[test]
 fn gradients_of_adapters_equal_pefts() {
     for golden in FAMILIES.map(Golden::open) {
-        let mut model = golden.adapted();
-        model.train(Trained::Adapters);
+        let (mut model, loss) = (golden.adapted(), golden.expected.lora.loss);
         let ids = &golden.expected.ids;
-        let (fed, targets) = (&ids[..ids.len() - 1], &ids[1..]);
-        let weights = vec![1.0 / fed.len() as f32; fed.len()];
-        let text = Labelled { ids: fed, targets, weights: &weights, batch: 1 };
-        let file = golden.folder.join("lora_gradients.safetensors");
-        let theirs = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
-        for recompute in [false, true] {
-            let observer = RefCell::new(());
-            let meter = Meter::new(&observer, Phase::Setup);
-            let positions = model.positions(meter, fed.len()).unwrap();
-            let found = model.loss_and_gradients(meter, text, &positions, recompute);
-            let (loss, mut gradients) = found.unwrap();
-            assert!((loss - golden.expected.lora.loss).abs() < 1e-4, "{}: {loss}", golden.name);
-            let trained = model.trained();
-            assert_eq!(trained.len(), theirs.len(), "{}", golden.name);
-            for (name, _, tensor) in trained {
-                let ours = gradients.take(tensor).unwrap().to_vec().unwrap();
-                let theirs: Vec<f32> = theirs[&name].flatten_all().unwrap().to_vec1().unwrap();
-                let norm = |x: &[f32]| x.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
-                let apart: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
-                let apart = norm(&apart) / norm(&theirs);
-                assert!(apart < 1e-3, "{} {name}: {apart} apart", golden.name);
-            }
-        }
+        peft_gradients::equal(golden.name, &mut model, ids, loss, &golden.folder);
     }
 }
 

@@ -120,11 +120,10 @@ pub struct Listing<'a, T> {
 
 /// Where a checkpoint says two things, which of them was taken.
 fn say_what_matters(ignored: &[Ignored]) {
-    let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
     for Ignored { file, key, reason, .. } in ignored.iter().filter(|i| i.matters == Matters::Always)
     {
         let what = if key == "*" { file.clone() } else { format!("{file}: `{key}`") };
-        anstream::eprintln!("{yellow}warning:{yellow:#} {what} {reason}");
+        warn(&format!("{what} {reason}"));
     }
 }
 
@@ -308,11 +307,14 @@ pub fn bar(length: u64, template: &str) -> ProgressBar {
 /// Says where text will be noise.
 pub fn warn_of_noise(checkpoint: &Checkpoint) {
     if checkpoint.synthetic {
-        let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
-        anstream::eprintln!(
-            "{yellow}warning:{yellow:#} synthetic weights: the FLOPs are real, the text is noise"
-        );
+        warn("synthetic weights: the FLOPs are real, the text is noise");
     }
+}
+
+/// Says that something may not be what a user wants, in one line on stderr.
+pub fn warn(what: &str) {
+    let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
+    anstream::eprintln!("{yellow}warning:{yellow:#} {what}");
 }
 
 /// Says something that a user may not expect, in one line on stderr.

@@ -9,7 +9,7 @@ use candle_core::Device;
 use indicatif::ProgressBar;
 
 use super::{
-    args::{OutputArgs, set_threads},
+    args::{OutputArgs, set_threads, warn},
     device,
     interrupt::Interrupt,
     memory,
@@ -106,11 +106,6 @@ fn keep(ceiling: &Ceiling) -> Option<PathBuf> {
         warn(&format!("the ceiling cannot be kept: {error:#}"));
         None
     })
-}
-
-fn warn(what: &str) {
-    let yellow = anstyle::AnsiColor::Yellow.on_default().bold();
-    anstream::eprintln!("{yellow}warning:{yellow:#} {what}");
 }
 
 fn defaults(device: &str) -> Vec<Dtype> {

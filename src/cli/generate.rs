@@ -10,8 +10,8 @@ use std::{
 
 use super::{
     args::{
-        CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs, note,
-        warn_of_noise,
+        CountingArgs, ExecutionArgs, LoraArgs, ModelArgs, Output, OutputArgs, SamplingArgs,
+        TemplateArg, note, warn_of_noise,
     },
     interrupt::Interrupt,
     memory,
@@ -50,11 +50,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
     /// Feed the prompt as it is, without the chat template
-    #[arg(long)]
+    #[arg(long, conflicts_with = "template")]
     raw: bool,
-    /// Chat template: the checkpoint's of this name, or a .jinja file
-    #[arg(long, value_name = "NAME", conflicts_with = "raw")]
-    template: Option<String>,
     /// System message of the chat template
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
@@ -81,6 +78,8 @@ pub struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    template: TemplateArg,
     #[command(flatten)]
     lora: LoraArgs,
     #[command(flatten)]
@@ -114,7 +113,7 @@ pub fn run(args: Args) -> Result<()> {
 
     let start = Instant::now();
     let mut checkpoint = args.model.open()?;
-    args.template.iter().try_for_each(|name| checkpoint.text.choose_template(name))?;
+    args.template.choose(&mut checkpoint)?;
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
     let sampling = args.sampling(&checkpoint)?;
     let encoded = args.encode(&checkpoint.text, &prompts)?;

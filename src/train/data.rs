@@ -116,10 +116,10 @@ impl Dataset {
     ///
     /// # Errors
     /// A file that cannot be read, is not UTF-8, is blank, holds a single token or is of a kind that
-    /// is no text; plain text that begins with a record of JSON; a record that is no such document, that has a column which would change what is
-    /// learnt and is not supported, or that is of another kind than those before; a conversation that
-    /// the template refuses, that is longer than a row, or in which nothing counts; `mask_prompt`
-    /// with plain text.
+    /// is no text; plain text that begins with a record of JSON; a record that is no such document,
+    /// that has a column which would change what is learnt and is not supported, or that is of
+    /// another kind than those before; a conversation that the template refuses, that is longer than
+    /// a row, or in which nothing counts; `mask_prompt` with plain text.
     pub fn load(file: &Path, text: &Text, options: &Options) -> Result<Self> {
         if options.seq == 0 {
             return Err(Error::flag("--seq", "must be at least 1").into());

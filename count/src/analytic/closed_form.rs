@@ -233,8 +233,8 @@ pub(super) fn activation(activation: Activation, n: u128) -> Primitives {
     }
 }
 
-/// Attention of the layers `of` a range. H·d columns of q and K·d of k are rotated (2 muls and an add each), q
-/// is scaled; per head and score: d macs for q·k, d for the values, one mask add, and softmax's
+/// Attention of the layers `of` a range. H·d columns of q and K·d of k are rotated (2 muls and an
+/// add each), q is scaled; per head and score: d macs for q·k, d for the values, one mask add, and softmax's
 /// sub, exp, div, with one cmp and one add less than scores in each row.
 fn attention(model: &ModelConfig, m: &Moments, of: Range<usize>) -> Cost {
     let (h, d) = (model.num_attention_heads as u128, model.head_dim() as u128);

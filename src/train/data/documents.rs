@@ -35,7 +35,6 @@ impl<'a> Found<'a> {
             let (at, line) = (e.valid_up_to(), line_of(bytes, e.valid_up_to()));
             format!("line {line}: is not UTF-8 (byte {at} of the file)")
         })?;
-        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let empty = || "is empty: there is nothing to train on".to_string();
         if text.trim().is_empty() {
             return Err(empty());

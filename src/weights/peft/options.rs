@@ -73,10 +73,9 @@ impl Options {
     pub fn read(file: &Path) -> Result<Self> {
         let fail = |why: String| Error::File { file: file.into(), why };
         let text = crate::input::read_text(file).map_err(|e| fail(e.to_string()))?;
-        let text = text.trim_start_matches('\u{feff}');
         let json: Map<String, Value> =
-            serde_json::from_str(text).map_err(|e| fail(format!("not valid JSON: {e}")))?;
-        let ordered = serde_json::from_str(text);
+            serde_json::from_str(&text).map_err(|e| fail(format!("not valid JSON: {e}")))?;
+        let ordered = serde_json::from_str(&text);
         let Ordered { rank_pattern, alpha_pattern } =
             ordered.map_err(|e| fail(format!("`rank_pattern` or `alpha_pattern`: {e}")))?;
         let [ranks, alphas] =

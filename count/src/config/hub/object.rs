@@ -120,10 +120,7 @@ impl<'a> Object<'a> {
     pub fn or_silent<T>(&self, key: &str, found: Option<T>, silent: T) -> Result<T> {
         match found {
             Some(value) => Ok(value),
-            None if self.is_null(key) => {
-                let why = "is null, which is no value; without the key, the family's own is taken";
-                Err(self.refuse(key, why))
-            }
+            None if self.is_null(key) => Err(self.refuse(key, NULL)),
             None => Ok(silent),
         }
     }
@@ -140,6 +137,10 @@ impl<'a> Object<'a> {
         all.filter(|(key, _)| !read.contains(key)).collect()
     }
 }
+
+/// Why a null is refused where a family needs a value.
+pub(super) const NULL: &str =
+    "is null, which is no value; without the key, the family's own is taken";
 
 /// A value in an error: short, on one line.
 pub(super) fn shown(value: &Value) -> String {

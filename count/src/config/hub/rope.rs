@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 
-use super::object::{Object, shown};
+use super::object::{NULL, Object, shown};
 use crate::{
     config::{Family, ModelConfig, Rope, RopeScaling},
     error::{Error, Result},
@@ -57,7 +57,7 @@ impl Beside {
 
     /// The key outside the table asks for a base that nobody names.
     fn no_base(self, keys: &Object) -> anyhow::Error {
-        let why = "is null, which is no value; without the key, the family's own is taken".into();
+        let why = NULL.into();
         Error::Config { origin: keys.origin().into(), key: self.key.into(), why }.into()
     }
 }
