@@ -12,10 +12,11 @@ mod args;
 mod tiles;
 
 // What `args` is written in.
-use header::{Element, Read, Write};
+use header::{Bf16, Element, Read, Write};
 
 const FOLDER: &str = "src/ops/cuda";
-const KERNELS: [&str; 6] = ["attention", "choose", "decode", "elements", "products", "rows"];
+const KERNELS: [&str; 8] =
+    ["attention", "choose", "decode", "elements", "optimizer", "products", "rows", "sums"];
 
 fn main() {
     println!("cargo::rerun-if-changed={FOLDER}");

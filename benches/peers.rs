@@ -102,9 +102,17 @@ fn peers(c: &mut Criterion) {
 /// One decode step's ops told to a ledger: to be compared with the decode step itself.
 fn metering(c: &mut Criterion) {
     let model = ModelConfig::preset("qwen2.5-0.5b").unwrap();
-    let task = Task::Forward { batch: 1, seq: 1, past: PROMPT as u64, logits: Logits::Last };
+    let task = Task::Forward {
+        batch: 1,
+        seq: 1,
+        past: PROMPT as u64,
+        logits: Logits::Last,
+        sequences: None,
+    };
     let lora = LoraConfig::none();
-    let step = predict(&Workload { model, lora, dtype: dtype(), task }).unwrap();
+    let step =
+        predict(&Workload { model, lora, dtype: dtype(), attention: Default::default(), task })
+            .unwrap();
     c.bench_function("metering of one decode step", |b| {
         b.iter(|| {
             let mut ledger = Ledger::default();

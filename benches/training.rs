@@ -168,7 +168,7 @@ fn training(c: &mut Criterion) {
     let tensor = |ids: &[u32]| Tensor::new(ids, &Device::Cpu).unwrap();
     let theirs = (tensor(fed), tensor(targets));
     let weights = vec![1.0 / TOKENS as f32; TOKENS];
-    let text = Labelled { ids: fed, targets, weights: &weights, batch: 1 };
+    let text = Labelled { ids: fed, targets, weights: &weights, batch: 1, sequences: None };
 
     // B is zero, so both must find the loss of the base model.
     let (loss, _) = trainer.gradients(meter, &[text]).unwrap();

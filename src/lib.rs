@@ -32,12 +32,15 @@
 //!     eos: vec![],
 //!     timed: false,
 //!     how: How::RECORDED,
+//!     past: 0,
+//!     prefill_chunk: None,
+//!     then: vec![],
 //! };
 //! let ledger = RefCell::new(Ledger::default());
 //! let generation = generate(&model, &request, &ledger, |_sequence, _token| Ok(()))?;
 //!
 //! let audit = Audit::new(&[generation.workload], &ledger.into_inner())?;
-//! let audit = audit.with_graphs(generation.recording);
+//! let audit = audit.with_graphs(generation.recordings);
 //! let [closed_form, predicted, executed] = audit.totals(&Prices::matmul())?;
 //! assert!(audit.balanced() && closed_form == executed && predicted == executed);
 //! # anyhow::Ok(())
@@ -52,15 +55,17 @@
 //! | kernel | a [`Kernel`](ops) beside its op, its code in `ops/cpu`, `ops/cuda` or `ops/portable.rs` |
 //! | price list | a TOML file, or a preset in [`prices`] |
 //! | structure | a file in [`analytic`], named in its `structure.rs`; its causes in `terms/` |
+//! | format of another tool's file | a file in [`foreign`] |
 //! | source of weights | a file in [`weights`] |
 //! | figure or format in reports | [`report`]: one value, one file a format; pages and charts in [`report::html`] |
-//! | key of a plan file, dimension of a sweep | [`plan`], [`sweep::Key`] |
+//! | key of a plan file, dimension of a sweep | [`plan`], [`workload::Key`] |
+//! | GPU's peaks | a row of `count/src/gpus.toml` |
 //! | subcommand | a file in [`cli`] |
 
 // The counting side, a crate of its own: what executes cannot leak into it.
 pub use flopaudit_count::{
-    analytic, audit, config, error, input, ledger, plan, prices, reconcile, sweep, tally, traffic,
-    workload,
+    analytic, audit, config, error, foreign, hardware, input, ledger, plan, prices, rate,
+    reconcile, sweep, tally, threshold, traffic, workload,
 };
 
 pub mod target;

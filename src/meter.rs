@@ -164,6 +164,11 @@ impl<'a> At<'a> {
         Scope { layer: self.meter.layer, module: self.module }
     }
 
+    /// The same where `scope` says.
+    pub(crate) fn elsewhere(self, scope: Scope) -> Self {
+        self.meter.scope(scope)
+    }
+
     /// Whether ops keep what their gradients need.
     pub(crate) fn is_taped(self) -> bool {
         self.meter.taped

@@ -15,7 +15,7 @@ use flopaudit::{
     ops::Ids,
     prices::{Cost, Prices},
     weights::{self, Named, PeftAdapter, read, save_adapter},
-    workload::{Logits, Task, Workload},
+    workload::{Logits, Rows, Task, Workload},
 };
 use serde::Deserialize;
 
@@ -73,7 +73,7 @@ impl Golden {
 
     fn workload(&self, task: Task) -> Workload {
         let (model, lora) = (self.config.clone(), self.adapter().lora);
-        Workload { model, lora, dtype: Dtype::F32, task }
+        Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task }
     }
 }
 
@@ -119,10 +119,12 @@ fn flops_equal_pytorchs() {
         let Flops { forward, train } = golden.expected.flops;
         let (batch, seq) = (2, 12);
         let (accumulate, steps, full, recompute, clip) = (1, 1, false, false, false);
-        let step = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
-        for (task, expected) in
-            [(Task::Forward { batch, seq, past: 0, logits: Logits::All }, forward), (step, train)]
-        {
+        let step =
+            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        for (task, expected) in [
+            (Task::Forward { batch, seq, past: 0, logits: Logits::All, sequences: None }, forward),
+            (step, train),
+        ] {
             let workload = golden.workload(task);
             let all = |tally: flopaudit::tally::Tally| matmuls(tally.sum(|_, _| true).unwrap());
             assert_eq!(all(count(Structure::Torch, &workload).unwrap()), expected, "{name}");
@@ -133,7 +135,8 @@ fn flops_equal_pytorchs() {
         let mut model = golden.load(golden.adapter());
         model.train(Trained::Adapters);
         let (ids, weights) = (vec![3; 24], vec![1.0; 24]);
-        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch: 2 };
+        let text =
+            Labelled { ids: &ids, targets: &ids, weights: &weights, batch: 2, sequences: None };
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let positions = model.positions(meter, 12).unwrap();

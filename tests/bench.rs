@@ -44,6 +44,8 @@ fn every_kind_runs_over_its_grid_and_is_audited() {
         ("decode --context 1..64:*8 --batch 2 --new-tokens 2", 2 + 1, vec![2, 2, 2]),
         ("train --seq 8 --lora-rank 1,2", 2, vec![8, 8]),
         ("train --seq 8 --full --recompute", 1, vec![8]),
+        ("prefill --seq 80 --attention dense,blocked", 2, vec![80, 80]),
+        ("train --seq 80 --attention blocked", 1, vec![80]),
     ] {
         let report = bench(dir.path(), args);
         let found = report["points"].as_array().unwrap();

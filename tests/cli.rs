@@ -160,7 +160,7 @@ fn quiet_prints_the_text_alone() {
 }
 
 #[test]
-fn prompts_of_a_file_run_in_batches_of_equal_length() {
+fn prompts_of_a_file_run_as_one_batch_without_padding() {
     let dir = tmp();
     std::fs::write(dir.path().join("prompts.txt"), "abcd\nxy\n\nefgh\n").unwrap();
     let line = "generate --prompts prompts.txt --preset tiny --max-new-tokens 3 --ignore-eos --op-times --json out.json";
@@ -174,9 +174,9 @@ fn prompts_of_a_file_run_in_batches_of_equal_length() {
         .map(|s| s["prompt_tokens"].as_u64().unwrap())
         .collect();
     assert_eq!(prompt_lengths, [4, 2, 4]);
-    let batches: Vec<_> =
-        run["workload"].as_array().unwrap().iter().map(|w| w["batch"].clone()).collect();
-    assert_eq!(batches, [1, 2]);
+    let workload = &run["workload"];
+    assert_eq!(workload["batch"], 3);
+    assert_eq!(workload["prompts"], serde_json::json!({"packed": [[2, 1], [4, 2]]}));
     assert_eq!(run["balanced"], true);
     assert!(run["rows"][1]["seconds"].as_f64().is_some());
 }
@@ -199,6 +199,72 @@ fn user_prices_are_applied() {
 }
 
 #[test]
+fn padding_is_seen_where_lengths_are_padded() {
+    let dir = tmp();
+    std::fs::write(dir.path().join("r4.txt"), "10\n3\n7\n5\n").unwrap();
+    let json = |line: &str| -> Value {
+        let out = flopaudit(dir.path(), line).assert().success().get_output().stdout.clone();
+        serde_json::from_slice(&out).unwrap()
+    };
+    for (kind, padded, real, tokens) in [
+        ("forward", 2_816_000, 1_734_272, [40, 25]),
+        ("generate --new-tokens 3", 2_646_528, 1_860_480, [48, 33]),
+    ] {
+        let work = format!("{kind} --preset tiny --lengths r4.txt --prices matmul --json");
+        let line = format!("reconcile --from exact --to exact:unpadded {work} --layout padded");
+        let way = json(&line);
+        assert_eq!(way["from"]["total_flops"], padded, "{kind}");
+        assert_eq!(way["to"]["total_flops"], real, "{kind}");
+        assert_eq!(json(&format!("count {work} --packing"))["total_flops"], real, "{kind}");
+        let count = json(&format!("count {work} --layout padded"));
+        let [fed, kept] = tokens;
+        let account = serde_json::json!({
+            "fed": fed, "real": kept, "padding": fed - kept, "padding_flops": padded - real,
+        });
+        assert_eq!(count["tokens"], account, "{kind}");
+    }
+}
+
+#[test]
+fn flags_that_would_change_nothing_are_refused() {
+    let dir = tmp();
+    std::fs::write(dir.path().join("r4.txt"), "10\n3\n7\n5\n").unwrap();
+    std::fs::write(dir.path().join("d.txt"), "some text").unwrap();
+    for (line, flag) in [
+        ("generate --lengths r4.txt --prompt-tokens 99", "--prompt-tokens"),
+        ("generate --lengths r4.txt --batch 3", "--batch"),
+        ("forward --lengths r4.txt --seq 5", "--seq"),
+        ("forward --lengths r4.txt --batch 2", "--batch"),
+        ("eval --lengths r4.txt --passes 3", "--passes"),
+        ("eval --data d.txt --passes 3", "--passes"),
+        ("train --full --seed 3", "--data"),
+        ("train --full --lengths r4.txt --template x", "--template"),
+        ("eval --template x", "--template"),
+        ("eval --packing", "--layout"),
+        ("forward --data d.txt", "--data"),
+    ] {
+        refused(dir.path(), &format!("count {line} --preset tiny"), &[flag]);
+    }
+}
+
+#[test]
+fn help_offers_what_works() {
+    let help = |kind: &str| stdout(&format!("count {kind} --help"));
+    for (kind, lengths, data) in
+        [("verify", false, false), ("forward", true, false), ("train", true, true)]
+    {
+        let help = help(kind);
+        assert_eq!(["--lengths ", "--packing"].map(|flag| help.contains(flag)), [lengths; 2]);
+        assert_eq!(
+            ["--data ", "--mask-prompt", "--template "].map(|f| help.contains(f)),
+            [data; 3]
+        );
+    }
+    // Of an audit, --seed is that of its random tokens.
+    assert!(stdout("audit verify --help").contains("--seed"));
+}
+
+#[test]
 fn bad_input_is_one_clear_line() {
     let dir = tmp();
     let path = dir.path();
@@ -210,7 +276,36 @@ fn bad_input_is_one_clear_line() {
     refused(path, "count forward --preset tiny --seq 0", &["--seq", "at least 1"]);
     refused(path, "count generate --preset tiny --new-tokens 0", &["--new-tokens"]);
     refused(path, "count forward --preset tiny --batch 99999999999999", &["--batch"]);
-    refused(path, "count forward --preset tiny --seq 18446744073709551615 --past 9", &["--batch"]);
+    refused(path, "count forward --preset tiny --seq 18446744073709551615 --past 9", &["--seq"]);
+    let above = u64::MAX;
+    for (line, flag) in [
+        ("forward --past", "--past"),
+        ("generate --prompt-tokens", "--prompt-tokens"),
+        ("generate --new-tokens", "--new-tokens"),
+        ("verify --rounds", "--rounds"),
+        ("verify --drafted", "--drafted"),
+        ("eval --seq", "--seq"),
+    ] {
+        refused(path, &format!("count {line} {above} --preset tiny"), &[&format!("error: {flag}")]);
+    }
+    write("long-lengths.txt", "18446744073709551615\n3\n");
+    refused(
+        path,
+        "count forward --preset tiny --lengths long-lengths.txt",
+        &["error: --lengths", "68719476736"],
+    );
+    refused(
+        path,
+        "count forward --seq 18446744073709551616",
+        &["--seq", "above 18446744073709551615"],
+    );
+    refused(path, "count forward --seq -1", &["--seq", "`-1`", "no whole number"]);
+    refused(path, "reconcile", &["verify"]);
+    refused(
+        path,
+        "count train --full --threshold eu --base-compute NaN",
+        &["--base-compute", "no number with its unit"],
+    );
     refused(path, "count forward --preset tiny --lora-rank 33", &["--lora-rank", "33"]);
     refused(path, "count generate --preset tiny --temperature -1", &["temperature"]);
     refused(path, "count generate --preset tiny --top-k 4", &["--temperature"]);
@@ -227,7 +322,11 @@ fn bad_input_is_one_clear_line() {
     write("long.txt", &"a".repeat(40_000));
     refused(path, "generate --prompts long.txt --preset tiny", &["40000 tokens", "32768"]);
     write("empty.txt", "\n\n");
-    refused(path, "generate --prompts empty.txt --preset tiny", &["prompt", "empty"]);
+    refused(
+        path,
+        "generate --prompts empty.txt --preset tiny",
+        &["--prompts", "empty.txt", "is empty"],
+    );
     write("bad.toml", "add = 1\nmul = 1\nsine = 4\n");
     refused(path, "count forward --prices bad.toml", &["bad.toml", "line 3", "sine"]);
     write("neg.toml", "add = 1\nexp = -4\n");
@@ -373,4 +472,66 @@ fn a_fault_that_nothing_is_recorded_for_is_refused() {
         let line = format!("audit {task} --preset tiny --plant-fault drop:0");
         refused(dir.path(), &line, &["--plant-fault: no CUDA graph was recorded"]);
     }
+}
+
+#[test]
+fn what_no_sum_fits_is_refused_by_flag() {
+    let dir = tmp();
+    let line =
+        "count train --preset qwen2.5-72b --full --steps 18446744073709551615 --accumulate 2";
+    let why = "--steps: --steps × --accumulate is above";
+    for structure in ["exact", "notebook", "6nd", "torch:sdpa", "maxtext"] {
+        refused(dir.path(), &format!("{line} --structure {structure} --seq 100000"), &[why]);
+    }
+    let line = "count eval --preset tiny --passes 18446744073709551615";
+    refused(dir.path(), line, &["--passes: their number is above"]);
+}
+
+#[test]
+fn eval_is_the_word_and_evaluate_is_read() {
+    for word in ["eval", "evaluate"] {
+        let line = format!("count {word} --preset tiny --seq 8");
+        assert_eq!(json(&format!("{line} --json"))["workload"]["kind"], "eval");
+        assert!(stdout(&line).contains("workload  eval 1 x batch 1, 8 tokens"));
+    }
+    let task = r#"{ "kind": "evaluate", "batch": 1, "seq": 8 }"#;
+    let task: flopaudit::workload::Task = serde_json::from_str(task).unwrap();
+    assert_eq!(task.name(), "eval");
+}
+
+#[test]
+fn verification_costs_so_much_for_each_token_gained() {
+    let line = "count verify --preset tiny --drafted 4 --accepted 2 --rounds 3 --batch 2";
+    let count = json(&format!("{line} --json"));
+    let number = |key: &str| count[key].as_f64().unwrap();
+    // Each round feeds five tokens and gains three.
+    assert_eq!((count["tokens"]["fed"].as_u64(), number("new_tokens")), (Some(30), 18.0));
+    assert_eq!(number("flops_per_token"), number("total_flops") / 30.0);
+    assert_eq!(number("flops_per_new_token"), number("total_flops") / 18.0);
+    let text = stdout(line);
+    assert!(text.contains("tokens    30, ") && text.contains("18 new, "), "{text}");
+}
+
+#[test]
+fn counts_state_padding_and_its_cost() {
+    let dir = tmp();
+    std::fs::write(dir.path().join("r4.txt"), "10\n3\n7\n5\n").unwrap();
+    let line = "count eval --preset tiny --lengths r4.txt --batch 4 --json";
+    let of = |structure: &str| {
+        let line = format!("{line} --structure {structure}");
+        let out = flopaudit(dir.path(), &line).assert().success().get_output().stdout.clone();
+        serde_json::from_slice::<Value>(&out).unwrap()
+    };
+    let (exact, unpadded) = (of("exact"), of("exact:unpadded"));
+    let [padded, real] = [&exact, &unpadded].map(|count| count["total_flops"].as_u64().unwrap());
+    let tokens = &exact["tokens"];
+    assert_eq!(
+        [&tokens["fed"], &tokens["real"], &tokens["padding"]].map(Value::as_u64),
+        [Some(40), Some(25), Some(15)]
+    );
+    assert_eq!(tokens["padding_flops"], padded - real);
+    assert_eq!(unpadded["tokens"]["padding_flops"], 0);
+    assert_eq!(of("6nd")["tokens"]["padding_flops"], Value::Null);
+    let text = flopaudit(dir.path(), &line.replace(" --json", "")).assert().success();
+    text.stdout(contains("25 real, ").and(contains("15 of padding (37.500 % of all), ")));
 }

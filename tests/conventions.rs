@@ -126,8 +126,8 @@ fn what_means_nothing_is_refused() {
     refused(path, "count train --structure 6nd --full --accumulate 0", &["--accumulate"]);
     let many = u64::MAX;
     let line = format!("count train --structure 6nd --full --steps {many} --accumulate {many}");
-    refused(path, &line, &["128 bits"]);
-    refused(path, "reconcile", &["forward, generate, train or eval"]);
+    refused(path, &line, &["--steps", "above"]);
+    refused(path, "reconcile", &["forward, generate, verify, train or eval"]);
     refused(path, "reconcile --from 7nd forward", &["--from", "7nd", "megatron-causal"]);
     refused(path, "reconcile --to no.json", &["no.json"]);
     std::fs::write(path.join("odd.json"), "{\"schema_version\": 1}").unwrap();

@@ -4,7 +4,7 @@
 
 mod draws;
 
-use std::cell::RefCell;
+use std::{cell::RefCell, time::Duration};
 
 use candle_core::Device;
 use draws::{check_draws, choices, samplings};
@@ -13,15 +13,16 @@ use flopaudit::{
     config::{Activation, LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     error::Result,
     generate::{Generation, Request, Sequence, generate},
-    ledger::{Dtype, Ledger, Lora, Module, Phase, Scope},
-    meter::{At, Meter},
-    model::{AdapterSource, Decoder, How},
+    ledger::{Dtype, Key, Ledger, Lora, Module, Phase, Scope},
+    meter::{At, Meter, Observer},
+    model::{AdapterSource, Decoder, How, Labelled, Trained},
     ops::{
-        self, AdamW, CausalMask, CrossEntropy, Fault, Losses, Moments, RopeTable, Tensor, backward,
-        sums_of_squares,
+        self, AdamW, CausalMask, CrossEntropy, Fault, Ids, Losses, Moments, RopeTable, Tensor,
+        Update, backward, sums_of_squares,
     },
+    train::{Hyper, Trainer},
     weights::{self, Named, PeftAdapter, adapter_name, save_adapter},
-    workload::Sampling,
+    workload::{Lengths, Rows, Sampling, Task, Workload},
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -112,6 +113,24 @@ fn elementwise() {
 }
 
 #[test]
+fn products_and_their_sums() {
+    for (m, k, n) in [(1, 8, 16), (7, 5, 9), (40, 72, 24), (33, 64, 130)] {
+        // Both the input and a weight are read twice: gradients of both are summed.
+        check("linear, read twice", &[&[2, m, k], &[n, k], &[n, k]], &|at, x| {
+            let first = ops::linear(at, &x[0], &x[1])?.share();
+            let second = ops::linear(at, &x[0], &x[2])?.share();
+            let third = ops::linear(at, &ops::silu(at, &x[0])?, &x[1])?.share();
+            ops::add(at, &ops::mul(at, &first, &second)?, &third)
+        });
+        check("matmul, read twice", &[&[2, 3, m, k], &[2, 3, n, k]], &|at, x| {
+            let scores = ops::matmul(at, &x[0], &x[1].t()?)?.share();
+            let mixed = ops::matmul(at, &scores, &x[1])?.share();
+            ops::add(at, &mixed, &x[0])
+        });
+    }
+}
+
+#[test]
 fn rows() {
     for width in [3, 8, 72, 500, 512, 896, 2048, 4096, 8192, 16_384] {
         let shape: &[usize] = &[2, 5, width];
@@ -126,6 +145,12 @@ fn rows() {
             let mask = CausalMask::new(seq, width - seq, None, x[0].dtype()?, x[0].device())?;
             ops::masked_softmax(at, x[0].copied()?, &mask)
         });
+    }
+    // Gains and biases over many rows, of norms of heads too.
+    for shape in [[3, 700, 896], [2, 5000, 64], [1, 1000, 128], [1, 300, 77], [2, 40, 5120]] {
+        let width = shape[2];
+        check("rms_norm", &[&shape, &[width]], &|at, x| ops::rms_norm(at, &x[0], &x[1], 1e-6));
+        check("bias", &[&shape, &[width]], &|at, x| ops::bias(at, &x[0], &x[1]));
     }
     for width in [3, 8, 72, 500] {
         // A window of 3, which reaches two tokens before the pass.
@@ -271,27 +296,87 @@ fn logits_that_are_not_finite() {
     }
 }
 
-#[test]
-fn an_update() {
-    let observer = RefCell::new(());
-    let at = Meter::new(&observer, Phase::Optimizer).at(Module::Optimizer);
-    let adamw = AdamW { decay: 0.99, rate: 1e-2, correction: 0.3, betas: (0.9, 0.999), eps: 1e-8 };
-    for n in [3, 100_003] {
-        let run = |device: &Device| {
-            let parameter = Tensor::from_vec(random(n, 1), n, Dtype::F32, device)?;
-            let gradient = Tensor::from_vec(random(n, 2), n, Dtype::F32, device)?;
-            let moments = Moments::new(&parameter)?;
-            for _ in 0..3 {
-                adamw.step(at, &moments, &gradient)?;
-            }
-            let sums = sums_of_squares(&[(at, &parameter), (at, &gradient)])?;
-            Ok::<_, anyhow::Error>((moments.to_vec()?, sums))
-        };
-        let (ours, theirs) = (run(&gpu()).unwrap(), run(&Device::Cpu).unwrap());
-        assert!(distance(&ours.0, &theirs.0) < 1e-6);
-        for (ours, theirs) in ours.1.iter().zip(&theirs.1) {
-            assert!((ours - theirs).abs() < 1e-5 * theirs, "{ours} {theirs}");
+/// Parameters of `sizes` after three steps, as the model reads them and with their moments; sums of
+/// squares; and what ran.
+fn updated(
+    sizes: &[usize],
+    [gradient, parameter]: [Dtype; 2],
+    clip: Option<f64>,
+    device: &Device,
+) -> Result<(Vec<[Vec<f32>; 2]>, Vec<f64>, Ledger)> {
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Optimizer);
+    let step =
+        AdamW { clip, decay: 0.99, rate: 1e-2, correction: 0.3, betas: (0.9, 0.999), eps: 1e-8 };
+    let of = |seed: usize, n: usize, dtype| {
+        let rounded = Tensor::from_vec(random(n, seed as u64), n, dtype, &Device::Cpu)?;
+        Tensor::from_vec(rounded.to_vec()?, n, dtype, device)
+    };
+    let parameters = sizes.iter().enumerate().map(|(i, n)| of(i, *n, parameter));
+    let gradients = sizes.iter().enumerate().map(|(i, n)| of(1000 + i, *n, gradient));
+    let (mut parameters, gradients) =
+        (parameters.collect::<Result<Vec<_>>>()?, gradients.collect::<Result<Vec<_>>>()?);
+    let moments = parameters.iter().map(Moments::new).collect::<Result<Vec<_>>>()?;
+    if parameter == Dtype::F32 {
+        for (parameter, moments) in parameters.iter_mut().zip(&moments) {
+            *parameter = moments.master(parameter)?;
         }
+    }
+    let at = |i: usize| meter.layer(i).at(Module::Mlp);
+    let updates: Vec<_> = (0..sizes.len())
+        .map(|i| Update {
+            clipping: meter.phase(Phase::Clipping).layer(i).at(Module::Mlp),
+            at: at(i),
+            moments: &moments[i],
+            gradient: &gradients[i],
+            parameter: &parameters[i],
+        })
+        .collect();
+    for _ in 0..3 {
+        step.step(&updates)?;
+    }
+    let squared: Vec<_> = gradients.iter().enumerate().map(|(i, g)| (at(i), g)).collect();
+    let sums = sums_of_squares(&squared)?;
+    let both = parameters.iter().zip(&moments).map(|(p, m)| Ok([p.to_vec()?, m.to_vec()?]));
+    let found = both.collect::<Result<Vec<_>>>()?;
+    Ok((found, sums, ledger.into_inner()))
+}
+
+#[test]
+fn updates() {
+    let (device, many) = (gpu(), [1, 8, 896, 3, 2047].repeat(27));
+    for sizes in [&[3][..], &[100_003, 1, 8, 40_000], &many] {
+        for gradient in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            for parameter in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+                for clip in [None, Some(0.7)] {
+                    let on = |device| updated(sizes, [gradient, parameter], clip, device).unwrap();
+                    let ((ours, our_sums, our_ledger), (theirs, their_sums, their_ledger)) =
+                        (on(&device), on(&Device::Cpu));
+                    let name = format!("{gradient:?} {parameter:?} {clip:?}");
+                    assert_eq!(our_ledger, their_ledger, "{name}");
+                    for ([reads, state], [their_reads, their_state]) in ours.iter().zip(&theirs) {
+                        assert!(distance(state, their_state) < 1e-6, "{name}");
+                        // A narrow one may round the other way.
+                        let most = if parameter == Dtype::F32 { 1e-6 } else { 5e-3 };
+                        assert!(distance(reads, their_reads) < most, "{name}");
+                    }
+                    for (ours, theirs) in our_sums.iter().zip(&their_sums) {
+                        assert!((ours - theirs).abs() < 1e-5 * theirs, "{name}: {ours} {theirs}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn embeddings() {
+    for (vocab, width, batch, seq) in [(3, 7, 1, 1), (40, 64, 2, 70), (700, 896, 3, 200)] {
+        let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i % vocab) as u32).collect();
+        check("embedding", &[&[vocab, width]], &|at, x| {
+            let ids = Ids::Host { ids: &ids, batch };
+            Ok(ops::embed(at, &x[0], ids, Some(&factor(&x[0])?))?.share())
+        });
     }
 }
 
@@ -337,6 +422,8 @@ struct Run<'a> {
     adapters: &'a AdapterSource,
     sampling: Sampling,
     batch: usize,
+    /// Whether prompts are of different lengths.
+    ragged: bool,
     how: How,
     eos: Vec<u32>,
 }
@@ -354,7 +441,9 @@ impl Run<'_> {
         let checkpoint = weights::synthetic(config, 1).unwrap();
         let (config, weights) = (&checkpoint.config, &checkpoint.weights);
         let model = Decoder::load(config, weights, self.adapters, dtype, device, |_| Ok(()));
-        let prompt = |row: usize| (0..9).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
+        let length = |row: usize| if self.ragged { 1 + row * 5 % 17 } else { 9 };
+        let prompt =
+            |row: usize| (0..length(row)).map(|i| ((i * 37 + row * 11) % 320) as u32).collect();
         let request = Request {
             prompts: (0..self.batch).map(prompt).collect(),
             max_new_tokens: 40,
@@ -364,6 +453,9 @@ impl Run<'_> {
             eos: self.eos.clone(),
             timed: false,
             how: self.how,
+            past: 0,
+            prefill_chunk: None,
+            then: vec![],
         };
         let ledger = RefCell::new(Ledger::default());
         let generation = generate(&model.unwrap(), &request, &ledger, |_, _| Ok(())).unwrap();
@@ -374,8 +466,9 @@ impl Run<'_> {
 /// Decoding by few launches, recorded and not, against the model's own forward pass on the CPU.
 fn decodes_as_on_the_cpu(preset: &'static str, adapters: &AdapterSource, sampling: Sampling) {
     let (gpu, rank) = (gpu(), adapters.lora().rank);
-    for batch in [1, 2, 3, 8, 9] {
-        let run = Run { preset, adapters, sampling, batch, how: How::RECORDED, eos: vec![] };
+    for (batch, ragged) in [1, 2, 3, 8, 9].into_iter().flat_map(|n| [(n, false), (n, true)]) {
+        let run =
+            Run { preset, adapters, sampling, batch, ragged, how: How::RECORDED, eos: vec![] };
         let theirs = run.on(&Device::Cpu, Dtype::F32);
         for how in [How::RECORDED, STEP_BY_STEP] {
             let ours = Run { how, ..run.clone() }.on(&gpu, Dtype::F32);
@@ -383,8 +476,9 @@ fn decodes_as_on_the_cpu(preset: &'static str, adapters: &AdapterSource, samplin
         }
     }
     // In bf16 other kernels run; recorded or not, they give the same.
-    for batch in [1, 3, 9, 33, 64, 65] {
-        let run = Run { preset, adapters, sampling, batch, how: How::RECORDED, eos: vec![] };
+    for (batch, ragged) in [1, 3, 9, 33, 64, 65].into_iter().flat_map(|n| [(n, false), (n, true)]) {
+        let run =
+            Run { preset, adapters, sampling, batch, ragged, how: How::RECORDED, eos: vec![] };
         let recorded = run.on(&gpu, Dtype::BF16);
         // A token that nobody chooses: each is looked at before the next is computed.
         let stepwise = Run { how: STEP_BY_STEP, eos: vec![320], ..run }.on(&gpu, Dtype::BF16);
@@ -422,9 +516,10 @@ fn every_family_decodes_in_few_launches() {
 fn recorded(preset: &'static str, batch: usize, fault: Option<Fault>) -> (GraphView, Audit) {
     let how = How { recorded: true, fault };
     let sampling = Sampling::GREEDY;
-    let run = Run { preset, adapters: &NONE, sampling, batch, how, eos: vec![] };
+    let run = Run { preset, adapters: &NONE, sampling, batch, ragged: true, how, eos: vec![] };
     let (generation, ledger) = run.generation(&gpu(), Dtype::BF16);
-    (generation.recording.unwrap(), Audit::new(&[generation.workload], &ledger).unwrap())
+    let [view] = &generation.recordings[..] else { panic!("{:?}", generation.recordings) };
+    (view.clone(), Audit::new(&[generation.workload], &ledger).unwrap())
 }
 
 #[test]
@@ -460,5 +555,182 @@ fn a_kernel_dropped_doubled_or_halved_in_the_graph_is_found() {
             let (view, _) = recorded(preset, 65, Some(Fault::Drop(n)));
             assert!(view.difference.is_some(), "{preset}: kernel {n} dropped of 65 rows");
         }
+    }
+}
+
+/// The loss of packed sequences, the norm of each gradient, and what ran.
+fn packed_training(preset: &str, dtype: Dtype, device: &Device) -> (f64, Vec<f64>, Audit) {
+    let config = ModelConfig::preset(preset).unwrap();
+    let checkpoint = weights::synthetic(config, 1).unwrap();
+    let (config, weights) = (&checkpoint.config, &checkpoint.weights);
+    let (lengths, adapters) = ([40, 1, 77, 40, 9], even(config, 3));
+    let model = Decoder::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+    let tokens = |salt: usize| -> Vec<u32> {
+        (0..lengths.iter().sum()).map(|i: usize| ((i * i + salt) % 320) as u32).collect()
+    };
+    let (ids, targets) = (tokens(3), tokens(11));
+    let weights = vec![1.0 / ids.len() as f32; ids.len()];
+    let (ledger, hyper) = (RefCell::new(Ledger::default()), Hyper::DEFAULT);
+    let meter = Meter::new(&ledger, Phase::Setup);
+    let mut trainer = Trainer::new(meter, model, Trained::All, hyper, 77, true).unwrap();
+    let text = Labelled {
+        ids: &ids,
+        targets: &targets,
+        weights: &weights,
+        batch: 1,
+        sequences: Some(&lengths),
+    };
+    let found = trainer.gradients(meter, &[text]).unwrap();
+    let step = trainer.update(meter, found, 1e-3).unwrap();
+    let documents: Lengths = lengths.iter().map(|n| *n as u64).collect();
+    let task = Task::Train {
+        batch: 3,
+        seq: 77,
+        accumulate: 1,
+        steps: 1,
+        full: true,
+        recompute: true,
+        clip: true,
+        rows: Rows::Packed { passes: [ids.len() as u64].into_iter().collect(), documents },
+    };
+    let lora = adapters.lora().clone();
+    let workload =
+        Workload { model: config.clone(), lora, dtype, attention: Default::default(), task };
+    let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
+    (step.loss, step.norms, audit)
+}
+
+#[test]
+fn packed_sequences_train_as_on_the_cpu() {
+    for preset in ["tiny", "tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"] {
+        let (loss, norms, audit) = packed_training(preset, Dtype::F32, &Device::Cpu);
+        assert!(audit.balanced(), "{preset}: {:#?}", audit.key_differences);
+        for (dtype, most) in [(Dtype::F32, 1e-3), (Dtype::BF16, 0.1)] {
+            let (ours, of_ours, audit) = packed_training(preset, dtype, &gpu());
+            assert!(audit.balanced(), "{preset} {dtype:?}: {:#?}", audit.key_differences);
+            assert!((ours / loss - 1.0).abs() < most, "{preset} {dtype:?}: {ours} for {loss}");
+            let all = |norms: &[f64]| norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
+            let (a, b) = (all(&of_ours), all(&norms));
+            assert!((a / b - 1.0).abs() < most, "{preset} {dtype:?}: gradients of {a} for {b}");
+        }
+    }
+}
+
+/// Makes a model's adapters.
+type Adapters = fn(&ModelConfig) -> AdapterSource;
+
+/// The loss of two rows, the norm of each adapter's gradient, and what ran.
+fn adapted_training(
+    preset: &str,
+    adapters: Adapters,
+    (dtype, device): (Dtype, &Device),
+    recompute: bool,
+) -> (f64, Vec<f64>, Audit) {
+    let config = ModelConfig::preset(preset).unwrap();
+    let checkpoint = weights::synthetic(config, 1).unwrap();
+    let (config, weights, adapters) =
+        (&checkpoint.config, &checkpoint.weights, adapters(&checkpoint.config));
+    let model = Decoder::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+    let tokens = |salt: usize| -> Vec<u32> {
+        (0..2 * 33).map(|i: usize| ((i * i + salt) % 320) as u32).collect()
+    };
+    let (ids, targets, weights) = (tokens(3), tokens(11), vec![1.0 / 132.0; 66]);
+    let (ledger, hyper) = (RefCell::new(Ledger::default()), Hyper::DEFAULT);
+    let meter = Meter::new(&ledger, Phase::Setup);
+    let mut trainer = Trainer::new(meter, model, Trained::Adapters, hyper, 33, recompute).unwrap();
+    let text =
+        Labelled { ids: &ids, targets: &targets, weights: &weights, batch: 2, sequences: None };
+    let (mut loss, mut norms) = (0.0, vec![]);
+    // The second step shows whether the first update reached what products read.
+    for _ in 0..2 {
+        let found = trainer.gradients(meter, &[text, text]).unwrap();
+        let step = trainer.update(meter, found, 1e-3).unwrap();
+        loss += step.loss;
+        norms.extend(step.norms);
+    }
+    let lora = adapters.lora().clone();
+    let task = Task::Train {
+        batch: 2,
+        seq: 33,
+        accumulate: 2,
+        steps: 2,
+        full: false,
+        recompute,
+        clip: true,
+        rows: Rows::Whole,
+    };
+    let workload = Workload { model: config.clone(), lora, dtype, task };
+    let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
+    (loss, norms, audit)
+}
+
+#[test]
+fn adapters_train_as_on_the_cpu() {
+    let cases: [(&str, Adapters, bool); 6] = [
+        ("tiny", |config| even(config, 3), false),
+        ("tiny", uneven, false),
+        ("tiny", uneven, true),
+        ("tiny-llama", |config| even(config, 8), false),
+        ("tiny-qwen3", uneven, false),
+        ("tiny-gemma3", |config| even(config, 3), true),
+    ];
+    for (preset, adapters, recompute) in cases {
+        let train =
+            |dtype, device: &Device| adapted_training(preset, adapters, (dtype, device), recompute);
+        let (loss, norms, audit) = train(Dtype::F32, &Device::Cpu);
+        assert!(audit.balanced(), "{preset}: {:#?}", audit.key_differences);
+        for (dtype, most) in [(Dtype::F32, 1e-3), (Dtype::BF16, 0.1)] {
+            let (ours, of_ours, audit) = train(dtype, &gpu());
+            assert!(audit.balanced(), "{preset} {dtype:?}: {:#?}", audit.key_differences);
+            assert!((ours / loss - 1.0).abs() < most, "{preset} {dtype:?}: {ours} for {loss}");
+            let all = |norms: &[f64]| norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
+            let apart: Vec<f64> = of_ours.iter().zip(&norms).map(|(a, b)| a - b).collect();
+            let apart = all(&apart) / all(&norms);
+            assert!(apart < most, "{preset} {dtype:?}: gradients are {apart} apart");
+        }
+    }
+}
+
+/// Counts launches: of the ops that one computes, the last has its time.
+struct Launches(usize);
+
+impl Observer for Launches {
+    fn op(&mut self, key: &Key, time: Option<Duration>) {
+        let is_launch = key.phase != Phase::Setup && time.is_some_and(|time| !time.is_zero());
+        self.0 += usize::from(is_launch);
+    }
+}
+
+/// How many launches the loss and the gradients of adapters beside all projections take.
+fn launches(layers: usize, dtype: Dtype, device: &Device) -> usize {
+    let tiny = ModelConfig::preset("tiny").unwrap();
+    let checkpoint =
+        weights::synthetic(ModelConfig { num_hidden_layers: layers, ..tiny }, 1).unwrap();
+    let (config, weights) = (&checkpoint.config, &checkpoint.weights);
+    let adapters = even(config, 8);
+    let mut model = Decoder::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+    model.train(Trained::Adapters);
+    let (ids, weights) = ([3, 1, 4, 1, 5, 9, 2, 6], [0.125; 8]);
+    let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch: 1, sequences: None };
+    let counted = RefCell::new(Launches(0));
+    let meter = Meter::new(&counted, Phase::Setup).timed(true);
+    let positions = model.positions(meter, 8).unwrap();
+    model.loss_and_gradients(meter, text, &positions, false).unwrap();
+    counted.into_inner().0
+}
+
+#[test]
+fn a_layer_of_adapters_takes_so_many_launches() {
+    for dtype in [Dtype::F32, Dtype::BF16] {
+        let [two, three] = [2, 3].map(|layers| launches(layers, dtype, &gpu()));
+        println!("{dtype:?}: {two} launches of two layers, {three} of three");
+        // Forward: norms 2, A x of what reads a norm 2 and of the others 2, products 7, biases 3,
+        // adapters' sums 7, heads 2, attention 3, the gate 1, residual sums 2. Backward: scales 7,
+        // towards A x 7, B 7, A 4, x 4 by adapters and 7 by weights, norms and their sums 4, the
+        // gate 1, attention 5, heads 2.
+        assert_eq!(three - two, 31 + 48);
+        // In the lowest layer none towards the norm's input: 3 weights, adapters, norm, sum. Beside
+        // the layers: embedding, norm and its gradient, head and its gradient, the loss and its.
+        assert_eq!(two, 31 + 42 + 31 + 48 + 7);
     }
 }

@@ -21,7 +21,7 @@ const FORGETFUL: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 fn options(seq: usize) -> Options {
-    Options { seq, mask_prompt: false, cache: None }
+    Options { seq, mask_prompt: false, packing: false, cache: None }
 }
 
 fn masked(seq: usize) -> Options {
@@ -95,7 +95,8 @@ proptest! {
         prop_assert_eq!(dataset.rows(), (stream.len() - 1).div_ceil(seq));
 
         let Batch { ids, targets, weights, .. } = all(&dataset);
-        prop_assert_eq!(ids.len(), dataset.rows() * seq);
+        // As wide as the longest row.
+        prop_assert_eq!(ids.len(), dataset.rows() * seq.min(stream.len() - 1));
         let (real, padding) = weights.split_at(stream.len() - 1);
         prop_assert!(real.iter().all(|w| *w == 1.0) && padding.iter().all(|w| *w == 0.0));
         prop_assert_eq!(&ids[..real.len()], &stream[..real.len()]);
@@ -257,7 +258,7 @@ fn templates_that_hide_the_prompt_are_told() {
 fn files_that_cannot_be_rows_are_refused() {
     let bytes = Text::bytes(256);
     let some = options(8);
-    let empty = "is empty: there is nothing to train on";
+    let empty = "is empty: there is no text in it";
     assert_eq!(refused("a.txt", b"", &bytes, &some), format!("a.txt: {empty}"));
     assert_eq!(refused("a.txt", b" \n\t\n", &bytes, &some), format!("a.txt: {empty}"));
     assert_eq!(refused("a.jsonl", b"\n\n", &bytes, &some), format!("a.jsonl: {empty}"));

@@ -17,7 +17,7 @@ use flopaudit::{
     ops::Ids,
     prices::Prices,
     weights::{self, Checkpoint, PeftAdapter},
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Rows, Sampling, Task, Workload},
 };
 use serde::Deserialize;
 
@@ -121,7 +121,13 @@ impl Golden {
     }
 
     fn workload(&self, lora: LoraConfig, task: Task) -> Workload {
-        Workload { model: self.checkpoint.config.clone(), lora, dtype: Dtype::F32, task }
+        Workload {
+            model: self.checkpoint.config.clone(),
+            lora,
+            dtype: Dtype::F32,
+            attention: Default::default(),
+            task,
+        }
     }
 }
 
@@ -180,6 +186,9 @@ fn greedy_tokens_equal_transformers_and_balance() {
                 eos: vec![],
                 timed: false,
                 how: How::RECORDED,
+                past: 0,
+                prefill_chunk: None,
+                then: vec![],
             };
             let ledger = RefCell::new(Ledger::default());
             let run = generate(&model, &request, &ledger, |_, _| Ok(())).unwrap();
@@ -218,6 +227,9 @@ fn flops_equal_pytorchs() {
             eos: vec![],
             timed: false,
             how: How::RECORDED,
+            past: 0,
+            prefill_chunk: None,
+            then: vec![],
         };
         let ledger = RefCell::new(Ledger::default());
         generate(&golden.base(), &request, &ledger, |_, _| Ok(())).unwrap();
@@ -225,7 +237,8 @@ fn flops_equal_pytorchs() {
         assert_eq!(matmuls(&ledger.into_inner()), all, "{name}");
 
         let weights = vec![1.0; 24];
-        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch: 2 };
+        let text =
+            Labelled { ids: &ids, targets: &ids, weights: &weights, batch: 2, sequences: None };
         for (trained, mut model, expected) in [
             (Trained::All, golden.base(), flops.train_full.total),
             (Trained::Adapters, golden.adapted(), flops.train_lora.total),
@@ -239,7 +252,16 @@ fn flops_equal_pytorchs() {
             let full = trained == Trained::All;
             let lora = if full { LoraConfig::none() } else { golden.lora() };
             let (accumulate, steps, recompute, clip) = (1, 1, false, false);
-            let task = Task::Train { batch: 2, seq: 12, accumulate, steps, full, recompute, clip };
+            let task = Task::Train {
+                batch: 2,
+                seq: 12,
+                accumulate,
+                steps,
+                full,
+                recompute,
+                clip,
+                rows: Rows::Whole,
+            };
             assert_eq!(torch(&golden.workload(lora, task)), expected, "{name} {trained:?}");
         }
     }

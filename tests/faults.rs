@@ -18,12 +18,13 @@ use flopaudit::{
     workload::{Logits, Task, Workload},
 };
 
-const TASK: Task = Task::Forward { batch: 2, seq: 5, past: 3, logits: Logits::All };
+const TASK: Task =
+    Task::Forward { batch: 2, seq: 5, past: 3, logits: Logits::All, sequences: None };
 
 fn workload() -> Workload {
     let model = ModelConfig::preset("tiny").unwrap();
     let lora = LoraConfig::new(&model, 2, 4.0, &[Projection::QProj]).unwrap();
-    Workload { model, lora, dtype: Dtype::F32, task: TASK }
+    Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task: TASK }
 }
 
 /// Runs the workload, each op's key passed through `fault`, then whatever `more` runs.

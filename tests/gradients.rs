@@ -6,7 +6,7 @@ use candle_core::Device;
 use flopaudit::{
     config::{Activation, Rope, RopeScaling},
     error::Result,
-    ledger::{Dtype, Module, Phase, Scope},
+    ledger::{Dtype, Ledger, Module, Phase, Scope},
     meter::{At, Meter},
     ops::{self, CausalMask, CrossEntropy, Gradients, Ids, Losses, RopeTable, Tensor, backward},
 };
@@ -330,7 +330,51 @@ fn gradients_of_several_passes_add_up() {
     other.add(meter, &x, tensor(&[10.0, 20.0], &[2])).unwrap();
     other.add(meter, &y, tensor(&[5.0], &[1])).unwrap();
     sum.merge(meter, other).unwrap();
-    assert_eq!(sum.get(&x).unwrap().to_vec().unwrap(), [11.0, 22.0]);
-    assert_eq!(sum.get(&y).unwrap().to_vec().unwrap(), [5.0]);
+    assert_eq!(sum.values(&x).unwrap().unwrap(), [11.0, 22.0]);
+    assert_eq!(sum.values(&y).unwrap().unwrap(), [5.0]);
     assert!(sum.add(meter, &tensor(&[1.0], &[1]), tensor(&[1.0], &[1])).is_err());
+}
+
+#[test]
+fn a_gradient_that_others_hold_is_not_overwritten() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Forward).taped(true);
+    let at = meter.at(Module::Mlp);
+    let (x, w) = (tensor(&[1.0, 2.0], &[1, 2]).leaf(SCOPE), tensor(&[0.0, 3.0, 5.0, 0.0], &[2, 2]));
+    // Towards both sides of a sum the gradient is one tensor; products are then added to x's.
+    let shared = x.leaf(SCOPE);
+    let y = ops::add(at, &x, &shared).unwrap();
+    let y = ops::add(at, &y, &ops::linear(at, &x, &w).unwrap().share()).unwrap();
+    let y = ops::add(at, &y, &ops::linear(at, &x, &w).unwrap().share()).unwrap();
+    let dy = tensor(&[1.0, 10.0], &[1, 2]);
+    let mut found = backward(meter, &y, dy.clone()).unwrap();
+    assert_eq!(dy.to_vec().unwrap(), [1.0, 10.0]);
+    assert_eq!(found.take(&shared).unwrap().to_vec().unwrap(), [1.0, 10.0]);
+    // dy + 2 · dy · w
+    assert_eq!(found.take(&x).unwrap().to_vec().unwrap(), [101.0, 16.0]);
+}
+
+#[test]
+fn products_are_added_to_gradients_of_leaves() {
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::BackwardW);
+    let (at, w) = (meter.at(Module::LmHead), tensor(&[0.0; 6], &[2, 3]).parameter(SCOPE));
+    let (dy, x) = (tensor(&[1.0, 2.0], &[1, 2]), tensor(&[1.0, 10.0, 100.0], &[1, 3]));
+    let (mut sum, given) = (Gradients::default(), tensor(&[0.5; 6], &[2, 3]));
+    sum.add(meter, &w, given.clone()).unwrap();
+    for _ in 0..2 {
+        sum.add_product(meter, &w, at, (&dy.t().unwrap(), &x)).unwrap();
+    }
+    let expected = [2.5, 20.5, 200.5, 4.5, 40.5, 400.5];
+    assert_eq!(sum.take(&w).unwrap().to_vec().unwrap(), expected);
+    assert_eq!(given.to_vec().unwrap(), [0.5; 6]);
+    assert!(sum.add_product(meter, &x, at, (&dy.t().unwrap(), &x)).is_err());
+    // Two products of the head, and two sums on account of the weight's own module.
+    let ran: Vec<String> = ledger
+        .into_inner()
+        .iter()
+        .map(|(key, calls)| format!("{} {} {:?} {}", key.phase, key.scope, key.op, calls.calls))
+        .collect();
+    assert_eq!(ran.len(), 2, "{ran:?}");
+    assert!(ran.iter().all(|line| line.ends_with(" 2")), "{ran:?}");
 }

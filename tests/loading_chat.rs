@@ -49,7 +49,7 @@ fn load(name: &str, content: &[u8], text: &Text, mask_prompt: bool) -> anyhow::R
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join(name);
     fs::write(&file, content).unwrap();
-    Dataset::load(&file, text, &Options { seq: 4000, mask_prompt, cache: None })
+    Dataset::load(&file, text, &Options { seq: 4000, mask_prompt, packing: false, cache: None })
 }
 
 /// Each row's text, with what counts of it in brackets.
@@ -677,7 +677,7 @@ fn files_that_are_no_text_say_what_to_do() {
         ("a", b"\xef\xbb\xbf{\"text\": \"a\"}", "holds records of JSON, and a file of this name"),
         ("a.dat", b"ab\0", "holds a NUL byte (byte 2), as binary files and UTF-16 do"),
         ("a.jsonl", b"{\0\"\0", "holds a NUL byte (byte 1), as binary files and UTF-16 do"),
-        ("a.json", b"[]", "is empty: there is nothing to train on"),
+        ("a.json", b"[]", "is empty: there is no text in it"),
         ("a.json", b"[{\"text\": \"a\"}, 3]", "line 1: is no object but a number"),
         ("a.json", b"{\"data\": [{\"text\": \"a\"}]}", "line 1: has neither `text` nor `messages`"),
         (

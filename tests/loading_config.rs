@@ -458,7 +458,7 @@ fn a_full_training_of_random_weights_leaves_a_checkpoint() {
         let line = format!("eval --model {model} --seq 16 --json --data {}", data.display());
         let out = flopaudit(dir.path(), &line).assert().success().get_output().stdout.clone();
         let report: Value = serde_json::from_slice(&out).unwrap();
-        report["evaluation"]["tokens"].as_u64().unwrap()
+        report["evaluation"]["tokens"]["scored"].as_u64().unwrap()
     };
     assert_eq!(of("run"), of("synthetic:tiny"));
 }

@@ -8,7 +8,7 @@ use candle_core::Device;
 use flopaudit::{
     config::{ModelConfig, Projection},
     error::Error,
-    ledger::{Dtype, Phase},
+    ledger::{Dtype, Key, Ledger, Op, Phase},
     meter::Meter,
     model::Trained,
     ops::{Gradients, Tensor},
@@ -190,5 +190,73 @@ fn micro_batches_add_up() {
             sum.iter_mut().zip(take(found)).for_each(|(sum, x)| *sum += x);
         }
         assert_eq!(take(&mut together), sum, "{name}");
+    }
+}
+
+#[test]
+fn a_narrow_model_has_masters_and_its_gradients_are_widened() {
+    let ledger = RefCell::new(Ledger::default());
+    let meter = Meter::new(&ledger, Phase::Setup);
+    let config = tiny::config(true);
+    for dtype in [Dtype::BF16, Dtype::F16] {
+        let trainer = || {
+            let model = tiny::model_in(dtype, &config, &[], Trained::All);
+            let hyper = Hyper { clip: Some(0.3), ..HYPER };
+            Trainer::new(meter, model, Trained::All, hyper, 4, false).unwrap()
+        };
+        // A gradient in the model's type does what the same values do in f32.
+        let (mut narrow, mut wide) = (trainer(), trainer());
+        for step in 0..2 {
+            let mut rng = StdRng::seed_from_u64(step);
+            let (mut of_narrow, mut of_wide) = (Gradients::default(), Gradients::default());
+            for ((.., a), (.., b)) in narrow.model.trained().into_iter().zip(wide.model.trained()) {
+                let values = (0..a.elements()).map(|_| rng.random_range(-0.2..0.2)).collect();
+                let drawn = Tensor::from_vec(values, a.dims(), dtype, &Device::Cpu).unwrap();
+                of_wide.add(meter, b, drawn.to_dtype(Dtype::F32).unwrap()).unwrap();
+                of_narrow.add(meter, a, drawn).unwrap();
+            }
+            let step = narrow.update(meter, (0.0, of_narrow), RATE).unwrap();
+            assert_eq!(step, wide.update(meter, (0.0, of_wide), RATE).unwrap());
+        }
+        assert_eq!(state(&narrow), state(&wide));
+        // The model reads the masters, rounded.
+        let masters = narrow.optimizer.masters(&mut narrow.model).unwrap();
+        for (read, master) in parameters(&mut narrow).into_iter().zip(masters) {
+            let n = read.len();
+            let rounded = Tensor::from_vec(master.values.clone(), n, dtype, &Device::Cpu).unwrap();
+            assert_eq!(read, rounded.to_vec().unwrap(), "{}", master.name);
+            assert_ne!(read, master.values, "{} has a master that is no finer", master.name);
+        }
+        let clipped =
+            |key: &Key| matches!(key.op, Op::Scale { .. }) && key.phase == Phase::Clipping;
+        let of_f32 = |key: &&Key| key.dtype == Dtype::F32;
+        let ledger = ledger.borrow();
+        let scaled: Vec<_> = ledger.iter().map(|(key, _)| key).filter(|key| clipped(key)).collect();
+        assert!(!scaled.is_empty() && scaled.iter().all(of_f32), "{scaled:?}");
+    }
+}
+
+#[test]
+fn passes_are_summed_in_f32() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    let config = tiny::config(false);
+    for (dtype, alone) in
+        [(Dtype::F32, Dtype::F32), (Dtype::BF16, Dtype::BF16), (Dtype::F16, Dtype::F32)]
+    {
+        let model = tiny::model_in(dtype, &config, &[], Trained::All);
+        let mut trainer = Trainer::new(meter, model, Trained::All, HYPER, 4, false).unwrap();
+        let rows = tiny::Text::new(&config, 2, 4).rows();
+        let texts: Vec<_> = rows.iter().map(tiny::Text::labelled).collect();
+        let of_texts = |texts: &[_]| trainer.gradients(meter, texts).unwrap().1;
+        let mut found = [of_texts(&texts[..1]), of_texts(&texts[1..]), of_texts(&texts)];
+        for (name, _, tensor) in trainer.model.trained() {
+            let [first, second, both] = found.each_mut().map(|of| of.take(tensor).unwrap());
+            assert_eq!(first.dtype().unwrap(), alone, "{name}");
+            assert_eq!(both.dtype().unwrap(), Dtype::F32, "{name}");
+            let (a, b) = (first.to_vec().unwrap(), second.to_vec().unwrap());
+            let sum: Vec<f32> = a.iter().zip(b).map(|(a, b)| a + b).collect();
+            assert_eq!(both.to_vec().unwrap(), sum, "{name}");
+        }
     }
 }

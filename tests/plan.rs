@@ -136,7 +136,7 @@ fn a_plan_worked_out_by_hand() {
     let account: Value = serde_json::from_str(&stdout).unwrap();
     let names: Vec<_> =
         account["experiments"].as_array().unwrap().iter().map(|row| row["name"].clone()).collect();
-    assert_eq!(names, ["train-1", "evaluate-2"]);
+    assert_eq!(names, ["train-1", "eval-2"]);
     assert_eq!(account["experiments"][0]["flops"], 930);
     assert_eq!(account["experiments"][1]["flops"], 62);
     assert_eq!(account["solved"]["value"], 10);
@@ -180,6 +180,23 @@ fn a_plan_prices_what_the_flags_say() {
     assert!(stderr.contains("`passes` means nothing where kind = \"train\""), "{stderr}");
 }
 
+#[test]
+fn each_attention_is_a_row() {
+    let dir = with_plan(
+        "preset = \"tiny\"\n[[experiment]]\nkind = \"eval\"\nseq = 200\n\
+         attention = [\"dense\", \"blocked\"]\n",
+    );
+    let (code, stdout, stderr) = plan_with(dir.path(), "--json");
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    let account: Value = serde_json::from_str(&stdout).unwrap();
+    for (row, mode) in ["dense", "blocked"].into_iter().enumerate() {
+        let counted =
+            json(&format!("count eval --seq 200 --preset tiny --attention {mode} --json"));
+        assert_eq!(account["experiments"][row]["flops"], counted["total_flops"], "{mode}");
+        assert_eq!(account["experiments"][row]["workload"]["attention"], mode);
+    }
+}
+
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
     #[test]
@@ -204,11 +221,11 @@ proptest::proptest! {
         let solved = read("\"max\"").solved.unwrap();
         if solved.value > 0 {
             let account = read(&solved.value.to_string());
-            proptest::prop_assert!(account.over_flops == 0 && account.verdict().is_ok());
+            proptest::prop_assert!(account.balance.over == 0 && account.verdict().is_ok());
         }
         let over = read(&(solved.value + 1).to_string());
         proptest::prop_assert!(over.verdict().is_err());
-        proptest::prop_assert_eq!(Some(over.over_flops), solved.next_over_flops);
+        proptest::prop_assert_eq!(Some(over.balance.over), solved.next_over.1);
     }
 }
 
@@ -395,8 +412,10 @@ fn a_bad_plan_is_one_line_with_file_line_and_key() {
         ("<eval>steps = 2", &["line 3: `steps`", "means nothing"]),
         ("<eval>seq = -2", &["line 3: `seq`", "negative"]),
         ("<eval>seq = \"long\"", &["line 3: `seq`", "\"long\""]),
-        ("<eval>seq = 99999999999999", &["line 1: `batch`", "tokens"]),
+        ("<eval>seq = 99999999999999", &["line 3: `seq`", "tokens"]),
         ("<eval>lora_rank = [4, 100000]", &["line 3: `lora_rank`", "100000"]),
+        ("<eval>attention = \"flash\"", &["line 3: `attention`", "\"flash\"", "\"blocked\""]),
+        ("<eval>attention = true", &["line 3: `attention`", "true"]),
         ("<eval>lora_targets = []\nlora_rank = 1", &["line 3: `lora_targets`"]),
         ("<eval>lora_rank = 1\nlora_layers = [99]", &["line 4: `lora_layers`", "no layer 99"]),
         (
@@ -428,4 +447,251 @@ fn a_bad_plan_is_one_line_with_file_line_and_key() {
     let dir = tempfile::tempdir().unwrap();
     let (code, _, stderr) = plan_with(dir.path(), "");
     assert!(code == 2 && stderr.starts_with("error: plan.toml: "), "{stderr}");
+}
+
+/// A plan of one open training on eight GPUs, and one evaluation.
+fn timed(budget: &str, keys: &str) -> String {
+    format!(
+        "budget = \"{budget}\"\npreset = \"tiny\"\nprices = \"coursework\"\n{keys}\
+         [[experiment]]\nkind = \"train\"\nseq = 64\nfull = true\nsteps = \"max\"\n\
+         [[experiment]]\nkind = \"evaluate\"\nseq = 64\nseed = [1, 2]\n"
+    )
+}
+
+const RATE: &str =
+    "gpu = \"h100-sxm\"\ngpus = 8\nmfu = 0.5\nprice_per_gpu_hour = 2.5\nwatts = 700\n";
+
+#[test]
+fn budgets_in_gpu_hours_dollars_and_tokens_are_solved() {
+    // Hours × GPUs are FLOPs of matrix products over 0.5 · 989e12 · 3600, on however many GPUs.
+    let matmul = |args: &str| {
+        json(&format!("count {args} --preset tiny --prices matmul --json"))["total_flops"].as_f64()
+    };
+    let step = matmul("train --seq 64 --full").unwrap();
+    let rest = 2.0 * matmul("eval --seq 64").unwrap();
+    let affords = |gpu_hours: f64| ((gpu_hours * 3600.0 * 0.5 * 989e12 - rest) / step).floor();
+    for (budget, key, steps) in [
+        ("0.25 GPU-hours", "gpu_hours", affords(0.25)),
+        ("3 $", "dollars", affords(3.0 / 2.5)),
+        ("1e6 tokens", "tokens", (1e6f64 - 128.0).div_euclid(64.0)),
+    ] {
+        let account = plan_json(&timed(budget, RATE));
+        let value = account["solved"]["value"].as_f64().unwrap();
+        assert!((value - steps).abs() <= 1.0, "{budget}: {value}, {steps}");
+        let of = |name: &str| account[format!("{name}_{key}")].as_f64().unwrap();
+        let sum = (of("total") + of("left") - of("budget")).abs();
+        assert!(sum < 1e-9 * of("budget") && of("over") == 0.0, "{account}");
+        let next = account["solved"][format!("next_over_{key}")].as_f64().unwrap();
+        let row = &account["experiments"][0];
+        let each = row[format!("cost_{key}")].as_f64().unwrap() / value;
+        assert!(next > 0.0 && near(of("left") + next, each, of("budget")), "{next} {each}");
+        // FLOPs are still the plan's own.
+        let line = format!("count train --seq 64 --full --steps {value} --preset tiny --json");
+        let own = json(&format!("{line} --prices coursework"))["total_flops"].clone();
+        assert_eq!(row["flops"], own);
+        assert!(near(
+            row["time"]["kwh"].as_f64().unwrap(),
+            row["time"]["gpu_hours"].as_f64().unwrap() * 0.7,
+            1.0
+        ));
+    }
+    let (code, stdout, stderr) = plan(&timed("3 $", RATE));
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    insta::assert_snapshot!(stdout);
+    // A page has bars of FLOPs.
+    let dir = with_plan(&timed("3 $", RATE));
+    plan_with(dir.path(), "--json plan.json");
+    refused(dir.path(), "report plan.json -o plan.html", &["`budget_dollars`", "FLOPs alone"]);
+    // Tokens need no rate.
+    assert_eq!(plan_json(&timed("1e6 tokens", ""))["budget_tokens"], 1_000_000);
+}
+
+fn near(a: f64, b: f64, whole: f64) -> bool {
+    (a - b).abs() < 1e-9 * whole
+}
+
+#[test]
+fn flags_go_before_the_files_rate() {
+    let dir = with_plan(&timed("1 GPU-hour", RATE));
+    let steps = |flags: &str| {
+        let (code, stdout, stderr) = plan_with(dir.path(), &format!("--json {flags}"));
+        assert_eq!(code, 0, "{stderr}");
+        serde_json::from_str::<Value>(&stdout).unwrap()["solved"]["value"].as_f64().unwrap()
+    };
+    assert!((steps("--mfu 0.25") / steps("") - 0.5).abs() < 1e-6);
+    assert!((steps("--gpus 1") / steps("") - 1.0).abs() < 1e-6);
+    assert!((steps("--gpu a100-sxm-80gb") / steps("") - 312.0 / 989.0).abs() < 1e-6);
+    let dir = with_plan(&timed("1 GPU-hour", ""));
+    let (code, _, stderr) = plan_with(dir.path(), "--gpu l4");
+    assert!(code == 2 && stderr.starts_with("error: --gpu: needs --mfu"), "{stderr}");
+}
+
+#[test]
+fn an_overspent_budget_says_so_in_its_unit() {
+    let plan_of = timed("1 GPU-hour", RATE).replace("\"max\"", "9999999999999");
+    let (code, stdout, stderr) = plan(&plan_of);
+    assert_eq!(code, 1);
+    assert!(stdout.contains("over the budget: `train-1` lacks"), "{stdout}");
+    assert!(
+        stderr.contains("`train-1` needs") && stderr.contains("GPU-hours, 1.000 are left"),
+        "{stderr}"
+    );
+    // What ran comes off it in the same unit.
+    let dir = with_plan(&timed("1e6 tokens", ""));
+    let run = "audit eval --preset tiny --seq 7 --batch 3 --json run.json";
+    flopaudit(dir.path(), run).assert().success();
+    let (code, stdout, stderr) = plan_with(dir.path(), "--check run.json --json");
+    assert_eq!(code, 0, "{stderr}");
+    let account: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(account["spent_tokens"], 21);
+    assert_eq!(account["spent_flops"], account["spent"][0]["flops"]);
+}
+
+#[test]
+fn what_a_budget_or_a_rate_lacks_is_named_at_its_line() {
+    for (file, parts) in [
+        (timed("1 GPU-hour", ""), &["line 1: `budget`", "`gpu` with `mfu`"][..]),
+        (timed("1 $", ""), &["line 1: `budget`", "`price_per_gpu_hour`"]),
+        (timed("1 $", &RATE.replace("price_per_gpu_hour = 2.5\n", "")), &["`price_per_gpu_hour`"]),
+        (timed("1e300 GPU-hours", RATE), &["line 1: `budget`", "128 bits"]),
+        (timed("1e25 GPU-hours", RATE), &["line 1: `budget`", "128 bits"]),
+        (timed("1 $", "gpu = \"l4\"\nmfu = 1e-30\n"), &["line 5: `mfu`", "1e-9"]),
+        (timed("1 euro", ""), &["line 1: `budget`", "not known", "\"2000 $\""]),
+        (timed("1 $", "gpu = \"h100\"\nmfu = 0.4\n"), &["line 4: `gpu`", "h100-nvl"]),
+        (timed("1 $", "gpu = \"l4\"\n"), &["line 4: `gpu`", "`mfu`"]),
+        (timed("1 $", "gpu = \"l4\"\nmfu = 42\n"), &["line 5: `mfu`", "0.42"]),
+        (timed("1 $", "gpu = \"l4\"\nmfu = 0.4\nhfu = 0.4\n"), &["line 6: `hfu`", "`mfu`"]),
+        (timed("1 $", "gpu = \"t4\"\nmfu = 0.4\npeak = \"bf16\"\n"), &["line 6: `peak`", "f16"]),
+        (timed("1 $", "dtype = \"int4\"\n"), &["line 4: `dtype`", "bf16"]),
+        (timed("1 $", "watts = -3\n"), &["line 4: `watts`", "above 0"]),
+        (timed("1 $", "from_bench = \"no.json\"\n"), &["no.json"]),
+    ] {
+        let (code, stdout, stderr) = plan(&file);
+        assert_eq!((code, stdout.as_str(), stderr.lines().count()), (2, "", 1), "{stderr}");
+        for part in parts {
+            assert!(stderr.contains(part), "{file}\n{stderr} lacks {part}");
+        }
+    }
+}
+
+#[test]
+fn what_no_sum_fits_is_refused_at_its_line() {
+    let train = "preset = \"tiny\"\n[[experiment]]\nkind = \"train\"\nfull = true\nsteps = ";
+    let refused = |rest: &str, parts: [&str; 2]| {
+        let (code, _, stderr) = plan(&format!("{train}{rest}"));
+        assert_eq!(code, 2, "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        parts.iter().for_each(|part| assert!(stderr.contains(part), "{stderr}"));
+    };
+    let most = i64::MAX;
+    refused(&format!("{most}\naccumulate = 100"), ["line 5: `steps`", "above"]);
+    refused(&format!("1\neval_rows = {most}"), ["line 6: `eval_rows`", "above"]);
+    refused(&format!("1\ncheck_gradients = {most}"), ["line 6: `check_gradients`", "above"]);
+    // A budget that no number of steps spends: what is solved ends where counting does.
+    let file = format!("budget = \"1e38 FLOP\"\n{train}\"max\"\neval_rows = 3\neval_every = 1");
+    let (code, stdout, stderr) = plan(&file);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("281,474,976,710,656 fits"), "{stdout}");
+}
+
+#[test]
+fn a_plan_and_a_count_have_the_same_tokens() {
+    for (cache, flag) in [(true, ""), (false, "--no-kv-cache")] {
+        let account = plan_json(&format!(
+            "budget = \"1e6 tokens\"\npreset = \"tiny\"\n[[experiment]]\nkind = \"generate\"\n\
+             prompt_tokens = 100\nnew_tokens = 200\nkv_cache = {cache}\n"
+        ));
+        let line = "count generate --preset tiny --prompt-tokens 100 --new-tokens 200 --json";
+        let count = json(&format!("{line} {flag}"));
+        assert_eq!(account["experiments"][0]["cost_tokens"], count["tokens"]["real"]);
+        if cache {
+            assert_eq!(count["tokens"]["real"], 299);
+        }
+    }
+}
+
+/// What `count` charges, summed over these lines and how often each runs.
+fn charged(dir: &Path, lines: &[(&str, u64)]) -> u64 {
+    let one = |(line, times): &(&str, u64)| {
+        let line = format!("count {line} --preset tiny --json");
+        let out = flopaudit(dir, &line).assert().success().get_output().stdout.clone();
+        let count: Value = serde_json::from_slice(&out).unwrap();
+        times * count["total_flops"].as_u64().unwrap()
+    };
+    lines.iter().map(one).sum()
+}
+
+#[test]
+fn experiments_have_lengths() {
+    let head = "preset = \"tiny\"\nbudget = \"1 PFLOP\"\n[[experiment]]\n";
+    let lengths = |experiment: &str| {
+        let dir = with_plan(&format!("{head}{experiment}"));
+        std::fs::write(dir.path().join("rows.txt"), "10\n3\n7\n5\n4\n").unwrap();
+        std::fs::write(dir.path().join("held.txt"), "[9, 2, 6]").unwrap();
+        dir
+    };
+    let dir = lengths(
+        "kind = \"train\"\nfull = true\nbatch = 2\nsteps = 5\naccumulate = 2\nlengths = \"rows.txt\"\n\
+         eval_lengths = \"held.txt\"\neval_every = 2\ncheck_gradients = 3\n\
+         [[experiment]]\nkind = \"eval\"\nbatch = 2\nlengths = \"rows.txt\"\nlayout = \"bucketed\"\n\
+         [[experiment]]\nkind = \"generate\"\nnew_tokens = 4\nlengths = \"rows.txt\"\n\
+         [[experiment]]\nkind = \"forward\"\nlengths = \"rows.txt\"\npacking = true\n",
+    );
+    std::fs::write(dir.path().join("first.txt"), "10\n3\n7\n5\n").unwrap();
+    let (code, stdout, stderr) = plan_with(dir.path(), "--json");
+    assert_eq!(code, 0, "{stderr}");
+    let plan: Value = serde_json::from_str(&stdout).unwrap();
+    let flops = |row: usize| plan["experiments"][row]["flops"].as_u64().unwrap();
+    let training = [
+        ("train --full --batch 2 --steps 5 --accumulate 2 --lengths rows.txt", 1),
+        ("eval --batch 2 --lengths held.txt", 4),
+        // Both sides of three gradients, over the rows of the first step.
+        ("eval --batch 2 --lengths first.txt", 6),
+    ];
+    assert_eq!(flops(0), charged(dir.path(), &training));
+    let eval = "eval --batch 2 --lengths rows.txt --layout bucketed";
+    assert_eq!(flops(1), charged(dir.path(), &[(eval, 1)]));
+    assert_eq!(plan["experiments"][1]["workload"].as_array().unwrap().len(), 2);
+    assert_eq!(flops(2), charged(dir.path(), &[("generate --new-tokens 4 --lengths rows.txt", 1)]));
+    assert_eq!(flops(3), charged(dir.path(), &[("forward --lengths rows.txt --packing", 1)]));
+
+    // The largest number of steps is found whatever it is.
+    let dir = lengths("kind = \"train\"\nfull = true\nsteps = \"max\"\nlengths = \"rows.txt\"\n");
+    let (_, stdout, _) = plan_with(dir.path(), "--json");
+    let solved: Value = serde_json::from_str(&stdout).unwrap();
+    let steps = solved["solved"]["value"].as_u64().unwrap();
+    let at = |steps: u64| {
+        let line = format!("train --full --lengths rows.txt --steps {steps}");
+        charged(dir.path(), &[(&line, 1)])
+    };
+    assert!(at(steps) <= 10u64.pow(15) && 10u64.pow(15) < at(steps + 1), "{steps}");
+
+    for (experiment, parts) in [
+        ("kind = \"verify\"\nlengths = \"rows.txt\"", &["line 5: `lengths` means nothing"][..]),
+        ("kind = \"eval\"\nlayout = \"packed\"", &["line 5: `layout` needs `lengths`"]),
+        ("kind = \"eval\"\nlengths = \"none.txt\"", &["line 5: `lengths`", "none.txt"]),
+        ("kind = \"eval\"\nlengths = \"rows.txt\"\npasses = 3", &["line 6: `passes` follows"]),
+        ("kind = \"eval\"\nlengths = \"rows.txt\"\nseq = 9", &["`lengths`", "10 tokens"]),
+        ("kind = \"eval\"\nlengths = \"rows.txt\"\nlayout = \"even\"", &["line 6: `layout`"]),
+        (
+            "kind = \"train\"\nsteps = 1\nfull = true\neval_lengths = \"held.txt\"\nseq = 8",
+            &["`eval_lengths`", "9 tokens"],
+        ),
+        (
+            "kind = \"train\"\nsteps = 1\nevery = 3",
+            &[
+                "`every` is unknown; known:",
+                "eval_rows",
+                "eval_lengths",
+                "eval_every",
+                "check_gradients",
+            ],
+        ),
+    ] {
+        let (code, _, stderr) = plan_with(lengths(experiment).path(), "");
+        assert_eq!((code, stderr.lines().count()), (2, 1), "{experiment}: {stderr}");
+        for part in parts {
+            assert!(stderr.contains(part), "{experiment}: {stderr} lacks {part}");
+        }
+    }
 }

@@ -17,7 +17,7 @@ use flopaudit::{
     ops::Ids,
     train::{Hyper, Trainer},
     weights::synthetic,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Rows, Sampling, Task, Workload},
 };
 use proptest::prelude::*;
 use random::{SMALL, adapted};
@@ -69,8 +69,8 @@ proptest! {
         let rows = if all { seq } else { 1 };
         prop_assert_eq!(out.dims(), [batch, rows, model.vocab_size]);
         let (batch, seq, past) = (batch as u64, seq as u64, past as u64);
-        let task = Task::Forward { batch, seq, past, logits };
-        assert_balanced(&Workload { model, lora, dtype, task }, &ledger.into_inner());
+        let task = Task::Forward { batch, seq, past, logits, sequences: None };
+        assert_balanced(&Workload { model, lora, dtype, attention: Default::default(), task }, &ledger.into_inner());
     }
 
     #[test]
@@ -88,8 +88,7 @@ proptest! {
             kv_cache,
             eos: if eos { vec![0, 1] } else { vec![] },
             timed: false,
-            how: How::RECORDED,
-        };
+            how: How::RECORDED, past: 0, prefill_chunk: None, then: vec![] };
         let ledger = RefCell::new(Ledger::default());
         let mut told = 0;
         let out = generate(&qwen, &request, &ledger, |_, _| {
@@ -117,14 +116,14 @@ proptest! {
             Trainer::new(meter, qwen, trained, hyper, seq, recompute).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i * i % model.vocab_size) as u32).collect();
         let weights = vec![1.0 / (ids.len() * accumulate) as f32; ids.len()];
-        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch, sequences: None };
         for _ in 0..steps {
             let found = trainer.gradients(meter, &vec![text; accumulate]).unwrap();
             trainer.update(meter, found, 0.01).unwrap();
         }
         let [batch, seq, accumulate, steps] = [batch, seq, accumulate, steps].map(|n| n as u64);
-        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
-        assert_balanced(&Workload { model, lora, dtype, task }, &ledger.into_inner());
+        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        assert_balanced(&Workload { model, lora, dtype, attention: Default::default(), task }, &ledger.into_inner());
     }
 
     #[test]
@@ -138,12 +137,12 @@ proptest! {
         let positions = qwen.positions(meter, seq).unwrap();
         let ids: Vec<u32> = (0..batch * seq).map(|i| (i % model.vocab_size) as u32).collect();
         let weights = vec![1.0; ids.len()];
-        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+        let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch, sequences: None };
         for _ in 0..passes {
             prop_assert!(qwen.loss(meter, text, &positions).unwrap() > 0.0);
         }
         let [batch, seq, passes] = [batch, seq, passes].map(|n| n as u64);
-        let task = Task::Evaluate { batch, seq, passes };
-        assert_balanced(&Workload { model, lora, dtype: Dtype::F32, task }, &ledger.into_inner());
+        let task = Task::Evaluate { batch, seq, passes, rows: Rows::Whole };
+        assert_balanced(&Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task }, &ledger.into_inner());
     }
 }

@@ -35,6 +35,9 @@ fn a_decode_step_of_the_trained_model() {
         eos: vec![],
         timed: true,
         how: How::RECORDED,
+        past: 0,
+        prefill_chunk: None,
+        then: vec![],
     };
     let prices = Prices::coursework();
     let dir = tempfile::tempdir().unwrap();

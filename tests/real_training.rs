@@ -15,7 +15,7 @@ use flopaudit::{
     model::{AdapterSource, Labelled, Trained},
     prices::Prices,
     train::{Hyper, Trainer},
-    workload::{Task, Workload},
+    workload::{Rows, Task, Workload},
 };
 use serde_json::Value;
 use trained::{checkpoint, golden, golden_adapter, load};
@@ -37,7 +37,13 @@ fn losses_gradients_and_updates_equal_pefts() {
     let ids: Vec<u32> = serde_json::from_value(golden["token_ids"].clone()).unwrap();
     let fed = ids.len() - 1;
     let weights = vec![1.0 / fed as f32; fed];
-    let text = Labelled { ids: &ids[..fed], targets: &ids[1..], weights: &weights, batch: 1 };
+    let text = Labelled {
+        ids: &ids[..fed],
+        targets: &ids[1..],
+        weights: &weights,
+        batch: 1,
+        sequences: None,
+    };
 
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
@@ -84,7 +90,7 @@ fn flops(trained: Trained, rank: usize, batch: usize, seq: usize) -> u128 {
     model.train(trained);
     let ids: Vec<u32> = (0..(batch * seq) as u32).collect();
     let weights = vec![1.0; ids.len()];
-    let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch };
+    let text = Labelled { ids: &ids, targets: &ids, weights: &weights, batch, sequences: None };
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Setup);
     let positions = model.positions(meter, seq).unwrap();
@@ -114,7 +120,7 @@ fn the_audit_balances_with_and_without_recomputing() {
     let micro = |i: usize| {
         let start = i * batch * seq;
         let (ids, targets) = (&ids[start..][..batch * seq], &ids[start + 1..][..batch * seq]);
-        Labelled { ids, targets, weights: &weights, batch }
+        Labelled { ids, targets, weights: &weights, batch, sequences: None }
     };
     let losses = [false, true].map(|recompute| {
         let ledger = RefCell::new(Ledger::default());
@@ -135,10 +141,23 @@ fn the_audit_balances_with_and_without_recomputing() {
             step.loss
         });
         let [batch, seq, accumulate] = [batch, seq, accumulate].map(|n| n as u64);
-        let task =
-            Task::Train { batch, seq, accumulate, steps, full: false, recompute, clip: true };
-        let workload =
-            Workload { model: model.clone(), lora: lora.clone(), dtype: Dtype::F32, task };
+        let task = Task::Train {
+            batch,
+            seq,
+            accumulate,
+            steps,
+            full: false,
+            recompute,
+            clip: true,
+            rows: Rows::Whole,
+        };
+        let workload = Workload {
+            model: model.clone(),
+            lora: lora.clone(),
+            dtype: Dtype::F32,
+            attention: Default::default(),
+            task,
+        };
         let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
         assert!(audit.balanced(), "{:?} {:?}", audit.key_differences, audit.sum_differences);
         losses

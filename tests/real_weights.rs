@@ -130,6 +130,9 @@ fn run(
         eos: vec![],
         timed: false,
         how: How::RECORDED,
+        past: 0,
+        prefill_chunk: None,
+        then: vec![],
     };
     let ledger = RefCell::new(Ledger::default());
     let out = generate(model, &request, &ledger, |_, _| Ok(())).unwrap();
@@ -247,8 +250,9 @@ fn executed_flops_equal_torch_flop_counter_mode() {
         let lora =
             if name.starts_with("lora") { fresh(8).lora().clone() } else { LoraConfig::none() };
         let (batch, seq, past) = (batch as u64, seq as u64, past as u64);
-        let task = Task::Forward { batch, seq, past, logits };
-        let workload = Workload { model, lora, dtype: Dtype::F32, task };
+        let task = Task::Forward { batch, seq, past, logits, sequences: None };
+        let workload =
+            Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };
         assert!(Audit::new(&[workload], &ledger).unwrap().balanced(), "{name}");
     }
 }

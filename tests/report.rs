@@ -426,3 +426,20 @@ fn the_page_goes_to_stdout_where_asked() {
     let page = String::from_utf8(out.get_output().stdout.clone()).unwrap();
     assert!(page.starts_with("<!doctype html>") && page.trim_end().ends_with("</html>"));
 }
+
+#[test]
+fn a_counts_page_has_its_hours_tokens_and_thresholds() {
+    let dir = tmp();
+    fs::write(dir.path().join("r4.txt"), "10\n3\n7\n5\n").unwrap();
+    let line = "count train --full --preset tiny --lengths r4.txt --batch 4 --gpu h100-sxm --mfu 0.4 \
+                --price-per-gpu-hour 2 --watts 700 --threshold eu";
+    let count = made(dir.path(), "count", line);
+    let page = page(dir.path(), "count.json");
+    let padding = &count["tokens"]["padding"];
+    assert_eq!(padding, 15);
+    for figure in ["Tokens", "Padding", "Time", "Cost", "Energy", "Thresholds"] {
+        assert!(page.contains(figure), "{figure}");
+    }
+    let law = count["thresholds"]["lines"][0]["name"].as_str().unwrap();
+    assert!(page.contains(law), "{law}");
+}

@@ -16,7 +16,7 @@ use flopaudit::{
     prices::Prices,
     train::{Hyper, Trainer},
     weights::Checkpoint,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Rows, Sampling, Task, Workload},
 };
 use serde::Deserialize;
 use trained::{golden, load, smollm2};
@@ -78,6 +78,9 @@ fn greedy_tokens_equal_transformers_and_balance() {
             eos: vec![],
             timed: false,
             how: How::RECORDED,
+            past: 0,
+            prefill_chunk: None,
+            then: vec![],
         };
         let ledger = RefCell::new(Ledger::default());
         let run = generate(&BASE, &request, &ledger, |_, _| Ok(())).unwrap();
@@ -110,7 +113,7 @@ fn a_training_of_adapters_learns_and_balances() {
     let hyper = Hyper::DEFAULT;
     let mut trainer = Trainer::new(meter, adapted, Trained::Adapters, hyper, seq, false).unwrap();
     let (fed, targets) = (&ids[..batch * seq], &ids[1..=batch * seq]);
-    let text = Labelled { ids: fed, targets, weights: &weights, batch };
+    let text = Labelled { ids: fed, targets, weights: &weights, batch, sequences: None };
     let losses: Vec<f64> = (0..steps)
         .map(|_| {
             let found = trainer.gradients(meter, &[text]).unwrap();
@@ -126,8 +129,9 @@ fn a_training_of_adapters_learns_and_balances() {
         full: false,
         recompute: false,
         clip: true,
+        rows: Rows::Whole,
     };
-    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };
     let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
     assert!(audit.balanced(), "{:#?}", audit.key_differences);
 }

@@ -13,8 +13,13 @@ fn a_table_over_the_product() {
     ));
 }
 
+/// Four sequences of 3 to 10 tokens.
+const LENGTHS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/lengths.txt");
+
 #[test]
 fn every_point_is_what_count_says() {
+    let lengths = |kind: &str| format!("{kind} --preset tiny --lengths {LENGTHS}");
+    let of_lengths = ["eval", "train --full", "forward", "generate"].map(lengths);
     for (kind, sweeps) in [
         ("forward --past 3", "--sweep preset=tiny,qwen2.5-0.5b --sweep batch=1..5:+2"),
         (
@@ -27,6 +32,11 @@ fn every_point_is_what_count_says() {
         ),
         ("evaluate --preset tiny --structure notebook", "--sweep seq=1..8:*2 --sweep batch=2"),
         ("forward --preset tiny", "--sweep past=0..2:+1"),
+        ("train --preset tiny-mistral --full", "--sweep attention=dense,blocked --sweep seq=4,200"),
+        (&of_lengths[0], "--sweep batch=1,2 --sweep layout=padded,bucketed,packed"),
+        (&of_lengths[1], "--sweep steps=1,3 --sweep batch=2,3 --sweep seq=10,16"),
+        (&of_lengths[2], "--sweep layout=padded,packed --sweep logits=all,last"),
+        (&of_lengths[3], "--sweep new-tokens=2,5 --sweep layout=padded,packed"),
     ] {
         let sweep = json(&format!("count {kind} {sweeps} --json"));
         assert_eq!(sweep["command"], "sweep");
@@ -82,17 +92,26 @@ fn ten_thousand_points_take_less_than_a_second() {
 #[test]
 fn a_bad_sweep_is_one_line() {
     let dir = tempfile::tempdir().unwrap();
+    let listed = |kind: &str, sweep: &str| format!("{kind} --lengths {LENGTHS} --sweep {sweep}");
     for (args, parts) in [
         ("forward --sweep seq", &["--sweep", "a..b:*k"][..]),
         ("forward --sweep seq=1..8:3", &["seq", "*k", "+k"]),
         ("forward --sweep seq=0,4", &["--seq", "at least 1", "seq=0"]),
         ("forward --sweep steps=4", &["`steps`", "forward"]),
-        ("evaluate --structure notebook --sweep past=4", &["`past`", "evaluate"]),
+        ("evaluate --structure notebook --sweep past=4", &["`past`", "dimension of eval"]),
         ("forward --sweep seq=4 --sweep seq=8", &["`seq`", "twice"]),
         ("forward --sweep preset=tiny,big", &["`big`", "qwen2.5-0.5b"]),
         ("forward --sweep seq=1..2000:+1 --sweep batch=1..2000:+1", &["1000000 points"]),
         ("forward --sweep seq=1..9999999:+1", &["1000000 points"]),
         ("forward --sweep lora-rank=4,2000", &["--lora-rank", "lora-rank=2000"]),
+        ("eval --data d.txt --sweep seq=4", &["--data", "--lengths"]),
+        ("forward --sweep layout=padded", &["`layout`", "--lengths"]),
+        ("forward --sweep attention=flash", &["--attention", "`flash`", "dense, blocked"]),
+        (&listed("eval", "layout=even"), &["--layout", "`even`", "bucketed"]),
+        (&listed("eval", "passes=2"), &["`passes` of", "follows from --lengths"]),
+        (&listed("forward", "seq=2"), &["`seq` of forward follows from --lengths"]),
+        (&listed("forward", "layout=bucketed"), &["--layout", "one, eval has more"]),
+        (&listed("verify", "rounds=2"), &["--lengths", "verification"]),
         ("forward --sweep seq=4 --csv no/such/dir.csv", &["no/such/dir.csv"]),
     ] {
         let out = flopaudit(dir.path(), &format!("count {args}")).assert().code(2);

@@ -63,13 +63,13 @@ fn a_generation_has_a_slice_an_op() {
 }
 
 #[test]
-fn batches_of_prompts_share_a_trace() {
+fn prompts_of_different_lengths_are_one_pass() {
     let dir = tmp();
     fs::write(dir.path().join("p.txt"), "abcd\nxy\nefgh\n").unwrap();
     let line = "generate --prompts p.txt --preset tiny --max-new-tokens 2 --ignore-eos";
     let (trace, ..) = traced(dir.path(), line);
-    assert_eq!(trace["otherData"]["workload"].as_array().unwrap().len(), 2);
-    assert_eq!(passes(&trace).last().unwrap(), "sampling 4");
+    assert_eq!(trace["otherData"]["workload"].as_array().unwrap().len(), 1);
+    assert_eq!(passes(&trace).last().unwrap(), "sampling 2");
 }
 
 #[test]

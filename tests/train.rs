@@ -438,3 +438,46 @@ fn a_run_is_neither_overwritten_nor_mixed_with_another() {
     let again = train(dir.path(), "--steps 2 --resume");
     assert_eq!(again["total_flops"], first["total_flops"]);
 }
+
+#[test]
+fn steps_of_many_lengths_have_a_mean_and_all_padding_is_told() {
+    let dir = tmp();
+    let records: String = ["a", "a few words", "some more words than that", "b", "and a last one"]
+        .map(|text| format!("{{\"prompt\":\"{text}\",\"completion\":\" {text} {text}\"}}\n"))
+        .concat();
+    fs::write(dir.path().join("d.jsonl"), records).unwrap();
+    let line = "train --preset tiny --data d.jsonl --eval-data d.jsonl --seq 128 --batch 2 --steps 4 \
+                --check-gradients 1 --out out --exact";
+    let out = flopaudit(dir.path(), line).assert().success().get_output().stdout.clone();
+    let text = String::from_utf8(out).unwrap();
+    let run = read(&dir.path().join("out/run.json"));
+    let (training, tokens) = (&run["training"], &run["tokens"]);
+    let number = |value: &Value, key: &str| value[key].as_u64().unwrap();
+    let budget = &training["budget"];
+    // All that was spent: steps, two evaluations, the check, and one rotary table.
+    let [steps, spent] = ["steps", "spent"].map(|key| number(budget, key));
+    assert!(steps + 2 * number(budget, "evaluation") < spent);
+    assert!(steps > spent / 4, "{budget}");
+    let mean = digits(steps / 4);
+    assert!(text.contains(&format!("{mean} FLOP a step on average")), "{text}");
+    // Padding of steps alone, and of evaluations and checks too.
+    assert!(number(tokens, "padding") > number(&training["tokens"], "padding"), "{tokens}");
+    assert!(number(tokens, "padding_flops") > number(&training["tokens"], "padding_flops"));
+    assert_eq!(number(tokens, "fed"), number(tokens, "real") + number(tokens, "padding"));
+    assert!(text.contains("evaluations and checks included"), "{text}");
+    let labelled = |label| text.lines().filter(|line| line.starts_with(label)).count();
+    assert_eq!((labelled("tokens "), labelled("steps ")), (1, 1), "{text}");
+
+    let what = format!("{line} --check-gradients {}", u64::MAX).replace("--check-gradients 1 ", "");
+    refused(dir.path(), &what.replace("--out out", "--out other"), &["--check-gradients: above"]);
+    let many = line.replace("--steps 4", &format!("--steps {} --accumulate 2", u64::MAX));
+    refused(
+        dir.path(),
+        &many.replace("--out out", "--out other"),
+        &["--steps: --steps × --accumulate is above"],
+    );
+}
+
+fn digits(n: u64) -> String {
+    flopaudit::report::digits(n.into())
+}

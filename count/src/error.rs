@@ -82,14 +82,14 @@ pub enum Error {
     #[error("missing: {0}")]
     Missing(String),
     /// A plan that costs more than there is to spend. Exits with 1.
-    #[error("over budget: `{item}` needs {needed} FLOPs, {left} are left for it")]
+    #[error("over budget: `{item}` needs {needed}, {left} are left for it")]
     OverBudget {
         /// The first experiment, or finished run, that the budget does not cover.
         item: String,
-        /// What it needs, in FLOPs.
-        needed: u128,
-        /// What was left for it, in FLOPs.
-        left: u128,
+        /// What it needs, with its unit.
+        needed: String,
+        /// What was left for it, in the same unit.
+        left: String,
     },
 }
 

@@ -12,14 +12,15 @@
 //! ```
 //! use flopaudit_count::{
 //!     analytic::{closed_form, predict}, config::{LoraConfig, ModelConfig}, ledger::Dtype,
-//!     prices::Prices, workload::{Logits, Task, Workload},
+//!     prices::Prices, workload::{AttentionMode, Logits, Task, Workload},
 //! };
 //!
 //! let workload = Workload {
 //!     model: ModelConfig::preset("qwen2.5-7b")?,
 //!     lora: LoraConfig::none(),
 //!     dtype: Dtype::BF16,
-//!     task: Task::Forward { batch: 1, seq: 4096, past: 0, logits: Logits::All },
+//!     attention: AttentionMode::Dense,
+//!     task: Task::Forward { batch: 1, seq: 4096, past: 0, logits: Logits::All, sequences: None },
 //! };
 //! let matmul = Prices::matmul();
 //! let listed = matmul.flops(&predict(&workload)?.cost()?)?;
@@ -35,10 +36,14 @@ pub mod ledger;
 pub mod prices;
 pub mod tally;
 pub mod traffic;
+pub mod hardware;
 
 pub mod workload;
 pub mod analytic;
+pub mod rate;
+pub mod threshold;
 pub mod audit;
+pub mod foreign;
 pub mod reconcile;
 pub mod run;
 pub mod plan;

@@ -12,6 +12,7 @@ use crate::{
     SCHEMA_VERSION,
     analytic::{self, Cause, Structure},
     error::{Error, Result},
+    foreign::{Agreement, Tool},
     prices::{Cost, Prices},
     workload::Workload,
 };
@@ -87,17 +88,20 @@ pub struct Reconciliation {
 }
 
 /// An end's total.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Total {
     /// The structure.
     pub structure: Structure,
     /// The prices.
     pub prices: Prices,
-    /// What the structure counts under them.
+    /// What the structure counts under them, or what the tool's file states.
     pub total_flops: u128,
     /// The finished run that it stands for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run: Option<Run>,
+    /// The file of another tool that it stands for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tool: Option<Tool>,
 }
 
 /// A finished run's own total beside the closed form's.
@@ -130,7 +134,7 @@ pub fn reconcile(
     let total = |end: &End| -> Result<Total> {
         let total_flops = end.prices.flops(&cost(workloads, end.structure)?)?;
         let (structure, prices) = (end.structure, end.prices.clone());
-        Ok(Total { structure, prices, total_flops, run: None })
+        Ok(Total { structure, prices, total_flops, run: None, tool: None })
     };
     let (start, stop) = (total(from)?, total(to)?);
     let signed = |n: u128| i128::try_from(n).map_err(|_| overflow());
@@ -139,7 +143,7 @@ pub fn reconcile(
     let mut steps = vec![];
     for (cause, of, flops) in causes.into_iter().filter(|(_, _, flops)| *flops != 0) {
         running_total = running_total.checked_add(flops).ok_or_else(overflow)?;
-        let share = (difference_flops != 0).then(|| flops as f64 / difference_flops as f64);
+        let share = share(flops, difference_flops);
         steps.push(Step { cause, why: cause.why(), of, flops, running_total, share });
     }
     // Both sides are counted on their own: anything else is a defect, never a line of its own.
@@ -164,6 +168,44 @@ pub fn reconcile(
 
 fn overflow() -> Error {
     Error::Overflow("the difference".into())
+}
+
+fn share(flops: i128, difference: i128) -> Option<f64> {
+    (difference != 0).then(|| flops as f64 / difference as f64)
+}
+
+impl Reconciliation {
+    /// The same way with `tool`'s file at its start or end: a step more where the file states another
+    /// figure than is counted for it.
+    ///
+    /// # Errors
+    /// A figure or a difference past 127 bits.
+    pub fn with_tool(mut self, side: Side, tool: Tool) -> Result<Self> {
+        let signed = |n: u128| i128::try_from(n).map_err(|_| overflow());
+        let counted = signed(tool.counted_flops)?;
+        let stated = tool.stated_flops.map_or(Ok(counted), signed)?;
+        let starts = side != Side::To;
+        let (end, flops, running_total) = match starts {
+            true => (&mut self.from, counted - stated, counted),
+            false => (&mut self.to, stated - counted, stated),
+        };
+        end.total_flops = stated.unsigned_abs();
+        let cause = match tool.agreement {
+            Agreement::Differs => Cause::Unexplained,
+            Agreement::Exact | Agreement::WithinRounding | Agreement::NoFigure => Cause::Rounding,
+        };
+        end.tool = Some(tool);
+        if flops != 0 {
+            let (why, of) = (cause.why(), if starts { Side::From } else { Side::To });
+            let step = Step { cause, why, of, flops, running_total, share: None };
+            self.steps.insert(if starts { 0 } else { self.steps.len() }, step);
+        }
+        self.difference_flops = signed(self.to.total_flops)? - signed(self.from.total_flops)?;
+        for step in &mut self.steps {
+            step.share = share(step.flops, self.difference_flops);
+        }
+        Ok(self)
+    }
 }
 
 impl Prices {

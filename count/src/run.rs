@@ -3,7 +3,7 @@
 use std::{fmt, path::Path};
 
 use serde::{
-    Deserialize,
+    Deserialize, Serialize,
     de::{
         MapAccess, SeqAccess, Visitor,
         value::{MapAccessDeserializer, SeqAccessDeserializer},
@@ -49,10 +49,18 @@ impl FinishedRun {
     /// # Errors
     /// A file that is none, of another schema, or with sizes that mean nothing.
     pub fn read(file: &Path) -> Result<Self> {
+        let bad = |e: std::io::Error| Error::File { file: file.into(), why: e.to_string() };
+        Self::parse(file, &crate::input::read_text(file).map_err(bad)?)
+    }
+
+    /// The same of a text that was read from `file`.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub fn parse(file: &Path, text: &str) -> Result<Self> {
         let bad = |why: String| Error::File { file: file.into(), why };
-        let text = crate::input::read_text(file).map_err(|e| bad(e.to_string()))?;
         let none = |why: String| bad(format!("is no finished run: {why}"));
-        let mut json = serde_json::Deserializer::from_str(&text);
+        let mut json = serde_json::Deserializer::from_str(text);
         // With the key at fault.
         let run: Self =
             serde_path_to_error::deserialize(&mut json).map_err(|e| none(e.to_string()))?;
@@ -101,6 +109,20 @@ impl FinishedRun {
         };
         let why = "has more `matmul_macs` than its primitives can hold: it was changed";
         cost.map(Some).ok_or_else(|| why.into())
+    }
+}
+
+/// Writes a workload, or a list of several.
+///
+/// # Errors
+/// What the writer reports.
+pub fn write_one_or_many<S: serde::Serializer>(
+    workloads: &[Workload],
+    s: S,
+) -> Result<S::Ok, S::Error> {
+    match workloads {
+        [one] => one.serialize(s),
+        many => many.serialize(s),
     }
 }
 

@@ -77,6 +77,9 @@ impl Key {
     /// | rms_norm | the gain; rows in and out. Its gradient: the gain, two in, one out |
     /// | embed | rows read from the table, and given. Its gradient: rows read, table's rows read and written |
     /// | add, mul, gradients of silu, gelu and softmax | two in, one out |
+    /// | softmax_again | one in, one out; a maximum and a sum a row |
+    /// | row_dot | two in; one element a row out |
+    /// | scores_grad | two in, one out; one element a row |
     /// | scale, silu, gelu, rope, mask, softmax, repeat_penalty, nucleus, cross_entropy and its gradient | one in, one out; factors, tables and the mask are small and shared |
     /// | rope_table | cosines and sines out |
     /// | rope_linear, rope_llama3, rope_yarn | frequencies in and out |
@@ -127,6 +130,11 @@ impl Key {
                 activations(3 * u128::from(n))
             }
             Op::SoftmaxGrad { rows, width } => activations(3 * area(rows, width)),
+            Op::SoftmaxAgain { rows, width } => {
+                activations(2 * area(rows, width) + 2 * u128::from(rows))
+            }
+            Op::RowDot { rows, width } => activations(2 * area(rows, width) + u128::from(rows)),
+            Op::ScoresGrad { rows, width } => activations(3 * area(rows, width) + u128::from(rows)),
             Op::Scale { n } | Op::Silu { n } | Op::Gelu { n } | Op::Rope { n } => {
                 activations(2 * u128::from(n))
             }
@@ -220,6 +228,9 @@ mod tests {
         assert_eq!(of(Module::EmbedTokens, Op::Embed { rows, width }), [24, 0, 24]);
         assert_eq!(of(Module::Residual, Op::Add { n: 5 }), [0, 0, 15]);
         assert_eq!(of(Module::SelfAttn, Op::Softmax { rows, width }), [0, 0, 48]);
+        assert_eq!(of(Module::SelfAttn, Op::SoftmaxAgain { rows, width }), [0, 0, 48 + 6]);
+        assert_eq!(of(Module::SelfAttn, Op::RowDot { rows, width }), [0, 0, 48 + 3]);
+        assert_eq!(of(Module::SelfAttn, Op::ScoresGrad { rows, width }), [0, 0, 72 + 3]);
         assert_eq!(of(Module::Sampler, Op::Argmax { rows, width }), [0, 0, 24]);
         assert_eq!(of(Module::Optimizer, Op::AdamW { n: 5 }), [30, 0, 5]);
     }

@@ -8,23 +8,34 @@ use flopaudit_count::{
     ledger::{Dtype, Module, Op, Phase},
     prices::Prices,
     tally::Component,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{AttentionMode, Logits, Rows, Sampling, Task, Workload},
 };
 
 fn workload(preset: &str, targets: &[Projection], task: Task) -> Workload {
     let model = ModelConfig::preset(preset).unwrap();
     let lora = LoraConfig::new(&model, targets.len().min(2), 4.0, targets).unwrap();
-    Workload { model, lora, dtype: Dtype::F32, task }
+    Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task }
 }
 
 fn generate(prompt_tokens: u64, new_tokens: u64, kv_cache: bool) -> Task {
     let (batch, max_new_tokens, sampling) = (1, new_tokens, Sampling::GREEDY);
-    Task::Generate { batch, prompt_tokens, new_tokens, max_new_tokens, kv_cache, sampling }
+    Task::Generate {
+        batch,
+        prompt_tokens,
+        new_tokens,
+        max_new_tokens,
+        kv_cache,
+        sampling,
+        past: 0,
+        prompts: None,
+        then: vec![],
+        prefill_chunk: None,
+    }
 }
 
 fn train(full: bool) -> Task {
     let (batch, seq, accumulate, steps, clip) = (2, 3, 1, 1, false);
-    Task::Train { batch, seq, accumulate, steps, full, recompute: false, clip }
+    Task::Train { batch, seq, accumulate, steps, full, recompute: false, clip, rows: Rows::Whole }
 }
 
 /// Calls of each op of a phase and module, over the layers that `of` picks.
@@ -84,7 +95,7 @@ fn decoding_crosses_the_windows_edge() {
 #[test]
 fn what_is_fed_together_is_scored_together() {
     // 12 tokens on top of 20 in a window of 8: the first sees 7 of them.
-    let task = Task::Forward { batch: 2, seq: 12, past: 20, logits: Logits::All };
+    let task = Task::Forward { batch: 2, seq: 12, past: 20, logits: Logits::All, sequences: None };
     let at =
         calls(&workload("tiny-mistral", &[], task), Phase::Forward, Module::SelfAttn, |_| true);
     assert_eq!(at[&Op::Softmax { rows: 2 * 6 * 12, width: 19 }.to_string()], 3);
@@ -100,7 +111,7 @@ fn what_is_fed_together_is_scored_together() {
 #[test]
 fn layers_of_both_kinds() {
     // 7 layers, the sixth of which sees everything; 4 heads on 1.
-    let task = Task::Forward { batch: 1, seq: 1, past: 30, logits: Logits::All };
+    let task = Task::Forward { batch: 1, seq: 1, past: 30, logits: Logits::All, sequences: None };
     let gemma = workload("tiny-gemma3", &[], task);
     let at = |of: fn(Option<u32>) -> bool| calls(&gemma, Phase::Forward, Module::SelfAttn, of);
     let softmax = |width| Op::Softmax { rows: 4, width }.to_string();
@@ -118,7 +129,7 @@ fn layers_of_both_kinds() {
 #[test]
 fn gemmas_norms_activation_and_embedding() {
     // D 24, F 56, 4 heads on 1 of width 8, 7 layers; 2 sequences of 3 tokens.
-    let task = Task::Evaluate { batch: 2, seq: 3, passes: 1 };
+    let task = Task::Evaluate { batch: 2, seq: 3, passes: 1, rows: Rows::Whole };
     let gemma = workload("tiny-gemma3", &[], task);
     let at = |module| calls(&gemma, Phase::Forward, module, |_| true);
     let norm = |rows, width, calls| {
@@ -206,9 +217,9 @@ fn a_full_training_of_gemma() {
 
 #[test]
 fn frequencies_are_stretched_once() {
-    let task = Task::Forward { batch: 1, seq: 5, past: 0, logits: Logits::Last };
+    let task = Task::Forward { batch: 1, seq: 5, past: 0, logits: Logits::Last, sequences: None };
     let with = |scaling| {
-        let mut workload = workload("tiny", &[], task);
+        let mut workload = workload("tiny", &[], task.clone());
         workload.model.rope = Rope { theta: 1e4, scaling };
         let tally = closed_form(&workload).unwrap();
         let sum = tally.get(Phase::Setup, Component::RotaryTables);
@@ -239,4 +250,92 @@ fn frequencies_are_stretched_once() {
         truncate: true,
     };
     assert_eq!(with(scaling), (listed(&[table, yarn[0], yarn[1]]), 3, plain + 4 * 7 + 40));
+}
+
+#[test]
+fn blocked_attention_skips_what_the_mask_hides() {
+    // 3 layers of 4 heads on 2 of width 8. 130 tokens are blocks of 64, 64 and 2: each reads the
+    // blocks up to its own, and masks that.
+    let task = Task::Forward { batch: 1, seq: 130, past: 0, logits: Logits::All, sequences: None };
+    let dense = workload("tiny", &[], task);
+    let blocked = Workload { attention: AttentionMode::Blocked, ..dense.clone() };
+    let of_scores = |workload: &Workload| {
+        let mut all = calls(workload, Phase::Forward, Module::SelfAttn, |_| true);
+        all.retain(|op, _| !op.starts_with("rope") && !op.starts_with("scale"));
+        all.retain(|op, _| !op.starts_with("cache_write"));
+        all
+    };
+    let (b, d) = (2, 8);
+    assert_eq!(
+        of_scores(&blocked),
+        listed(&[
+            (Op::Matmul { b, m: 128, k: d, n: 64 }, 3),
+            (Op::Matmul { b, m: 128, k: d, n: 128 }, 3),
+            (Op::Matmul { b, m: 4, k: d, n: 130 }, 3),
+            (Op::Mask { rows: 256, width: 64 }, 6),
+            (Op::Mask { rows: 8, width: 2 }, 3),
+            (Op::Softmax { rows: 256, width: 64 }, 3),
+            (Op::Softmax { rows: 256, width: 128 }, 3),
+            (Op::Softmax { rows: 8, width: 130 }, 3),
+            (Op::Matmul { b, m: 128, k: 64, n: d }, 3),
+            (Op::Matmul { b, m: 128, k: 128, n: d }, 3),
+            (Op::Matmul { b, m: 4, k: 130, n: d }, 3),
+        ])
+    );
+    let macs = |workload: &Workload| {
+        closed_form(workload).unwrap().get(Phase::Forward, Component::Attention).cost.macs
+    };
+    assert_eq!(macs(&blocked), 3 * 4 * 2 * 8 * (64 * 64 + 64 * 128 + 2 * 130));
+    assert_eq!(macs(&dense), 3 * 4 * 2 * 8 * 130 * 130);
+}
+
+#[test]
+fn blocked_gradients_compute_scores_again() {
+    // 65 tokens of each of 2 sequences: 64 rows over 64 keys, and a row that sees all.
+    let task = Task::Train {
+        batch: 2,
+        seq: 65,
+        accumulate: 1,
+        steps: 1,
+        full: false,
+        recompute: false,
+        clip: true,
+        rows: Rows::Whole,
+    };
+    let workload = workload("tiny", &[Projection::VProj], task);
+    let blocked = Workload { attention: AttentionMode::Blocked, ..workload };
+    let at =
+        |of| calls(&blocked, Phase::BackwardX, Module::SelfAttn, move |layer| layer == Some(of));
+    let (b, n) = (4, 8);
+    let again = [
+        (Op::Matmul { b, m: 128, k: 8, n: 64 }, 1),
+        (Op::Mask { rows: 512, width: 64 }, 1),
+        (Op::SoftmaxAgain { rows: 512, width: 64 }, 1),
+        (Op::Matmul { b, m: 2, k: 8, n: 65 }, 1),
+        (Op::SoftmaxAgain { rows: 8, width: 65 }, 1),
+    ];
+    // Towards values alone: all 65 rows read the first 64 keys, one the last.
+    let values = [(Op::Matmul { b, m: 64, k: 130, n }, 1), (Op::Matmul { b, m: 1, k: 2, n }, 1)];
+    assert_eq!(at(0), listed(&[&again[..], &values].concat()));
+    // Towards all three: twice each product of a block of keys, and scores' gradients besides.
+    let rest = [
+        (Op::Matmul { b, m: 128, k: 8, n: 64 }, 2),
+        (Op::Matmul { b, m: 2, k: 8, n: 65 }, 2),
+        (Op::Mask { rows: 512, width: 64 }, 1),
+        (Op::SoftmaxAgain { rows: 512, width: 64 }, 1),
+        (Op::SoftmaxAgain { rows: 8, width: 65 }, 1),
+        (Op::RowDot { rows: 2 * 4 * 65, width: 8 }, 1),
+        (Op::ScoresGrad { rows: 512, width: 64 }, 1),
+        (Op::ScoresGrad { rows: 8, width: 65 }, 1),
+        (Op::Matmul { b, m: 128, k: 64, n }, 1),
+        (Op::Matmul { b, m: 2, k: 65, n }, 1),
+        (Op::Matmul { b, m: 64, k: 130, n }, 2),
+        (Op::Matmul { b, m: 1, k: 2, n }, 2),
+    ];
+    let mut all = at(1);
+    all.retain(|op, _| !op.starts_with("rope") && !op.starts_with("scale"));
+    assert_eq!(all, listed(&rest));
+    let mut dense = calls(&blocked.dense(), Phase::BackwardX, Module::SelfAttn, |_| true);
+    dense.retain(|op, _| op.contains("again") || op.contains("row_dot"));
+    assert!(dense.is_empty());
 }

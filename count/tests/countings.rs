@@ -10,7 +10,7 @@ use flopaudit_count::{
     workload::Task,
 };
 use proptest::prelude::*;
-use random::{LARGE, SMALL, workloads};
+use random::{BLOCKS, LARGE, SMALL, workloads};
 
 /// Every source of one side of the two.
 fn sources(files: &[&str]) -> String {
@@ -21,13 +21,17 @@ fn sources(files: &[&str]) -> String {
 
 #[test]
 fn the_two_share_no_derivation() {
-    let listed = sources(&["predict/mod.rs", "predict/flow.rs", "predict/training.rs"]);
-    let closed = sources(&["closed_form.rs", "training.rs", "moments.rs", "pieces.rs"]);
+    let listed =
+        sources(&["predict/mod.rs", "predict/flow.rs", "predict/blocks.rs", "predict/training.rs"]);
+    let closed =
+        sources(&["closed_form.rs", "training.rs", "moments.rs", "blocked.rs", "pieces.rs"]);
     let imports = |source: &str| -> Vec<String> {
         source.split("use ").skip(1).map(|rest| rest.split(';').next().unwrap().into()).collect()
     };
     for import in imports(&listed) {
-        let other = ["closed_form", "moments", "pieces"].iter().any(|side| import.contains(side));
+        let other = ["closed_form", "moments", "blocked", "pieces"]
+            .iter()
+            .any(|side| import.contains(side));
         assert!(!other && !import.contains("super::super"), "{import}");
     }
     for import in imports(&closed) {
@@ -50,6 +54,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1024, ..ProptestConfig::default() })]
 
     #[test]
+    fn lengths_of_a_few_blocks_too(workload in workloads(BLOCKS)) {
+        let ledger = predict(&workload).unwrap();
+        let audit = Audit::new(std::slice::from_ref(&workload), &ledger).unwrap();
+        prop_assert!(audit.balanced(), "{:#?}", audit.sum_differences);
+    }
+
+    #[test]
     fn large_models_too(workload in workloads(LARGE)) {
         // A long generation lists every token of every layer; the other tasks are short lists.
         let workload = workload.with_new_tokens(1);
@@ -62,7 +73,7 @@ proptest! {
     fn torch_dispatches_every_product_that_runs(workload in workloads(LARGE)) {
         prop_assume!(!matches!(workload.task, Task::Train { recompute: true, .. }));
         let torch = count(Structure::Torch, &workload).unwrap().sum(|_, _| true).unwrap();
-        let exact = closed_form(&workload).unwrap().sum(|_, _| true).unwrap();
+        let exact = closed_form(&workload.dense()).unwrap().sum(|_, _| true).unwrap();
         prop_assert_eq!(torch.macs, exact.macs);
         prop_assert_eq!(Prices::coursework().flops(&torch).unwrap(), 2 * exact.macs);
     }

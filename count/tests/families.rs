@@ -10,7 +10,7 @@ use flopaudit_count::{
     config::{Activation, Family, LoraConfig, ModelConfig, Projection, RopeScaling},
     ledger::Dtype,
     prices::Prices,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Rows, Sampling, Task, Workload},
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ fn golden() -> Vec<PathBuf> {
 /// What three countings say, which must be one.
 fn flops(model: &ModelConfig, lora: &LoraConfig, task: Task) -> u128 {
     let (model, lora) = (model.clone(), lora.clone());
-    let workload = Workload { model, lora, dtype: Dtype::F32, task };
+    let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };
     let matmul = Prices::matmul();
     let torch = count(Structure::Torch, &workload).unwrap().sum(|_, _| true).unwrap();
     let closed = closed_form(&workload).unwrap().sum(|_, _| true).unwrap();
@@ -49,11 +49,15 @@ fn torch_saw_as_much_of_each_family() {
         let none = LoraConfig::none();
         let (batch, seq) = (2, 12);
 
-        let forward = Task::Forward { batch, seq, past: 0, logits: Logits::All };
+        let forward = Task::Forward { batch, seq, past: 0, logits: Logits::All, sequences: None };
         assert_eq!(flops(&model, &none, forward), total("forward"), "{name}");
 
         let step = |seq, past| {
-            flops(&model, &none, Task::Forward { batch, seq, past, logits: Logits::Last })
+            flops(
+                &model,
+                &none,
+                Task::Forward { batch, seq, past, logits: Logits::Last, sequences: None },
+            )
         };
         let decode = &seen["decode"];
         let mut all = u128::from(decode["prefill"].as_u64().unwrap());
@@ -70,6 +74,10 @@ fn torch_saw_as_much_of_each_family() {
             max_new_tokens: 9,
             kv_cache: true,
             sampling: Sampling::GREEDY,
+            past: 0,
+            prompts: None,
+            then: vec![],
+            prefill_chunk: None,
         };
         assert_eq!(flops(&model, &none, generate), all, "{name}");
 
@@ -81,6 +89,7 @@ fn torch_saw_as_much_of_each_family() {
             full,
             recompute: false,
             clip: false,
+            rows: Rows::Whole,
         };
         assert_eq!(flops(&model, &none, train(true)), total("train_full"), "{name}");
         let lora = adapters(&model, &expected);
@@ -111,9 +120,18 @@ fn torch_saw_checkpointed_layers_and_fused_attention() {
             for (kept, recompute) in [("kept", false), ("recompute", true)] {
                 let (batch, seq, accumulate, steps, clip) = (2, 12, 1, 1, false);
                 let full = trained == "full";
-                let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+                let task = Task::Train {
+                    batch,
+                    seq,
+                    accumulate,
+                    steps,
+                    full,
+                    recompute,
+                    clip,
+                    rows: Rows::Whole,
+                };
                 let (model, lora, dtype) = (model.clone(), lora.clone(), Dtype::F32);
-                let workload = Workload { model, lora, dtype, task };
+                let workload = Workload { model, lora, dtype, attention: Default::default(), task };
                 for structure in [Structure::Torch, Structure::TorchSdpa, Structure::TorchSdpaCpu] {
                     let cost = count(structure, &workload).unwrap().sum(|_, _| true).unwrap();
                     let flops = Prices::matmul().flops(&cost).unwrap();
@@ -323,7 +341,10 @@ proptest! {
 
     #[test]
     fn whatever_a_family_can_say_is_read_again_alike(model in random::of_families(random::LARGE)) {
-        prop_assert_eq!(read(&model.to_hub().unwrap()).unwrap(), model.clone());
+        let stored = ModelConfig { head_stored_apart: false, ..model.clone() };
+        prop_assert_eq!(read(&model.to_hub().unwrap()).unwrap(), stored);
+        let document = serde_json::to_string(&model).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<ModelConfig>(&document).unwrap(), &model);
         let gelu = model.activation == Activation::GeluTanh;
         prop_assert_eq!(gelu, model.to_hub().unwrap().to_string().contains("gelu_pytorch_tanh"));
     }

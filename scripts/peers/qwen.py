@@ -138,6 +138,7 @@ def from_gguf(path: Path, attn: str) -> Qwen2ForCausalLM:
     config._attn_implementation = attn
     with no_init_weights():
         model = Qwen2ForCausalLM(config).eval()
+    model.tie_weights()  # where they are tied: without initial values transformers leaves it out
 
     missing = dict(model.named_parameters())  # a tied head is listed once, as the embedding
     for name, tensor in files.items():

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{DeviceInfo, Seconds, datasheet::Datasheet};
+use super::{Datasheet, DeviceInfo, Seconds};
 use crate::{
     error::{Error, Result},
     ledger::Dtype,

@@ -157,6 +157,7 @@ impl Unit {
     fn of(kind: Kind, measured: &Measured) -> Result<Self> {
         let (batch, seq, context) = match measured.workload.task {
             Task::Forward { batch, seq, past, .. } => (batch, seq, past),
+            Task::Verify { batch, past, drafted, .. } => (batch, drafted + 1, past),
             Task::Generate { batch, prompt_tokens, .. } if kind == Kind::Decode => {
                 (batch, 1, prompt_tokens)
             }
@@ -194,7 +195,7 @@ mod tests {
         bench::{Datasheet, DeviceInfo, MatmulRate, Peak, SCHEMA_VERSION, Stream},
         config::{LoraConfig, ModelConfig},
         ledger::{Key, Ledger, Module, Op, Scope},
-        workload::{Sampling, Workload},
+        workload::{Rows, Sampling, Workload},
     };
 
     /// 20,000 FLOP/s, 25,000 bytes/s, a tenth of a second an op.
@@ -237,10 +238,20 @@ mod tests {
             max_new_tokens: 2,
             kv_cache: true,
             sampling: Sampling::GREEDY,
+            past: 0,
+            prompts: None,
+            then: vec![],
+            prefill_chunk: None,
         };
         let model = ModelConfig::preset("tiny").unwrap();
         let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
-        let workload = Workload { model, lora: LoraConfig::none(), dtype: Dtype::F32, task };
+        let workload = Workload {
+            model,
+            lora: LoraConfig::none(),
+            dtype: Dtype::F32,
+            attention: Default::default(),
+            task,
+        };
         let samples = vec![1.0, 1.0];
         Measured { workload, samples, joules: Some(4.0), clocks: None, ledger, units: 2, audit }
     }
@@ -285,7 +296,8 @@ mod tests {
         }
         let (batch, seq, accumulate, steps) = (1, 7, 1, 2);
         let (full, recompute, clip) = (true, true, false);
-        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip };
+        let task =
+            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
         let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
         let Measured { workload, .. } = measured();
         let workload = Workload { task, ..workload };

@@ -15,18 +15,17 @@ mod ceiling;
 mod compare;
 mod cuda;
 mod curve;
-mod datasheet;
 mod device;
 mod figures;
 mod point;
 mod probe;
 mod run;
 
+pub use crate::hardware::{Datasheet, Peak};
 pub use ceiling::{Ceiling, MatmulRate, Stream, StreamRate};
 pub use compare::{Change, Comparison, Verdict};
 pub use cuda::EnergyCounter;
 pub use curve::curves;
-pub use datasheet::{Datasheet, Peak};
 pub use device::DeviceInfo;
 pub use point::{
     BenchReport, Bound, Clocks, Curve, CurvePoint, Energy, Kind, Limits, Point, SCHEMA_VERSION,

@@ -7,9 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Ceiling, DeviceInfo};
 use crate::{config::Ignored, error::Result, ledger::Phase, traffic::Traffic, workload::Workload};
 
-/// Version of the JSON of [`Ceiling`] and [`BenchReport`]; raised when a field changes its
-/// meaning.
-pub const SCHEMA_VERSION: u32 = 1;
+pub use crate::rate::BENCH_SCHEMA_VERSION as SCHEMA_VERSION;
 
 /// What `bench` found out.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

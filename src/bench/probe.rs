@@ -8,9 +8,7 @@ use std::{
 use candle_core::Device;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use super::{
-    Ceiling, DeviceInfo, MatmulRate, SCHEMA_VERSION, Stream, StreamRate, datasheet::Datasheet, now,
-};
+use super::{Ceiling, Datasheet, DeviceInfo, MatmulRate, SCHEMA_VERSION, Stream, StreamRate, now};
 use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Phase},

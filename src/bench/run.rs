@@ -17,7 +17,7 @@ use crate::{
     ops::Sampler,
     tally::Tally,
     train::{Hyper, Trainer},
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{Logits, Rows, Sampling, Task, Workload},
 };
 
 /// How often, and who hears of it.
@@ -78,13 +78,16 @@ impl Runner<'_> {
             eos: vec![],
             timed: false,
             how: How::RECORDED,
+            past: 0,
+            prefill_chunk: None,
+            then: vec![],
         };
         let ledger = RefCell::new(Ledger::default());
         let timed = self.time(|| {
             let run = generate(model, &request, &ledger, |_, _| Ok(()))?;
             Ok(run.first_token.as_secs_f64())
         })?;
-        let workload = request.workload(model.config(), model.lora(), model.dtype());
+        let workload = model.workload(request.task());
         let ledger = ledger.into_inner();
         let audit = Audit::new(&vec![workload.clone(); self.units()], &ledger)?;
         Ok(self.measured(workload, timed, ledger, audit))
@@ -124,8 +127,12 @@ impl Runner<'_> {
             max_new_tokens: 2,
             kv_cache: true,
             sampling: Sampling::GREEDY,
+            past: 0,
+            prompts: None,
+            then: vec![],
+            prefill_chunk: None,
         };
-        let workload = self.workload(model, task);
+        let workload = model.workload(task);
         let ledger = ledger.into_inner();
         let audit = decoding(&workload, self.units() as u64, &ledger)?;
         let recording = on_gpu.as_ref().and_then(|decoding| decoding.recording().cloned());
@@ -145,16 +152,29 @@ impl Runner<'_> {
         full: bool,
         recompute: bool,
     ) -> Result<(Measured, Decoder)> {
-        let task =
-            |steps| Task::Train { batch, seq, accumulate: 1, steps, full, recompute, clip: true };
-        let workload = self.workload(&model, task(1));
-        let all = self.workload(&model, task(self.units() as u64));
+        let task = |steps| Task::Train {
+            batch,
+            seq,
+            accumulate: 1,
+            steps,
+            full,
+            recompute,
+            clip: true,
+            rows: Rows::Whole,
+        };
+        let workload = model.workload(task(1));
+        let all = model.workload(task(self.units() as u64));
         workload.validate()?;
         let mut tokens = self.tokens(&model);
         let (ids, targets) = (tokens(batch * seq), tokens(batch * seq));
         let weights = vec![1.0 / ids.len() as f32; ids.len()];
-        let text =
-            Labelled { ids: &ids, targets: &targets, weights: &weights, batch: batch as usize };
+        let text = Labelled {
+            ids: &ids,
+            targets: &targets,
+            weights: &weights,
+            batch: batch as usize,
+            sequences: None,
+        };
 
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
@@ -202,11 +222,6 @@ impl Runner<'_> {
         let mut rng = StdRng::seed_from_u64(self.seed);
         let vocab = model.config().vocab_size as u32;
         move |n| (0..n).map(|_| rng.random_range(0..vocab)).collect()
-    }
-
-    fn workload(&self, model: &Decoder, task: Task) -> Workload {
-        let (config, lora) = (model.config().clone(), model.lora().clone());
-        Workload { model: config, lora, dtype: model.dtype(), task }
     }
 
     fn measured(&self, workload: Workload, timed: Timed, ledger: Ledger, audit: Audit) -> Measured {

@@ -10,7 +10,7 @@ pub use super::lora::LoraArgs;
 use super::{device, interrupt::Interrupt, lora::ADAPTER_FLAGS};
 use crate::{
     analytic::Structure,
-    config::{Ignored, Matters, ModelConfig},
+    config::{Ignored, LoraConfig, Matters, ModelConfig},
     error::{Error, Result},
     ledger::{Dtype, Ledger},
     model::{AdapterSource, Decoder, How},
@@ -20,7 +20,7 @@ use crate::{
     target::{Target, temporary_beside},
     train::data::{Dataset, Notes, Options},
     weights::{self, Checkpoint, PeftAdapter},
-    workload::{Logits, Sampling, Task},
+    workload::{AttentionMode, Layout, Sampling, Task, Workload},
 };
 
 /// Which model.
@@ -28,7 +28,8 @@ use crate::{
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Hub id, directory of safetensors, .gguf file, or synthetic[:preset][:seed]
-    /// [default: ./weights, else Qwen/Qwen2.5-0.5B-Instruct]
+    /// [default: ./weights, else Qwen/Qwen2.5-0.5B-Instruct; where nothing runs, the preset
+    /// qwen2.5-0.5b]
     #[arg(long, value_name = "MODEL")]
     pub model: Option<String>,
     /// A config.json; its weights are synthetic where they are needed
@@ -62,6 +63,11 @@ impl ModelArgs {
         self.model.is_none() && self.config.is_none() && self.preset.is_none()
     }
 
+    /// That the default preset is counted where a run would take weights, if it is so.
+    pub fn stand_in(&self) -> Option<String> {
+        stand_in(self.names_no_model())
+    }
+
     /// The config alone.
     pub fn config_only(&self) -> Result<Described> {
         if let Some(found) = self.config()? {
@@ -90,6 +96,16 @@ impl ModelArgs {
         }
         self.preset.as_deref().map(Described::preset).transpose()
     }
+}
+
+/// That the default preset is counted where a run would take weights: because no model is named.
+pub fn stand_in(names_no_model: bool) -> Option<String> {
+    (names_no_model && weights::default_is_local()).then(|| {
+        format!(
+            "counted is the preset {DEFAULT_PRESET}, not the weights that a run without --model \
+             takes; --model counts those"
+        )
+    })
 }
 
 /// A config, where it came from, and what of its files is not used, where there are files.
@@ -165,6 +181,8 @@ pub struct ExecutionArgs {
     pub device: String,
     #[command(flatten)]
     dtype: DtypeArg,
+    #[command(flatten)]
+    pub attention: AttentionArg,
     /// CPU threads [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -210,6 +228,22 @@ impl LedgerOutput {
             "device": device,
             "ledger": ledger,
         }))
+    }
+}
+
+/// Which scores attention computes.
+#[derive(Debug, Args)]
+pub struct AttentionArg {
+    /// Which scores attention computes: dense, all of them; blocked, none of blocks of 64 x 64 that
+    /// the mask hides wholly, and in training it computes them again in place of keeping them
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = AttentionMode::Dense, hide_possible_values = true)]
+    attention: AttentionMode,
+}
+
+impl AttentionArg {
+    /// The one asked for.
+    pub fn mode(&self) -> AttentionMode {
+        self.attention
     }
 }
 
@@ -285,7 +319,13 @@ impl ExecutionArgs {
         };
         let model = Decoder::load(config, weights, adapters, self.dtype(), device, progress);
         bar.finish_and_clear();
-        model
+        Ok(model?.with_attention(self.attention.mode()))
+    }
+
+    /// `task` run on `model` with these adapters.
+    pub fn workload(&self, model: &ModelConfig, lora: &LoraConfig, task: Task) -> Workload {
+        let (dtype, attention) = (self.dtype(), self.attention.mode());
+        Workload { model: model.clone(), lora: lora.clone(), dtype, attention, task }
     }
 }
 
@@ -400,66 +440,6 @@ impl Output {
     }
 }
 
-/// The dimensions of a forward pass.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Workload")]
-pub struct ForwardArgs {
-    /// Tokens fed to each sequence
-    #[arg(long, value_name = "T", default_value_t = 512)]
-    pub seq: u64,
-    /// Sequences
-    #[arg(long, value_name = "B", default_value_t = 1)]
-    pub batch: u64,
-    /// Tokens already in the KV cache
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub past: u64,
-    /// Positions that get logits
-    #[arg(long, value_enum, default_value_t = Logits::All)]
-    pub logits: Logits,
-}
-
-impl ForwardArgs {
-    /// The task.
-    pub fn task(&self) -> Task {
-        let &Self { batch, seq, past, logits } = self;
-        Task::Forward { batch, seq, past, logits }
-    }
-}
-
-/// The dimensions of a generation.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Workload")]
-pub struct GenerationArgs {
-    /// Tokens of each prompt
-    #[arg(long, value_name = "T", default_value_t = 512)]
-    pub prompt_tokens: u64,
-    /// Tokens chosen for each sequence
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub new_tokens: u64,
-    /// Sequences
-    #[arg(long, value_name = "B", default_value_t = 1)]
-    pub batch: u64,
-    /// Run over the whole context again for each token
-    #[arg(long)]
-    pub no_kv_cache: bool,
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-}
-
-impl GenerationArgs {
-    /// The task.
-    pub fn task(&self) -> Result<Task> {
-        Ok(Task::Generate {
-            batch: self.batch,
-            prompt_tokens: self.prompt_tokens,
-            new_tokens: self.new_tokens,
-            max_new_tokens: self.new_tokens,
-            kv_cache: !self.no_kv_cache,
-            sampling: self.sampling.sampling()?,
-        })
-    }
-}
-
 /// How tokens are chosen.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling")]
@@ -488,16 +468,37 @@ impl SamplingArgs {
     }
 }
 
+/// How sequences of different lengths lie in a pass.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Data")]
+pub struct LayoutArgs {
+    /// How sequences of different lengths lie in a pass [default: padded to the longest of it]
+    #[arg(long, value_enum, value_name = "LAYOUT")]
+    layout: Option<Layout>,
+    /// Short for --layout packed
+    #[arg(long, conflicts_with = "layout")]
+    packing: bool,
+}
+
+impl LayoutArgs {
+    /// The layout that is asked for.
+    pub fn chosen(&self) -> Option<Layout> {
+        self.layout.or(self.packing.then_some(Layout::Packed))
+    }
+}
+
 /// How text becomes rows.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Data")]
 pub struct DataArgs {
-    /// Tokens that a row feeds
+    /// Most tokens that a row feeds
     #[arg(long, value_name = "T", default_value_t = 512)]
     pub seq: usize,
     /// Rows of one pass
     #[arg(long, value_name = "B", default_value_t = 1)]
     pub batch: usize,
+    #[command(flatten)]
+    pub layout: LayoutArgs,
     /// Of conversations, learn and score the assistant's turns alone; of prompts, the completions
     #[arg(long)]
     pub mask_prompt: bool,
@@ -507,6 +508,11 @@ pub struct DataArgs {
 }
 
 impl DataArgs {
+    /// How rows lie in a pass.
+    pub fn layout(&self) -> Layout {
+        self.layout.chosen().unwrap_or_default()
+    }
+
     /// Reads and tokenizes `file` for `checkpoint`.
     pub fn load(&self, file: &Path, checkpoint: &Checkpoint) -> Result<Dataset> {
         let most = checkpoint.config.max_position_embeddings;
@@ -524,7 +530,8 @@ impl DataArgs {
             temporary_beside(&dir.join("tokens")).map_err(bad)?;
         }
         let &Self { seq, mask_prompt, .. } = self;
-        let options = Options { seq, mask_prompt, cache: self.token_cache.clone() };
+        let packing = self.layout() == Layout::Packed;
+        let options = Options { seq, mask_prompt, packing, cache: self.token_cache.clone() };
         let dataset = Dataset::load(file, &checkpoint.text, &options)?;
         let Notes { form, ignored } = dataset.notes();
         if let Some(form) = form.as_ref().filter(|form| form.contains("in the prompt of")) {
@@ -536,63 +543,5 @@ impl DataArgs {
             note(&format!("{file}: ignored, as they change nothing: {columns}"));
         }
         Ok(dataset)
-    }
-}
-
-/// The dimensions of a training.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Workload")]
-pub struct TrainingArgs {
-    /// Tokens of each sequence
-    #[arg(long, value_name = "T", default_value_t = 512)]
-    pub seq: u64,
-    /// Sequences of one micro-step
-    #[arg(long, value_name = "B", default_value_t = 1)]
-    pub batch: u64,
-    /// Micro-steps whose gradients are summed into one step
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub accumulate: u64,
-    /// Optimizer steps
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub steps: u64,
-    /// Train every weight, not the adapters alone
-    #[arg(long)]
-    pub full: bool,
-    /// Keep only each layer's input, and run it forward again for its gradients
-    #[arg(long)]
-    pub recompute: bool,
-    /// Do not scale gradients down to a norm
-    #[arg(long)]
-    pub no_clip: bool,
-}
-
-impl TrainingArgs {
-    /// The task.
-    pub fn task(&self) -> Task {
-        let &Self { batch, seq, accumulate, steps, full, recompute, no_clip } = self;
-        Task::Train { batch, seq, accumulate, steps, full, recompute, clip: !no_clip }
-    }
-}
-
-/// The dimensions of an evaluation.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Workload")]
-pub struct EvaluationArgs {
-    /// Tokens of each sequence
-    #[arg(long, value_name = "T", default_value_t = 512)]
-    pub seq: u64,
-    /// Sequences of one pass
-    #[arg(long, value_name = "B", default_value_t = 1)]
-    pub batch: u64,
-    /// Passes
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub passes: u64,
-}
-
-impl EvaluationArgs {
-    /// The task.
-    pub fn task(&self) -> Task {
-        let &Self { batch, seq, passes } = self;
-        Task::Evaluate { batch, seq, passes }
     }
 }

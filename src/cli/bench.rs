@@ -22,7 +22,7 @@ use crate::{
     report, sweep,
     target::Target,
     weights::Checkpoint,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{AttentionMode, Logits, Rows, Sampling, Task, Workload},
 };
 
 /// What to measure.
@@ -99,6 +99,9 @@ struct GridArgs {
     /// Element types of weights and activations [default: bf16 on cuda, else f32]
     #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',')]
     dtype: Vec<Dtype>,
+    /// Which scores attention computes: dense, blocked, or both
+    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_value = "dense")]
+    attention: Vec<AttentionMode>,
     /// Ranks of the adapters; 0 is none [default: 8 where adapters are trained, else 0]
     #[arg(long, value_name = "LIST")]
     lora_rank: Option<Grid>,
@@ -284,10 +287,11 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
         for &dtype in &plan.dtypes {
             for lora in &plan.adapters {
                 let mut model = load(dtype, lora)?;
-                for &(batch, length) in &plan.shapes {
+                for &(mode, batch, length) in &plan.shapes {
                     let rank = lora.rank;
                     bar.set_message(format!("{} rank {rank}: {batch} x {length}", dtype.name()));
-                    let (measured, back) = unit.run(&runner, model, batch, length)?;
+                    let ready = model.with_attention(mode);
+                    let (measured, back) = unit.run(&runner, ready, batch, length)?;
                     model = back;
                     points.push(Point::new(unit.kind(), measured, &ceiling)?);
                 }
@@ -346,9 +350,13 @@ impl Unit {
     /// What memory is needed for: of decoding, the steps alone, without the prompt before them.
     fn runs(self, workload: Workload) -> Workload {
         let task = match (self, workload.task) {
-            (Self::Decode { .. }, Task::Generate { batch, prompt_tokens, .. }) => {
-                Task::Forward { batch, seq: 1, past: prompt_tokens, logits: Logits::Last }
-            }
+            (Self::Decode { .. }, Task::Generate { batch, prompt_tokens, .. }) => Task::Forward {
+                batch,
+                seq: 1,
+                past: prompt_tokens,
+                logits: Logits::Last,
+                sequences: None,
+            },
             (_, task) => task,
         };
         Workload { task, ..workload }
@@ -359,7 +367,16 @@ impl Unit {
         match self {
             Self::Train { full, recompute } => {
                 let (accumulate, steps, clip) = (1, 1, true);
-                Task::Train { batch, seq: length, accumulate, steps, full, recompute, clip }
+                Task::Train {
+                    batch,
+                    seq: length,
+                    accumulate,
+                    steps,
+                    full,
+                    recompute,
+                    clip,
+                    rows: Rows::Whole,
+                }
             }
             Self::Prefill | Self::Decode { .. } => Task::Generate {
                 batch,
@@ -368,6 +385,10 @@ impl Unit {
                 max_new_tokens: new_tokens,
                 kv_cache: true,
                 sampling: Sampling::GREEDY,
+                past: 0,
+                prompts: None,
+                then: vec![],
+                prefill_chunk: None,
             },
         }
     }
@@ -394,8 +415,8 @@ struct Plan {
     unit: Unit,
     dtypes: Vec<Dtype>,
     adapters: Vec<LoraConfig>,
-    /// (batch, length).
-    shapes: Vec<(u64, u64)>,
+    /// (attention, batch, length).
+    shapes: Vec<(AttentionMode, u64, u64)>,
     /// (warm-up, timed) units of a point.
     repetitions: (usize, usize),
 }
@@ -427,7 +448,8 @@ impl Plan {
         if let Some(zero) = lengths.0.iter().find(|&&length| length == 0) {
             return Err(Error::flag(unit.flag(), format!("{zero} is below 1")).into());
         }
-        let size = [args.batch.0.len(), lengths.0.len(), dtypes.len(), ranks.len()]
+        let modes = &args.attention;
+        let size = [args.batch.0.len(), lengths.0.len(), dtypes.len(), ranks.len(), modes.len()]
             .into_iter()
             .try_fold(1usize, |all, n| all.checked_mul(n));
         if size.is_none_or(|size| size > MOST_POINTS) {
@@ -435,7 +457,9 @@ impl Plan {
             return Err(Error::flag(format!("{}, --batch", unit.flag()), why).into());
         }
         let of_batch = |&batch: &u64| lengths.0.iter().map(move |&length| (batch, length));
-        let shapes = args.batch.0.iter().flat_map(of_batch).collect();
+        let sizes = args.batch.0.iter().flat_map(of_batch);
+        let of_size = |(batch, length)| modes.iter().map(move |&mode| (mode, batch, length));
+        let shapes = sizes.flat_map(of_size).collect();
         let each = match unit {
             Unit::Decode { new_tokens } => usize::from(new_tokens),
             Unit::Prefill | Unit::Train { .. } => 1,
@@ -448,10 +472,11 @@ impl Plan {
 
     /// Every point, in the order that they run.
     fn workloads(&self, checkpoint: &Checkpoint) -> impl Iterator<Item = Workload> {
-        let of_shape = |dtype, lora: &LoraConfig, (batch, length)| Workload {
+        let of_shape = |dtype, lora: &LoraConfig, (attention, batch, length)| Workload {
             model: checkpoint.config.clone(),
             lora: lora.clone(),
             dtype,
+            attention,
             task: self.unit.task(batch, length),
         };
         self.dtypes.iter().flat_map(move |&dtype| {

@@ -17,9 +17,8 @@ use crate::{
     error::Result,
     ledger::{Ledger, Phase},
     meter::Meter,
-    report::{EvaluationReport, Report},
-    train::{evaluate, evaluation_tasks},
-    workload::Workload,
+    report::{EvaluationReport, Report, TokensReport},
+    train::{data::Passes, evaluate, evaluation_tasks},
 };
 
 /// Flags of `eval`.
@@ -61,9 +60,10 @@ pub fn run(args: Args) -> Result<()> {
     args.template.choose(&mut checkpoint)?;
     let adapters = execution.adapters(&checkpoint.config, &args.lora)?;
     let data = args.rows.load(&args.data, &checkpoint)?;
-    for task in evaluation_tasks(data.rows(), data.seq(), args.rows.batch) {
-        let (model, lora) = (checkpoint.config.clone(), adapters.lora().clone());
-        let workload = Workload { model, lora, dtype: execution.dtype(), task };
+    let batch = args.rows.batch;
+    let passes = Passes::new(&data, args.rows.layout(), batch, false)?;
+    for task in evaluation_tasks(&passes, batch) {
+        let workload = execution.workload(&checkpoint.config, adapters.lora(), task);
         workload.validate()?;
         memory::check(&workload, &device)?;
     }
@@ -79,7 +79,7 @@ pub fn run(args: Args) -> Result<()> {
     let observers = RefCell::new((Ledger::default(), trace));
     let meter = Meter::new(&observers, Phase::Forward).timed(timed);
     let start = Instant::now();
-    let found = evaluate(meter, &model, &data, args.rows.batch, progress)?;
+    let found = evaluate(meter, &model, &passes, batch, progress)?;
     let seconds = start.elapsed().as_secs_f64();
     bar.finish_and_clear();
 
@@ -95,12 +95,13 @@ pub fn run(args: Args) -> Result<()> {
     if timed {
         report = report.with_times(&ledger);
     }
+    let tokens = TokensReport { scored: Some(found.tokens as u128), ..report.tokens };
     report.evaluation = Some(EvaluationReport {
         loss: found.loss,
         perplexity: found.perplexity(),
-        tokens: found.tokens,
         seconds,
-        tokens_per_s: data.tokens() as f64 / seconds,
+        tokens_per_s: tokens.real as f64 / seconds,
+        tokens,
         adapter: execution.adapter.as_ref().map(|dir| dir.display().to_string()),
     });
     let traced = trace::finish(trace, &report);

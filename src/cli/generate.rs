@@ -2,7 +2,6 @@
 
 use std::{
     cell::RefCell,
-    collections::BTreeMap,
     io::{IsTerminal, Read, Write},
     path::PathBuf,
     time::{Duration, Instant},
@@ -19,11 +18,11 @@ use super::{
 };
 use crate::{
     analytic::Structure,
-    audit::{Audit, GraphView},
+    audit::Audit,
     error::{Error, Result},
-    generate::{Generation, Request, Sequence, generate},
+    generate::{Generation, Request, generate},
     input::{self, read_text},
-    ledger::{Dtype, Ledger, Phase},
+    ledger::{Ledger, Phase},
     model::Decoder,
     prices::Prices,
     report::{GenerationReport, Report, SequenceReport, SuggestedReport, Timings, Trace},
@@ -31,7 +30,7 @@ use crate::{
     text::Text,
     traffic::Traffic,
     weights::Checkpoint,
-    workload::{Sampling, Workload},
+    workload::{Sampling, Task},
 };
 
 /// What is said where a chat was meant and the checkpoint has no template for it.
@@ -46,7 +45,7 @@ pub struct Args {
     /// Copies of the prompt, run as one batch
     #[arg(long, value_name = "B", default_value_t = 1, conflicts_with = "prompts")]
     batch: usize,
-    /// A file of prompts, one a line; prompts of equal length run as one batch
+    /// A file of prompts, one a line, of any lengths; they run as one batch
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     prompts: Option<PathBuf>,
     /// Feed the prompt as it is, without the chat template
@@ -61,6 +60,9 @@ pub struct Args {
     /// Do not stop at the model's ending tokens
     #[arg(long)]
     ignore_eos: bool,
+    /// Feed prompts in parts of at most N tokens
+    #[arg(long, value_name = "N", conflicts_with = "no_kv_cache")]
+    prefill_chunk: Option<usize>,
     /// Run over the whole context again for each token, as the notebook counts
     #[arg(long)]
     no_kv_cache: bool,
@@ -117,13 +119,11 @@ pub fn run(args: Args) -> Result<()> {
     let adapters = args.execution.adapters(&checkpoint.config, &args.lora)?;
     let sampling = args.sampling(&checkpoint)?;
     let encoded = args.encode(&checkpoint.text, &prompts)?;
-    let batches = args.batches(&checkpoint, &encoded, sampling);
-    for (_, request) in &batches {
-        request.check(&checkpoint.config)?;
-        let workload = request.workload(&checkpoint.config, adapters.lora(), args.dtype());
-        workload.validate()?;
-        memory::check(&workload, &device)?;
-    }
+    let request = args.request(&checkpoint, &encoded, sampling);
+    request.check(&checkpoint.config)?;
+    let workload = args.execution.workload(&checkpoint.config, adapters.lora(), request.task());
+    workload.validate()?;
+    memory::check(&workload, &device)?;
     warn_of_noise(&checkpoint);
     let raw = args.runs_raw(&checkpoint.text).then(|| NO_TEMPLATE.to_string());
     raw.iter().for_each(|told| note(told));
@@ -132,13 +132,17 @@ pub fn run(args: Args) -> Result<()> {
 
     let observers = (Ledger::default(), trace);
     let (run, trace) =
-        args.generate_all(&model, &checkpoint.text, batches, observers, &output, &interrupt)?;
-    args.execution.fault_was_planted(run.recordings().next().is_some())?;
+        args.generate(&model, &checkpoint.text, request, observers, &output, &interrupt)?;
+    args.execution.fault_was_planted(!run.generation.recordings.is_empty())?;
     let report = args.report(&checkpoint, &encoded, &run, &prices, load)?;
     let report = report.and_ignored(adapters.ignored()).with_notes(raw);
     let audit = match args.no_audit {
         true => None,
-        false => Some(Audit::new(&run.workloads(), &run.ledger)?.with_graphs(run.recordings())),
+        false => {
+            let Generation { workload, recordings, .. } = &run.generation;
+            let audit = Audit::new(std::slice::from_ref(workload), &run.ledger)?;
+            Some(audit.with_graphs(recordings.clone()))
+        }
     };
     let report = audit.iter().try_fold(report, |report, audit| report.with_audit(audit))?;
     let traced = trace::finish(trace, &report);
@@ -148,29 +152,10 @@ pub fn run(args: Args) -> Result<()> {
     audit.map_or(Ok(()), |audit| audit.verdict())
 }
 
-/// Everything that ran, batch after batch.
+/// What ran, and what came of it.
 struct Run {
     ledger: Ledger,
-    /// Indices of the prompts, and what became of them.
-    batches: Vec<(Vec<usize>, Generation)>,
-}
-
-impl Run {
-    fn workloads(&self) -> Vec<Workload> {
-        self.batches.iter().map(|(_, g)| g.workload.clone()).collect()
-    }
-
-    fn recordings(&self) -> impl Iterator<Item = GraphView> {
-        self.batches.iter().filter_map(|(_, generation)| generation.recording.clone())
-    }
-
-    /// Sequences in the order of the prompts.
-    fn sequences(&self) -> Vec<&Sequence> {
-        let mut indexed: Vec<_> =
-            self.batches.iter().flat_map(|(indices, g)| indices.iter().zip(&g.sequences)).collect();
-        indexed.sort_by_key(|(index, _)| **index);
-        indexed.into_iter().map(|(_, sequence)| sequence).collect()
-    }
+    generation: Generation,
 }
 
 impl Args {
@@ -190,9 +175,13 @@ impl Args {
             (None, prompt) => vec![prompt.unwrap_or_default().to_string()],
         };
         let prompts = vec![prompts; self.batch].concat();
-        match prompts.iter().all(|p| p.is_empty()) {
-            true => Err(Error::Prompt("is empty".into()).into()),
-            false => Ok(prompts),
+        match (&self.prompts, prompts.iter().all(|p| p.is_empty())) {
+            (_, false) => Ok(prompts),
+            (Some(file), true) => {
+                let why = format!("{}: is empty, without a prompt", file.display());
+                Err(Error::flag("--prompts", why).into())
+            }
+            (None, true) => Err(Error::Prompt("is empty".into()).into()),
         }
     }
 
@@ -224,74 +213,61 @@ impl Args {
         prompts.iter().map(encode).collect()
     }
 
-    fn dtype(&self) -> Dtype {
-        self.execution.dtype()
-    }
-
-    /// Prompts of equal length together, each with its index.
-    fn batches(
+    /// All prompts as one batch.
+    fn request(
         &self,
         checkpoint: &Checkpoint,
         prompts: &[Vec<u32>],
         sampling: Sampling,
-    ) -> Vec<(Vec<usize>, Request)> {
-        let mut by_length: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for (index, prompt) in prompts.iter().enumerate() {
-            by_length.entry(prompt.len()).or_default().push(index);
-        }
-        let eos = if self.ignore_eos { vec![] } else { checkpoint.text.eos_ids().to_vec() };
-        let request = |indices: &[usize]| Request {
-            prompts: indices.iter().map(|&i| prompts[i].clone()).collect(),
+    ) -> Request {
+        let seed = |index: usize| self.execution.seed.wrapping_add(index as u64);
+        Request {
+            prompts: prompts.to_vec(),
             max_new_tokens: self.max_new_tokens,
             sampling,
-            // A prompt draws alike whatever else is in the file.
-            seeds: indices.iter().map(|&i| self.execution.seed.wrapping_add(i as u64)).collect(),
+            seeds: (0..prompts.len()).map(seed).collect(),
             kv_cache: !self.no_kv_cache,
-            eos: eos.clone(),
+            eos: if self.ignore_eos { vec![] } else { checkpoint.text.eos_ids().to_vec() },
             timed: self.trace.timed(&self.execution),
             how: self.execution.how(),
-        };
-        by_length.into_values().map(|indices| (indices.clone(), request(&indices))).collect()
+            past: 0,
+            prefill_chunk: self.prefill_chunk,
+            then: vec![],
+        }
     }
 
-    /// Runs batch after batch, all ops told to `observers`.
-    fn generate_all(
+    /// Runs the batch, all ops told to `observers`.
+    fn generate(
         &self,
         model: &Decoder,
         text: &Text,
-        requests: Vec<(Vec<usize>, Request)>,
+        request: Request,
         observers: (Ledger, Option<Trace>),
         output: &Output,
         interrupt: &Interrupt,
     ) -> Result<(Run, Option<Trace>)> {
-        let streamed = output.is_human() && matches!(&requests[..], [(one, _)] if one.len() == 1);
+        let streamed = output.is_human() && request.prompts.len() == 1;
         let observers = RefCell::new(observers);
-        let mut batches = vec![];
-        for (indices, request) in requests {
-            let mut stream = text.stream(true);
-            let generation = generate(model, &request, &observers, |_, id| {
-                interrupt.check()?;
-                match streamed {
-                    true => show(&stream.push(id)?.unwrap_or_default()),
-                    false => Ok(()),
-                }
-            })?;
-            if streamed {
-                show(&format!("{}\n", stream.finish()?.unwrap_or_default()))?;
+        let mut stream = text.stream(true);
+        let generation = generate(model, &request, &observers, |_, id| {
+            interrupt.check()?;
+            match streamed {
+                true => show(&stream.push(id)?.unwrap_or_default()),
+                false => Ok(()),
             }
-            batches.push((indices, generation));
-        }
-        let (ledger, trace) = observers.into_inner();
-        let run = Run { ledger, batches };
-        if output.is_human() && !streamed {
-            for (i, sequence) in run.sequences().into_iter().enumerate() {
+        })?;
+        if streamed {
+            show(&format!("{}\n", stream.finish()?.unwrap_or_default()))?;
+        } else if output.is_human() {
+            for (i, sequence) in generation.sequences.iter().enumerate() {
                 show(&format!("[{}] {}\n", i + 1, text.decode(&sequence.tokens, true)?))?;
             }
         }
         if output.is_human() && !self.quiet && std::io::stdout().is_terminal() {
             show("\n")?;
         }
-        Ok((run, trace))
+        let (ledger, trace) = observers.into_inner();
+        Ok((Run { ledger, generation }, trace))
     }
 
     fn report(
@@ -304,14 +280,14 @@ impl Args {
     ) -> Result<Report> {
         let tally = run.ledger.tally()?;
         let origin = &checkpoint.origin;
-        let (workloads, exact) = (run.workloads(), Structure::Exact);
+        let (workloads, exact) = (vec![run.generation.workload.clone()], Structure::Exact);
         let mut report = Report::new("generate", origin, workloads, exact, prices, &tally)?
             .with_ignored(checkpoint.listed())
             .ran_on(&self.execution.device);
         if self.trace.timed(&self.execution) {
             report = report.with_times(&run.ledger);
         }
-        let sequences = run.sequences().into_iter().zip(prompts).map(|(sequence, prompt)| {
+        let sequences = run.generation.sequences.iter().zip(prompts).map(|(sequence, prompt)| {
             Ok(SequenceReport {
                 prompt_tokens: prompt.len(),
                 text: checkpoint.text.decode(&sequence.tokens, true)?,
@@ -324,7 +300,7 @@ impl Args {
         report.generation = Some(GenerationReport {
             text: first.text.clone(),
             token_ids: first.token_ids.clone(),
-            timings: timings(run, prices, &tally, load)?,
+            timings: timings(run, prompts, prices, &tally, load)?,
             bytes_per_decoded_token: bytes_per_decoded_token(run),
             sequences,
             suggested: checkpoint.text.suggested().map(|suggested| SuggestedReport {
@@ -343,42 +319,38 @@ fn without_newline(text: &str) -> String {
     text.strip_suffix("\r\n").or(text.strip_suffix('\n')).unwrap_or(text).into()
 }
 
-/// Tokens of a workload: (prompt, decoded after the first), over its batch.
-fn tokens(workload: &Workload) -> (u64, u64) {
-    use crate::workload::Task;
-    match workload.task {
-        Task::Generate { batch, prompt_tokens, new_tokens, .. } => {
-            (batch * prompt_tokens, batch * (new_tokens - 1))
+/// Tokens decoded after the first of each sequence.
+fn decoded(generation: &Generation) -> u64 {
+    match generation.workload.task {
+        Task::Generate { batch, new_tokens, .. } => batch * (new_tokens - 1),
+        Task::Forward { .. } | Task::Verify { .. } | Task::Train { .. } | Task::Evaluate { .. } => {
+            0
         }
-        Task::Forward { batch, seq, .. }
-        | Task::Train { batch, seq, .. }
-        | Task::Evaluate { batch, seq, .. } => (batch * seq, 0),
     }
 }
 
-fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<Timings> {
-    let seconds = |of: fn(&Generation) -> Duration| -> f64 {
-        run.batches.iter().map(|(_, g)| of(g).as_secs_f64()).sum()
-    };
-    let (prefill, decode) = (seconds(|g| g.first_token), seconds(|g| g.decode));
-    let (mut fed, mut decoded, mut choices, mut kept) = (0, 0, 0, 0);
-    for (_, generation) in &run.batches {
-        let (prompt, later) = tokens(&generation.workload);
-        (fed, decoded) = (fed + prompt, decoded + later);
-        choices += generation.sequences.len() as u64;
-        // A sequence that has ended is still computed, but gives no tokens.
-        kept += generation.sequences.iter().map(|s| s.tokens.len() as u64 - 1).sum::<u64>();
-    }
+fn timings(
+    run: &Run,
+    prompts: &[Vec<u32>],
+    prices: &Prices,
+    tally: &Tally,
+    load: Duration,
+) -> Result<Timings> {
+    let Generation { sequences, first_token, decode, .. } = &run.generation;
+    let (prefill, decode) = (first_token.as_secs_f64(), decode.as_secs_f64());
+    let fed = prompts.iter().map(Vec::len).sum::<usize>();
+    let (decoded, choices) = (decoded(&run.generation), sequences.len() as u64);
+    // A sequence that has ended is still computed, but gives no tokens.
+    let kept = sequences.iter().map(|s| s.tokens.len() as u64 - 1).sum::<u64>();
     // Choices all cost the same; the first of each sequence belongs to the time to first token.
     let flops =
         |phase| Ok::<_, anyhow::Error>(prices.flops(&tally.sum(|p, _| p == phase)?)? as f64);
     let choice = flops(Phase::Sampling)? / (decoded + choices) as f64;
     let prefill_flops = flops(Phase::Prefill)? + choice * choices as f64;
     let decode_flops = flops(Phase::Decode)? + choice * decoded as f64;
-    let first = run.batches.first().map_or(0.0, |(_, g)| g.first_token.as_secs_f64());
     Ok(Timings {
         load_s: load.as_secs_f64(),
-        time_to_first_token_s: first,
+        time_to_first_token_s: prefill,
         decode_s: decode,
         prefill_tokens_per_s: fed as f64 / prefill,
         decode_tokens_per_s: (decoded > 0).then(|| kept as f64 / decode),
@@ -388,7 +360,7 @@ fn timings(run: &Run, prices: &Prices, tally: &Tally, load: Duration) -> Result<
 }
 
 fn bytes_per_decoded_token(run: &Run) -> Option<Traffic> {
-    let decoded: u64 = run.batches.iter().map(|(_, g)| tokens(&g.workload).1).sum();
+    let decoded = decoded(&run.generation);
     let all = run.ledger.traffic(|phase| phase == Phase::Decode);
     (decoded > 0).then(|| all.per(decoded))
 }

@@ -11,11 +11,16 @@ mod doctor;
 mod eval;
 mod folder;
 mod generate;
+mod gpus;
 mod interrupt;
+mod lengths;
 mod lora;
 mod memory;
+mod mfu;
 mod plan;
+mod rate;
 mod reconcile;
+mod task;
 mod report;
 mod trace;
 mod train;
@@ -51,6 +56,10 @@ enum Command {
     Count(count::Command),
     /// Price a list of experiments against a budget; no weights needed.
     Plan(plan::Args),
+    /// MFU of a speed that somebody measured, by each convention; no weights needed.
+    Mfu(Box<mfu::Args>),
+    /// List the GPUs whose peaks are known, with who states them.
+    Gpus(gpus::Args),
     /// Name every FLOP between one counting's total and another's.
     Reconcile(Box<reconcile::Args>),
     /// Measure what this device can do at most: FLOP/s, bytes/s, ops/s.
@@ -58,7 +67,7 @@ enum Command {
     /// Measure tokens/s and hold them against the device's ceilings, every point audited.
     #[command(subcommand)]
     Bench(bench::Command),
-    /// Show the JSON of any of these as one HTML page.
+    /// Show the JSON of most of these (not mfu, gpus) as one HTML page.
     Report(report::Args),
     /// Say what device, features, threads, caches and weights a run would find.
     Doctor(doctor::Args),
@@ -92,6 +101,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Audit(command) => audit::run(command),
         Command::Count(command) => count::run(command),
         Command::Plan(args) => plan::run(args),
+        Command::Mfu(args) => mfu::run(*args),
+        Command::Gpus(args) => gpus::run(args),
         Command::Reconcile(args) => reconcile::run(*args),
         Command::Ceiling(args) => ceiling::run(args),
         Command::Bench(command) => bench::run(command),

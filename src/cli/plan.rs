@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::args::OutputArgs;
+use super::{
+    args::{OutputArgs, note, stand_in},
+    rate::RateArgs,
+};
 use crate::{
     error::Result,
     plan::{Account, Plan, Spent},
@@ -19,13 +22,16 @@ pub struct Args {
     #[arg(long, value_name = "RUN.json", num_args = 1..)]
     check: Vec<PathBuf>,
     #[command(flatten)]
+    rate: RateArgs,
+    #[command(flatten)]
     output: OutputArgs,
 }
 
 /// Prices, prints, compares with the budget.
 pub fn run(args: Args) -> Result<()> {
     let output = args.output.open()?;
-    let plan = Plan::read(&args.plan)?;
+    let plan = Plan::read_at(&args.plan, args.rate.spec())?;
+    stand_in(plan.names_no_model).iter().for_each(|told| note(told));
     let spent = Spent::read_all(&args.check, &plan.prices)?;
     let account = Account::new(&plan, spent)?;
     output.write_with(&account, || report::print_plan(&account, args.output.style()))?;

@@ -20,8 +20,12 @@ use crate::{
     ledger::Dtype,
     report::{Report, TrainingReport, human},
     target::Target,
-    train::{Budget, Hyper, Schedule, Session, Settings, Shape, data::Dataset},
+    train::{
+        Budget, Hyper, Schedule, Session, Settings, Shape,
+        data::{Dataset, Passes},
+    },
     weights::{Checkpoint, save, save_adapter},
+    workload::{Checks, Rows},
 };
 
 /// Flags of `train`.
@@ -148,22 +152,19 @@ fn train(mut args: Args) -> Result<()> {
     let data = args.rows.load(&args.data, &checkpoint)?;
     let held_out = args.eval_data.as_ref().map(|f| args.rows.load(f, &checkpoint)).transpose()?;
     let settings = args.settings(adapters.lora(), &data, held_out.as_ref());
-    let one = settings.training(&checkpoint.config, 1);
+    let one = settings.training(&checkpoint.config, 1, Rows::Whole);
     one.validate()?;
     memory::check(&one, &device)?;
-    let settings = args.with_steps(settings, &checkpoint, &data, held_out.as_ref(), &budget)?;
+    let (layout, batch) = (settings.layout, settings.batch);
+    let passes = Passes::new(&data, layout, batch, true)?;
+    let held = held_out.as_ref().map(|data| Passes::new(data, layout, batch, false)).transpose()?;
+    let settings = args.with_steps(settings, &checkpoint, &passes, held.as_ref(), &budget)?;
     saved.iter().try_for_each(|saved| saved.check(&settings))?;
 
     warn_of_noise(&checkpoint);
     let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
-    let mut session = Session::new(
-        settings,
-        model,
-        &data,
-        held_out.as_ref(),
-        &trace,
-        args.trace.timed(&args.execution),
-    )?;
+    let mut session =
+        Session::new(settings, model, passes, held, &trace, args.trace.timed(&args.execution))?;
     if let Some(saved) = saved {
         saved.restore(&mut session)?;
     }
@@ -214,6 +215,8 @@ impl Args {
         if self.checks() > 0 && self.execution.dtype() != Dtype::F32 {
             return fail("--check-gradients", "needs --dtype f32: less rounds the difference away");
         }
+        let (eval_every, gradients) = (self.steps.eval_every, self.checks() as u64);
+        Checks { eval_rows: 0, eval_every, gradients }.validate(self.steps.accumulate.into())?;
         self.steps.validate()
     }
 
@@ -289,7 +292,9 @@ impl Args {
             lora: lora.clone(),
             full: args.full,
             dtype: self.execution.dtype(),
+            attention: self.execution.attention.mode(),
             seq: self.rows.seq,
+            layout: self.rows.layout(),
             batch: self.rows.batch,
             accumulate: args.accumulate as usize,
             recompute: args.recompute,
@@ -311,20 +316,22 @@ impl Args {
         &self,
         mut settings: Settings,
         checkpoint: &Checkpoint,
-        data: &Dataset,
-        held_out: Option<&Dataset>,
+        data: &Passes,
+        held_out: Option<&Passes>,
         budget: &Budget,
     ) -> Result<Settings> {
-        let rows = (settings.batch * settings.accumulate) as f64;
-        let epochs = |epochs: f64| (epochs * data.rows() as f64 / rows).ceil().max(1.0) as u64;
-        let asked = self.steps.steps.or(self.steps.epochs.map(epochs)).unwrap_or(1 << 32);
-        let run = |steps| settings.run(&checkpoint.config, held_out, steps);
+        let groups = data.groups().per_pass as f64 * settings.accumulate as f64;
+        let epochs = |epochs: f64| (epochs * data.len() as f64 / groups).ceil().max(1.0) as u64;
+        let asked = self.steps.steps.or(self.steps.epochs.map(epochs));
+        settings.training(&checkpoint.config, asked.unwrap_or(1), Rows::Whole).validate()?;
+        let asked = asked.unwrap_or(1 << 32);
+        let run = |steps| settings.run(&checkpoint.config, (data, held_out), steps);
         let Some(steps) = budget.steps(asked, run)? else {
-            let first = settings.run(&checkpoint.config, held_out, 1);
+            let first = settings.run(&checkpoint.config, (data, held_out), 1);
             return Err(Error::OverBudget {
                 item: "the first step, with its evaluations".into(),
-                needed: budget.cost(&first)?,
-                left: budget.flops.unwrap_or_default(),
+                needed: format!("{} FLOPs", budget.cost(&first)?),
+                left: budget.flops.unwrap_or_default().to_string(),
             }
             .into());
         };
@@ -372,8 +379,7 @@ impl Args {
                 "gradient_norm": step.gradient_norm, "flops": flops,
                 "seconds": session.progress.step_seconds.last(),
             }))?;
-            let tokens = session.progress.steps * session.settings.tokens();
-            let speed = tokens as f64 / session.progress.seconds();
+            let speed = session.tokens().real as f64 / session.progress.seconds();
             let share = budget.flops.map_or_else(String::new, |all| {
                 format!(" ({:.1} %)", 100.0 * flops as f64 / all as f64)
             });

@@ -73,7 +73,7 @@ impl Cache {
         Ok(Self { positions, kv })
     }
 
-    /// Tokens held of each sequence.
+    /// Tokens held of the longest sequence.
     pub fn held(&self) -> usize {
         self.kv.held()
     }
@@ -87,13 +87,25 @@ impl Cache {
     }
 }
 
+impl Cache {
+    /// As [`KvCache::count_on_host`].
+    pub(crate) fn count_on_host(&mut self) {
+        self.kv.count_on_host();
+    }
+}
+
 /// What the tokens of a pass come after.
 #[derive(Debug)]
 pub enum Context<'a> {
     /// Nothing: they are whole sequences, of which nothing is kept.
     Whole(&'a Positions),
+    /// Nothing, and of sequences of these lengths, one behind the other, none sees another.
+    Packed(&'a Positions, &'a [usize]),
     /// What is held, which they join.
     Cached(&'a mut Cache),
+    /// What is held of each sequence: so many tokens of each join it, one sequence's behind the
+    /// other's.
+    Each(&'a mut Cache, &'a [usize]),
     /// The same, while whoever feeds them counts them.
     Held(&'a Cache),
 }
@@ -101,28 +113,58 @@ pub enum Context<'a> {
 impl Context<'_> {
     pub(super) fn positions(&self) -> &Positions {
         match self {
-            Self::Whole(positions) => positions,
-            Self::Cached(cache) => &cache.positions,
+            Self::Whole(positions) | Self::Packed(positions, _) => positions,
+            Self::Cached(cache) | Self::Each(cache, _) => &cache.positions,
             Self::Held(cache) => &cache.positions,
         }
     }
 
     pub(super) fn kv(&self) -> Option<&KvCache> {
         match self {
-            Self::Whole(_) => None,
-            Self::Cached(cache) => Some(&cache.kv),
+            Self::Whole(_) | Self::Packed(..) => None,
+            Self::Cached(cache) | Self::Each(cache, _) => Some(&cache.kv),
             Self::Held(cache) => Some(&cache.kv),
         }
     }
 
-    /// Tokens before those of this pass; checks that there is room for (batch, seq) more.
-    pub(super) fn past(&self, batch: usize, seq: usize) -> Result<usize> {
-        if let Some(kv) = self.kv() {
-            kv.check_room(batch, seq)?;
-            return Ok(kv.held());
+    /// Lengths of the sequences of this pass, where each has its own.
+    pub(super) fn lengths(&self) -> Option<&[usize]> {
+        match self {
+            Self::Packed(_, lengths) | Self::Each(_, lengths) => Some(lengths),
+            Self::Whole(_) | Self::Cached(_) | Self::Held(_) => None,
         }
+    }
+
+    /// Counts the tokens of this pass, of which each sequence has `seq`, or its own number.
+    pub(super) fn advance(self, seq: usize) -> Result<()> {
+        match self {
+            Self::Cached(cache) => cache.kv.advance(seq),
+            Self::Each(cache, lengths) => cache.kv.advance_each(lengths),
+            Self::Whole(_) | Self::Packed(..) | Self::Held(_) => Ok(()),
+        }
+    }
+
+    /// (tokens fed, tokens before them) of each sequence of a pass of (batch, seq): of one for all
+    /// where they are alike. Checks that there is room.
+    pub(super) fn spans(&self, batch: usize, seq: usize) -> Result<Vec<(usize, usize)>> {
         let most = self.positions().positions;
-        anyhow::ensure!(seq <= most, "{seq} tokens of {most} positions");
-        Ok(0)
+        let Some(lengths) = self.lengths() else {
+            let Some(kv) = self.kv() else {
+                anyhow::ensure!(seq <= most, "{seq} tokens of {most} positions");
+                return Ok(vec![(seq, 0)]);
+            };
+            kv.check_room(batch, seq)?;
+            return Ok(vec![(seq, kv.held())]);
+        };
+        let fed: usize = lengths.iter().sum();
+        let fits = batch == 1 && fed == seq && !lengths.contains(&0);
+        anyhow::ensure!(fits, "sequences of {fed} tokens in a pass of {batch} x {seq}");
+        let Some(kv) = self.kv() else {
+            let longest = lengths.iter().max().copied().unwrap_or(0);
+            anyhow::ensure!(longest <= most, "{longest} tokens of {most} positions");
+            return Ok(lengths.iter().map(|length| (*length, 0)).collect());
+        };
+        kv.check_room_for_each(lengths)?;
+        Ok(lengths.iter().copied().zip(kv.held_of_each().iter().copied()).collect())
     }
 }

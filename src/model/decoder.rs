@@ -14,6 +14,8 @@
 //! keeps what gradients need, or one that has ops of a single token computed several at once and
 //! recorded.
 
+use std::{collections::HashMap, sync::Arc};
+
 use candle_core::Device;
 
 use super::{Adapter, Cache, Context, Positions};
@@ -22,8 +24,8 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module},
     meter::Meter,
-    ops::{self, CausalMask, Ids, Masks, Norm, Product, Tensor, Unshared},
-    workload::Logits,
+    ops::{self, CausalMask, Ids, Masks, Norm, Product, Sequences, Span, Tensor, Unshared},
+    workload::{AttentionMode, Logits, Task, Workload},
 };
 
 /// The model with its weights, ready to run.
@@ -38,6 +40,7 @@ pub struct Decoder {
     pub(super) lm_head: Option<Tensor>, // (V, D); none where the embedding serves
     pub(super) dtype: Dtype,
     pub(super) device: Device,
+    pub(super) mode: AttentionMode,
 }
 
 #[derive(Debug)]
@@ -68,6 +71,7 @@ pub(super) struct Attention {
     pub(super) kv_heads: usize,
     pub(super) scale: Tensor, // one element
     pub(super) window: Option<usize>,
+    pub(super) mode: AttentionMode,
 }
 
 #[derive(Debug)]
@@ -117,6 +121,29 @@ impl Decoder {
         &self.device
     }
 
+    /// Which scores its attention computes: all of them, as it is loaded.
+    pub fn attention(&self) -> AttentionMode {
+        self.mode
+    }
+
+    /// The same with this attention.
+    pub fn with_attention(mut self, mode: AttentionMode) -> Self {
+        self.mode = mode;
+        self.layers.iter_mut().for_each(|layer| layer.self_attn.mode = mode);
+        self
+    }
+
+    /// What it does when it runs `task`.
+    pub fn workload(&self, task: Task) -> Workload {
+        Workload {
+            model: self.config.clone(),
+            lora: self.lora.clone(),
+            dtype: self.dtype,
+            attention: self.mode,
+            task,
+        }
+    }
+
     /// An empty cache for this model.
     ///
     /// # Errors
@@ -144,10 +171,11 @@ impl Decoder {
         Ok(())
     }
 
-    /// Feeds `ids`, after what `context` holds: logits (B, T or 1, V).
+    /// Feeds `ids`, after what `context` holds: logits (B, T or 1, V); of B sequences one behind the
+    /// other (1, Σ T or B, V).
     ///
     /// # Errors
-    /// An id outside the vocabulary, a full cache, or the device's.
+    /// An id outside the vocabulary, a full cache, no logits that are asked for, or the device's.
     pub fn forward(
         &self,
         meter: Meter,
@@ -157,22 +185,31 @@ impl Decoder {
     ) -> Result<Unshared> {
         let x = self.hidden(meter, ids, &context)?; // (B, T, D)
         let seq = x.dims()[1];
-        if let Context::Cached(cache) = context {
-            cache.kv.advance(seq)?;
-        }
-        let last = match logits {
-            Logits::Last => x.narrow(1, seq - 1, 1)?, // (B, 1, D)
-            Logits::All => x,
+        let asked = match (logits, context.lengths()) {
+            (Logits::All, _) => x,
+            (Logits::Last, None) => x.narrow(1, seq - 1, 1)?, // (B, 1, D)
+            (Logits::Last, Some(lengths)) => lasts(&x.share(), lengths)?, // (1, B, D)
+            (Logits::None, _) => anyhow::bail!("a pass without logits is fed, and gives none"),
         };
-        self.head(meter, &last)
+        context.advance(seq)?;
+        self.head(meter, &asked)
+    }
+
+    /// Feeds `ids` into what `context` holds, without logits.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn feed(&self, meter: Meter, ids: Ids, context: Context) -> Result<()> {
+        let seq = self.hidden(meter, ids, &context)?.dims()[1];
+        context.advance(seq)
     }
 
     /// What the last layer gives, (B, T, D).
     pub(super) fn hidden(&self, meter: Meter, ids: Ids, context: &Context) -> Result<Unshared> {
         let mut x = self.embed(meter, ids)?;
-        let masks = self.masks(&x, context)?;
+        let sequences = self.sequences(&x, context)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(meter.layer(i), i, x, &masks, context)?;
+            x = layer.forward(meter.layer(i), i, x, &sequences, context)?;
         }
         Ok(x)
     }
@@ -183,15 +220,34 @@ impl Decoder {
         ops::embed(at, &self.embed_tokens, ids, self.embed_scale.as_ref())
     }
 
-    /// The masks of the tokens of x (B, T, D); a single token may look at everything that it
+    /// How sequences lie in x (B, T, D), with their masks.
+    pub(super) fn sequences(&self, x: &Unshared, context: &Context) -> Result<Sequences> {
+        let spans = context.spans(x.dims()[0], x.dims()[1])?;
+        let mut known: HashMap<(usize, usize), Arc<Masks>> = HashMap::new();
+        let mut each = vec![];
+        for span in spans {
+            if context.lengths().is_none() {
+                return Ok(Sequences::Alike(self.masks(span)?));
+            }
+            let masks = match known.get(&span) {
+                Some(masks) => masks.clone(),
+                None => known.entry(span).or_insert(Arc::new(self.masks(span)?)).clone(),
+            };
+            each.push(Span { length: span.0, masks });
+        }
+        Ok(Sequences::Each(each))
+    }
+
+    /// The masks of `seq` tokens after `past`; a single token may look at everything that it
     /// reaches, and has none.
-    pub(super) fn masks(&self, x: &Unshared, context: &Context) -> Result<Masks> {
-        let (batch, seq) = (x.dims()[0], x.dims()[1]);
-        let past = context.past(batch, seq)?;
+    fn masks(&self, (seq, past): (usize, usize)) -> Result<Masks> {
         if seq == 1 {
             return Ok(Masks::default());
         }
-        let mask = |window| CausalMask::new(seq, past, window, self.dtype, &self.device);
+        let mask = |window| match self.mode {
+            AttentionMode::Dense => CausalMask::new(seq, past, window, self.dtype, &self.device),
+            AttentionMode::Blocked => Ok(CausalMask::by_block(seq, past, window)),
+        };
         let windows = || self.layers.iter().map(|layer| layer.self_attn.window);
         let full = windows().any(|window| window.is_none());
         let windowed = windows().flatten().next();
@@ -219,6 +275,17 @@ impl Decoder {
     }
 }
 
+/// The last row of each of the sequences of these lengths that x (1, Σ T, D) holds: (1, B, D).
+fn lasts(x: &Tensor, lengths: &[usize]) -> Result<Unshared> {
+    let mut end = 0;
+    let last = |length: &usize| {
+        end += length;
+        x.narrow(1, end - 1, 1)
+    };
+    let lasts: Vec<Tensor> = lengths.iter().map(last).collect::<Result<_>>()?;
+    Tensor::joined(&lasts, 1)?.copied()
+}
+
 impl Layer {
     /// Whether an adapter of it is trained.
     pub(super) fn trains_adapters(&self) -> bool {
@@ -233,7 +300,7 @@ impl Layer {
         meter: Meter,
         index: usize,
         x: Unshared, // (B, T, D)
-        masks: &Masks,
+        sequences: &Sequences,
         context: &Context,
     ) -> Result<Unshared> {
         let residual = meter.at(Module::Residual);
@@ -252,7 +319,7 @@ impl Layer {
         };
 
         let ahead = [&gate_proj.weight, &up_proj.weight];
-        let mixed = self.self_attn.forward(meter, index, (first, &x), ahead, masks, context)?; // (B, T, H·d)
+        let mixed = self.self_attn.forward(meter, index, (first, &x), ahead, sequences, context)?; // (B, T, H·d)
         let (o, down) = (o_proj.product(meter), down_proj.product(meter));
         let x = ops::add_product(residual, x, &mixed, o, after_attention, &[&down_proj.weight])?;
         let sides = [gate_proj.product(meter), up_proj.product(meter)];
@@ -270,7 +337,7 @@ impl Attention {
         layer: usize,
         (norm, x): (Norm, &Unshared),
         ahead: [&Tensor; 2],
-        masks: &Masks,
+        sequences: &Sequences,
         context: &Context,
     ) -> Result<Tensor> {
         let products =
@@ -286,9 +353,10 @@ impl Attention {
             k_norm,
             rope: context.positions().of(layer)?,
             window: self.window,
+            mode: self.mode,
         };
         let cache = context.kv().map(|kv| (kv, layer));
-        ops::attend(attention, [&q, &k, &v], masks, cache)
+        ops::attend(attention, [&q, &k, &v], sequences, cache)
     }
 }
 

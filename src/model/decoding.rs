@@ -179,8 +179,15 @@ mod tests {
         let mut launches = launches.into_inner();
         fault(&mut launches);
         meter.replayed(&launches, 13);
-        let task = Task::Forward { batch: 2, seq: 1, past: 12, logits: Logits::Last };
-        let workload = Workload { model: config, lora, dtype: Dtype::F32, task };
+        let task =
+            Task::Forward { batch: 2, seq: 1, past: 12, logits: Logits::Last, sequences: None };
+        let workload = Workload {
+            model: config,
+            lora,
+            dtype: Dtype::F32,
+            attention: Default::default(),
+            task,
+        };
         Audit::new(&[workload], &ledger.into_inner()).unwrap()
     }
 

@@ -9,7 +9,7 @@ use crate::{
     workload::LOSS_ROWS,
 };
 
-/// Sequences of one length and what each position should predict, row after row.
+/// Sequences and what each position should predict, row after row.
 #[derive(Debug, Clone, Copy)]
 pub struct Labelled<'a> {
     /// Tokens to feed, (B, T).
@@ -20,6 +20,9 @@ pub struct Labelled<'a> {
     pub weights: &'a [f32],
     /// B.
     pub batch: usize,
+    /// Lengths of sequences of their own, one behind the other in the one row that there is then;
+    /// none where each row is a sequence.
+    pub sequences: Option<&'a [usize]>,
 }
 
 /// Which parameters are trained.
@@ -34,6 +37,13 @@ pub enum Trained {
 impl Labelled<'_> {
     fn ids(&self) -> Ids<'_> {
         Ids::Host { ids: self.ids, batch: self.batch }
+    }
+
+    fn context<'a>(&'a self, positions: &'a Positions) -> Context<'a> {
+        match self.sequences {
+            Some(lengths) => Context::Packed(positions, lengths),
+            None => Context::Whole(positions),
+        }
     }
 }
 
@@ -62,7 +72,7 @@ impl Decoder {
     /// An id outside the vocabulary, more tokens than `positions` was made for, or the device's.
     pub fn loss(&self, meter: Meter, text: Labelled, positions: &Positions) -> Result<f64> {
         let forward = meter.phase(Phase::Forward);
-        let x = self.hidden(forward, text.ids(), &Context::Whole(positions))?; // (B, T, D)
+        let x = self.hidden(forward, text.ids(), &text.context(positions))?; // (B, T, D)
         let h = self.normed(forward, &x.share())?;
         self.head_loss(meter, &h, text, None).map(|(loss, _)| loss)
     }
@@ -80,7 +90,7 @@ impl Decoder {
         positions: &Positions,
         recompute: bool,
     ) -> Result<(f64, Gradients)> {
-        let context = Context::Whole(positions);
+        let context = text.context(positions);
         match recompute {
             false => self.keeping_activations(meter, text, &context),
             true => self.recomputing_layers(meter, text, &context),
@@ -110,13 +120,13 @@ impl Decoder {
     ) -> Result<(f64, Gradients)> {
         let forward = meter.phase(Phase::Forward);
         let embedded = self.embed(forward.taped(true), text.ids())?; // (B, T, D)
-        let masks = self.masks(&embedded, context)?;
+        let sequences = self.sequences(&embedded, context)?;
         let embedded = embedded.share();
         let (mut x, mut inputs) = (embedded.clone(), vec![]);
         for (i, layer) in self.layers.iter().enumerate() {
             x = self.start_of_layer(i, &x, &embedded);
             inputs.push(x.clone());
-            x = layer.forward(forward.layer(i), i, x.copied()?, &masks, context)?.share();
+            x = layer.forward(forward.layer(i), i, x.copied()?, &sequences, context)?.share();
         }
         x = self.start_of_layer(self.layers.len(), &x, &embedded);
         let h = self.normed(forward.taped(true), &x)?;
@@ -127,7 +137,7 @@ impl Decoder {
             let i = inputs.len();
             let Some(dy) = gradients.take(&x) else { break };
             let again = meter.phase(Phase::Recompute).taped(true).layer(i);
-            let y = self.layers[i].forward(again, i, input.copied()?, &masks, context)?.share();
+            let y = self.layers[i].forward(again, i, input.copied()?, &sequences, context)?.share();
             gradients.merge(meter, backward(meter, &y, dy)?)?;
             x = input;
         }
@@ -179,8 +189,8 @@ impl Decoder {
             let at = |phase| meter.phase(phase).at(Module::LmHead);
             dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?.share());
             if head.needs_gradient() {
-                let dw = ops::matmul(at(Phase::BackwardW), &d.t()?, &part)?;
-                gradients.add(meter, head, dw.share())?;
+                let at = at(Phase::BackwardW);
+                gradients.add_product(meter, head, at, (&d.t()?, &part))?;
             }
         }
         let dh = Tensor::stacked(&dh, &h)?.reshape(shape)?;

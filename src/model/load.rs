@@ -12,6 +12,7 @@ use crate::{
     ledger::{Dtype, Module, Scope},
     ops::{self, Tensor},
     weights::Weights,
+    workload::AttentionMode,
 };
 
 /// Reads tensors by checkpoint name, in one dtype, on one device.
@@ -57,6 +58,14 @@ impl Loader<'_> {
         })
     }
 
+    /// Projections of one input.
+    fn linears<const N: usize>(&self, layer: usize, of: [Projection; N]) -> Result<[Linear; N]> {
+        let each = of.into_iter().map(|projection| self.linear(layer, projection));
+        let mut all: Vec<_> = each.collect::<Result<_>>()?;
+        Adapter::adjoin(all.iter_mut().filter_map(|linear| linear.adapter.as_mut()))?;
+        all.try_into().map_err(|all: Vec<_>| anyhow::anyhow!("{} projections of {N}", all.len()))
+    }
+
     fn layer(&self, i: usize) -> Result<Layer> {
         let (config, path) = (self.config, format!("layers.{i}."));
         let wide = |module| self.norm(&path, module, config.hidden_size);
@@ -68,24 +77,28 @@ impl Loader<'_> {
                 post_feedforward_layernorm: wide(Module::PostFeedforwardLayernorm)?,
             })
         };
+        let [q_proj, k_proj, v_proj] =
+            self.linears(i, [Projection::QProj, Projection::KProj, Projection::VProj])?;
+        let [gate_proj, up_proj] = self.linears(i, [Projection::GateProj, Projection::UpProj])?;
         Ok(Layer {
             input_layernorm: wide(Module::InputLayernorm)?,
             self_attn: Attention {
-                q_proj: self.linear(i, Projection::QProj)?,
-                k_proj: self.linear(i, Projection::KProj)?,
-                v_proj: self.linear(i, Projection::VProj)?,
+                q_proj,
+                k_proj,
+                v_proj,
                 o_proj: self.linear(i, Projection::OProj)?,
                 norms: config.qk_norm.then(head_norms).transpose()?,
                 heads: config.num_attention_heads,
                 kv_heads: config.num_key_value_heads,
                 scale: self.constant(config.attention_scale())?,
                 window: config.window_of(i),
+                mode: AttentionMode::Dense,
             },
             post_attention_layernorm: wide(Module::PostAttentionLayernorm)?,
             sandwich: config.sandwich_norms.then(sandwich).transpose()?,
             mlp: Mlp {
-                gate_proj: self.linear(i, Projection::GateProj)?,
-                up_proj: self.linear(i, Projection::UpProj)?,
+                gate_proj,
+                up_proj,
                 down_proj: self.linear(i, Projection::DownProj)?,
                 activation: config.activation,
             },
@@ -130,6 +143,7 @@ impl Decoder {
             lm_head,
             dtype,
             device: device.clone(),
+            mode: AttentionMode::Dense,
         })
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     error::Result,
     ledger::{Dtype, Lora, Module},
     meter::Meter,
-    ops::{LowRank, Tensor, candle_dtype},
+    ops::{Factor, LowRank, Tensor, candle_dtype},
     weights::PeftAdapter,
 };
 
@@ -53,8 +53,8 @@ pub struct Adapter {
     b: Tensor,
     /// [`LoraConfig::scaling`], one element.
     scaling: Tensor,
-    /// The same on the host.
-    factor: f64,
+    /// The same on the host, rounded likewise.
+    factor: f32,
     projection: Projection,
 }
 
@@ -90,8 +90,30 @@ impl Adapter {
                 (Tensor::of(a), Tensor::of(adapter.b(layer, projection, dtype, device)?))
             }
         };
-        let scaling = Tensor::from_vec(vec![factor as f32], 1, dtype, device)?;
-        Ok(Some(Self { a, b, scaling, factor, projection }))
+        let scaled = |on| Tensor::from_vec(vec![factor as f32], 1, dtype, on);
+        let (scaling, on_host) = (scaled(device)?, scaled(&Device::Cpu)?.to_vec()?);
+        Ok(Some(Self { a, b, scaling, factor: on_host[0], projection }))
+    }
+
+    /// Has A of adapters that read one input lie one after another, so that a GPU can read all of
+    /// them in one product. Not where they would begin at odd places, which kernels do not take.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(super) fn adjoin<'a>(adapters: impl Iterator<Item = &'a mut Self>) -> Result<()> {
+        let mut all: Vec<_> = adapters.collect();
+        let parts: Vec<Tensor> = all.iter().map(|adapter| adapter.a.clone()).collect();
+        let [first, _, ..] = parts.as_slice() else { return Ok(()) };
+        if !first.dims()[1].is_multiple_of(8) {
+            return Ok(());
+        }
+        let (together, mut start) = (Tensor::stacked(&parts, first)?, 0);
+        for adapter in &mut all {
+            let rank = adapter.a.dims()[0];
+            adapter.a = together.narrow(0, start, rank)?;
+            start += rank;
+        }
+        Ok(())
     }
 
     /// Whether gradients of it are computed.
@@ -110,8 +132,7 @@ impl Adapter {
         LowRank {
             a: (at(Lora::A), &self.a),
             b: (at(Lora::B), &self.b),
-            scaling: (at(Lora::Scale), &self.scaling),
-            factor: self.factor,
+            scaling: Factor { at: at(Lora::Scale), tensor: &self.scaling, value: self.factor },
             sum: at(Lora::Sum),
         }
     }

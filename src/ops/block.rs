@@ -9,10 +9,13 @@ mod fused;
 mod launches;
 
 use super::{
-    LowRank, Tensor, Unshared, add, bias,
+    LowRank, Tensor, Unshared, add,
     elementwise::gated,
     linear,
+    linear::{MatMul, biased, rows},
+    low_rank::lows,
     norm::{rms_norm, shifted_rms_norm},
+    product_into::ProductInto,
 };
 use crate::{config::Activation, error::Result, meter::At};
 
@@ -59,20 +62,28 @@ pub struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// x (…, k) → (…, n)
-    ///
-    /// # Errors
-    /// A last dimension other than k.
-    pub fn of(self, x: &Tensor) -> Result<Tensor> {
-        let mut y = linear(self.at, x, self.weight)?.share();
-        if let Some(vector) = self.bias {
-            y = bias(self.at, &y, vector)?;
-        }
-        match self.adapter {
-            Some(adapter) => adapter.of(x, &y),
+    /// x (…, k) → (…, n), without what the adapter adds.
+    fn alone(self, x: &Tensor) -> Result<Unshared> {
+        let y = linear(self.at, x, self.weight)?;
+        match self.bias {
+            Some(bias) => biased(self.at, &y.0, bias),
             None => Ok(y),
         }
     }
+}
+
+/// `products` of one x (…, k), each (…, n).
+fn each<const N: usize>(products: &[Product; N], x: &Tensor) -> Result<[Tensor; N]> {
+    let adapters: Vec<LowRank> = products.iter().filter_map(|product| product.adapter).collect();
+    let mut lows = lows(x, &adapters)?.into_iter();
+    let of = |product: &Product| {
+        let y = product.alone(x)?;
+        let Some(adapter) = product.adapter else { return Ok(y.share()) };
+        let low = lows.next().ok_or_else(|| anyhow::anyhow!("an adapter without A x"))?;
+        Ok(adapter.add_to(y, low)?.share())
+    };
+    let all: Vec<Tensor> = products.iter().map(of).collect::<Result<_>>()?;
+    all.try_into().map_err(|all: Vec<_>| anyhow::anyhow!("{} products of {N}", all.len()))
 }
 
 /// `products` of normed x (B, T, D), each (B, T, n). While a GPU then attends, the weights `ahead`
@@ -90,8 +101,7 @@ pub fn normed_products(
         return fused.normed_products(norm, products, ahead);
     }
     let h = norm.of(&x.0)?;
-    let [a, b, c] = products;
-    Ok([a.of(&h)?, b.of(&h)?, c.of(&h)?])
+    each(products, &h)
 }
 
 /// One product of normed x (B, T, D), without bias or adapter: (B, T, n).
@@ -119,12 +129,13 @@ pub fn gated_products(
     if let Some(fused) = fused::of(at, &x.0, &[gate, up]) {
         return fused.gated_products(norm, [gate, up], at, activation);
     }
-    let h = norm.of(&x.0)?;
-    gated(at, activation, &gate.of(&h)?, &up.of(&h)?)
+    let [gate, up] = each(&[gate, up], &norm.of(&x.0)?)?;
+    gated(at, activation, &gate, &up)
 }
 
 /// x (B, T, D) + `product` of `input` (B, T, k), normed before it is added where there is a norm;
-/// the sum is accounted for at `residual`. In decoding, in the place of x.
+/// the sum is accounted for at `residual`. In the place of x in decoding, and for a product by itself
+/// where no gradient is wanted.
 ///
 /// # Errors
 /// Shapes that do not fit, or the device's.
@@ -140,7 +151,17 @@ pub fn add_product(
         fused.add_product(residual, &x, product, norm, ahead)?;
         return Ok(x);
     }
-    let y = product.of(input)?;
+    if let Product { at, weight, bias: None, adapter: None } = product
+        && norm.is_none()
+        && !residual.is_taped()
+    {
+        let shape = x.dims().to_vec();
+        let sum = Unshared(Tensor { data: rows(&x.0)?, ..x.0 });
+        let product = MatMul { a: &rows(input)?, b: &weight.data.t()? };
+        ProductInto { sum: &sum, product, scaled: None, added: residual }.run_at(at)?;
+        return sum.reshape(shape);
+    }
+    let [y] = each(&[product], input)?;
     let y = norm.map_or(Ok(y.clone()), |norm| norm.of(&y))?;
     Ok(Unshared(add(residual, &x.0, &y)?))
 }

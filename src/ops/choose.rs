@@ -4,6 +4,7 @@ use candle_core::{DType, Device};
 
 use super::{
     Ids, Kernel, KvCache, Nodes, Ops, Sampler, Tensor,
+    cache::Counted,
     cuda::{Choose, How, Kernels},
     sample::{Rule, finite},
 };
@@ -149,7 +150,7 @@ impl Choosing {
     /// # Errors
     /// The device's.
     pub fn choose(&self, at: At, logits: &Tensor, cache: &KvCache) -> Result<()> {
-        let Some(held) = cache.on_device() else {
+        let Some(Counted { held, .. }) = cache.on_device() else {
             anyhow::bail!("the device does not count what the cache holds");
         };
         let width = logits.data.dim(candle_core::D::Minus1)?;

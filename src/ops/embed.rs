@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use super::{Kernel, Nodes, Ops, Tensor, Unshared, scale};
+use super::{Kernel, Nodes, Ops, Tensor, Unshared, cuda::Kernels, scale};
 use crate::{
     error::{Error, Result},
     ledger::Op,
@@ -102,9 +102,12 @@ impl Kernel for EmbedGrad<'_> {
         Ok(())
     }
 
-    fn run(&self, _: &Nodes) -> candle_core::Result<Tensor> {
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
         let dy = &self.dy.data;
         let rows = dy.reshape((self.ids.dim(0)?, ()))?.contiguous()?;
+        if let Some(kernels) = Kernels::of(&[&rows]) {
+            return Ok(Tensor::of(kernels.embed_grad(nodes, self.vocab, self.ids, &rows)?));
+        }
         let zeros = (self.vocab, rows.dim(1)?);
         let table = candle_core::Tensor::zeros(zeros, dy.dtype(), dy.device())?;
         Ok(Tensor::of(table.index_add(self.ids, &rows, 0)?))

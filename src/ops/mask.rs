@@ -1,9 +1,11 @@
 //! The causal mask, of the whole context or of a window.
 
+use std::ops::Range;
+
 use candle_core::Device;
 
 use super::{
-    Kernel, Nodes, Ops, Tensor, Unshared, candle_dtype,
+    Kernel, Nodes, Ops, QueryBlock, Tensor, Unshared, candle_dtype,
     cuda::Kernels,
     elementwise::{Element, computed},
 };
@@ -20,7 +22,8 @@ pub struct CausalMask {
     seq: usize,
     past: usize,
     window: Option<usize>,
-    /// Filled by index, without arithmetic; none where a kernel tells by index itself.
+    /// Filled by index, without arithmetic; none where a kernel tells by index itself, or where
+    /// parts of it are.
     values: Option<Tensor>,
 }
 
@@ -51,6 +54,34 @@ impl CausalMask {
         }
         let values = Tensor::from_vec(values, (seq, width), dtype, device)?;
         Ok(Self { seq, past, window, values: Some(values) })
+    }
+
+    /// The same for blocked attention, which adds parts of it.
+    pub fn by_block(seq: usize, past: usize, window: Option<usize>) -> Self {
+        Self { seq, past: reached(past, window), window, values: None }
+    }
+
+    /// The values (t, m) for a block's rows and each range of its columns that has any, with the first
+    /// of these in the block.
+    pub(super) fn parts(
+        &self,
+        block: &QueryBlock,
+        dtype: Dtype,
+        device: &Device,
+    ) -> Result<Vec<(usize, Tensor)>> {
+        let ranges = block.masked.iter().filter(|keys| !keys.is_empty());
+        let part = |keys: &Range<usize>| {
+            let value = |(row, key): (usize, usize)| {
+                let sees = key <= row && self.window.is_none_or(|window| key + window > row);
+                if sees { 0.0 } else { f32::NEG_INFINITY }
+            };
+            let rows = block.rows.clone().map(|row| self.past + row);
+            let values = rows.flat_map(|row| keys.clone().map(move |key| (row, key))).map(value);
+            let shape = (block.rows.len(), keys.len());
+            let values = Tensor::from_vec(values.collect(), shape, dtype, device)?;
+            Ok((keys.start - block.keys.start, values))
+        };
+        ranges.map(part).collect()
     }
 
     /// Queries.

@@ -57,7 +57,9 @@ mod workspace;
 
 mod attend;
 mod attention;
+mod beside;
 mod block;
+mod blocks;
 mod cache;
 mod choose;
 mod elementwise;
@@ -68,21 +70,24 @@ mod low_rank;
 mod mask;
 mod norm;
 mod optimize;
+mod product_into;
 mod recording;
 mod rope;
 mod rope_table;
 mod sample;
+mod scores;
 mod softmax;
 
 mod cpu;
 mod cuda;
 mod portable;
 
-pub use attend::{Attention, Masks, attend};
+pub use attend::{Attention, Masks, Sequences, Span, attend};
 pub use attention::{attention, is_one_kernel};
 pub use block::{
     Norm, Product, add_product, decodes, gated_products, normed_product, normed_products,
 };
+pub use blocks::{Blocks, KeyBlock, QueryBlock, blocked_attention};
 pub use cache::KvCache;
 pub use choose::Choosing;
 pub use elementwise::{add, gated, gelu, mul, scale, silu};
@@ -95,7 +100,8 @@ pub use loss::{CrossEntropy, Losses};
 pub use low_rank::LowRank;
 pub use mask::CausalMask;
 pub use norm::{rms_norm, shifted_rms_norm};
-pub use optimize::{AdamW, Moments, clip_factor, sums_of_squares};
+pub use optimize::{AdamW, Moments, Update, clip_factor, sums_of_squares};
+pub use product_into::Factor;
 pub use recording::{Fault, Recording};
 pub use rope::{merge_heads, rope, rotated_heads, split_heads};
 pub use rope_table::RopeTable;
@@ -283,6 +289,25 @@ impl Tensor {
     pub fn to_dtype(&self, dtype: Dtype) -> Result<Self> {
         let was = self.data.dtype();
         Ok(self.laid_out(self.data.to_dtype(candle_dtype(dtype))?, move |dy| dy.to_dtype(was)))
+    }
+
+    /// Parts of `dim` of these lengths, one after another, as views. Their gradients are put side by
+    /// side again, which takes no arithmetic.
+    ///
+    /// # Errors
+    /// Lengths that are not `dim`'s.
+    pub fn split(&self, dim: usize, lengths: &[usize]) -> Result<Vec<Self>> {
+        let (all, sum) = (self.data.dim(dim)?, lengths.iter().sum::<usize>());
+        anyhow::ensure!(sum == all, "parts of {sum} of {all}");
+        let graph = self.parts_of(dim);
+        let mut start = 0;
+        let parts = lengths.iter().map(|&length| {
+            let data = self.data.narrow(dim, start, length)?;
+            let node = graph.as_ref().map(|graph| graph.part(start));
+            start += length;
+            Ok(Self { data, node, lease: self.lease.clone() })
+        });
+        parts.collect()
     }
 
     /// Matrices of one width as the rows of one matrix, without a graph; `none` if there are none.

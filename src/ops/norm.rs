@@ -1,8 +1,10 @@
 //! RMSNorm.
 
-use candle_core::Device;
+use candle_core::{D, Device};
 
-use super::{Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, elementwise::shift, portable};
+use super::{
+    Kernel, Nodes, Ops, Tensor, backend::Backend, cpu, cuda::Kernels, elementwise::shift, portable,
+};
 use crate::{error::Result, ledger::Op, meter::At};
 
 /// x / sqrt(mean(x²) + eps) · gain over the last dimension.
@@ -119,7 +121,11 @@ impl Kernel for GainGrad<'_> {
         Ok(())
     }
 
-    fn run(&self, _: &Nodes) -> candle_core::Result<Tensor> {
-        Ok(Tensor::of(portable::gain_grad(&self.x.data, self.eps, &self.dy.data)?))
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
+        let (x, dy) = (&self.x.data, &self.dy.data);
+        Ok(Tensor::of(match Kernels::for_sums(&[x, dy], x.dim(D::Minus1)?) {
+            Some(kernels) => kernels.gain_grad(nodes, x, self.eps, dy)?,
+            None => portable::gain_grad(x, self.eps, dy)?,
+        }))
     }
 }

@@ -3,14 +3,17 @@
 //! Factors of a whole step (learning rate, bias corrections) are a few scalars that the host
 //! computes once for all elements; like loop counters they are not ops.
 
+use std::iter;
+
 use candle_core::{DType, Device};
 
 use super::{
     Kernel, Nodes, Ops, Tensor,
     backend::Backend,
     cpu,
-    cuda::{AdamWFactors, Kernels},
-    portable,
+    cuda::{AdamWFactors, Kernels, TENSORS, Updated},
+    elementwise::{Element, computed},
+    portable, scale,
 };
 use crate::{
     error::Result,
@@ -18,7 +21,7 @@ use crate::{
     meter::At,
 };
 
-/// Σ x² of each tensor, on account of the module beside it. What a device sums is copied at once.
+/// Σ x² of each tensor, of any type, on account of the module beside it.
 ///
 /// # Errors
 /// The device's.
@@ -27,11 +30,17 @@ pub fn sums_of_squares(tensors: &[(At, &Tensor)]) -> Result<Vec<f64>> {
     let Some(kernels) = Kernels::of(&all) else {
         return tensors.iter().map(|(at, x)| at.launch(&SumSquares { x })).collect();
     };
-    let sums = candle_core::Tensor::zeros(all.len(), DType::F64, all[0].device())?;
-    for (index, (at, x)) in tensors.iter().enumerate() {
-        at.launch(&SumSquaresInto { kernels: &kernels, x, sums: &sums, index })?;
-    }
-    Ok(sums.to_vec1()?)
+    // All are started before the first is waited for.
+    let launches = tensors
+        .chunks(TENSORS)
+        .map(|several| several[0].0.launch(&SumsOfSquares { kernels: &kernels, tensors: several }));
+    let sums = launches.collect::<Result<Vec<_>>>()?;
+    let on_host = sums.iter().map(candle_core::Tensor::to_vec1);
+    Ok(on_host.collect::<candle_core::Result<Vec<_>>>()?.concat())
+}
+
+fn report_squares<'a>(ops: &mut Ops<'a>, at: At<'a>, x: &Tensor) {
+    ops.add_at(at, Op::SumSquares { n: x.elements() as u64 }, Dtype::F32);
 }
 
 struct SumSquares<'a> {
@@ -46,7 +55,7 @@ impl Kernel for SumSquares<'_> {
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        ops.add(Op::SumSquares { n: self.x.elements() as u64 }, Dtype::F32);
+        report_squares(ops, ops.at(), self.x);
         Ok(())
     }
 
@@ -59,28 +68,62 @@ impl Kernel for SumSquares<'_> {
     }
 }
 
-/// The same added to one of several sums on a GPU.
-struct SumSquaresInto<'a> {
+/// Those of several tensors on a GPU, as f64 in their order.
+struct SumsOfSquares<'a> {
     kernels: &'a Kernels,
-    x: &'a Tensor,
-    sums: &'a candle_core::Tensor,
-    index: usize,
+    tensors: &'a [(At<'a>, &'a Tensor)],
 }
 
-impl Kernel for SumSquaresInto<'_> {
-    type Output = ();
+impl Kernel for SumsOfSquares<'_> {
+    type Output = candle_core::Tensor;
 
     fn device(&self) -> &Device {
-        self.x.device()
+        self.kernels.device()
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        ops.add(Op::SumSquares { n: self.x.elements() as u64 }, Dtype::F32);
+        self.tensors.iter().for_each(|(at, x)| report_squares(ops, *at, x));
         Ok(())
     }
 
-    fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
-        self.kernels.sum_squares(nodes, &self.x.data, self.sums, self.index)
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<candle_core::Tensor> {
+        let all: Vec<_> = self.tensors.iter().map(|(_, x)| &x.data).collect();
+        self.kernels.sum_squares(nodes, &all)
+    }
+}
+
+/// sum + x in f32, whatever the type of x: of gradients, over passes.
+///
+/// # Errors
+/// Shapes that differ.
+pub(super) fn add_to_sum(at: At, sum: &Tensor, x: &Tensor) -> Result<Tensor> {
+    anyhow::ensure!(sum.dims() == x.dims(), "{:?} beside {:?}", sum.dims(), x.dims());
+    at.launch(&AddToSum { sum: &sum.data, x: &x.data })
+}
+
+struct AddToSum<'a> {
+    sum: &'a candle_core::Tensor,
+    x: &'a candle_core::Tensor,
+}
+
+impl Kernel for AddToSum<'_> {
+    type Output = Tensor;
+
+    fn device(&self) -> &Device {
+        self.sum.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        ops.add(Op::Add { n: self.sum.elem_count() as u64 }, Dtype::F32);
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
+        let (sum, x) = (self.sum, self.x);
+        match Kernels::of(&[x]) {
+            Some(kernels) => Ok(Tensor::of(kernels.add_to_sum(nodes, sum, x)?)),
+            None => computed(Element::Add, sum, &x.to_dtype(DType::F32)?, nodes),
+        }
     }
 }
 
@@ -155,13 +198,38 @@ impl Moments {
     /// # Errors
     /// Another number of elements.
     pub fn master(&self, parameter: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::of(self.0.narrow(0, 0, 1)?.reshape(parameter.data.shape())?))
+        Ok(Tensor::of(self.master_of(&parameter.data)?))
+    }
+
+    /// Shows the master's values to who reads `parameter`, where that is not the master itself but
+    /// a narrower copy.
+    ///
+    /// # Errors
+    /// Another number of elements.
+    pub fn publish(&self, parameter: &Tensor) -> Result<()> {
+        Ok(self.publish_to(&parameter.data)?)
+    }
+
+    fn master_of(
+        &self,
+        parameter: &candle_core::Tensor,
+    ) -> candle_core::Result<candle_core::Tensor> {
+        self.0.narrow(0, 0, 1)?.reshape(parameter.shape())
+    }
+
+    fn publish_to(&self, parameter: &candle_core::Tensor) -> candle_core::Result<()> {
+        match parameter.dtype() {
+            DType::F32 => Ok(()),
+            narrow => parameter.slice_set(&self.master_of(parameter)?.to_dtype(narrow)?, 0, 0),
+        }
     }
 }
 
 /// One step of AdamW (Loshchilov and Hutter 2019), as PyTorch computes it.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
+    /// Factor on every gradient, where it is clipped.
+    pub clip: Option<f64>,
     /// 1 − learning rate · weight decay: a factor on the parameter.
     pub decay: f64,
     /// Learning rate / (1 − β₁ᵗ).
@@ -174,21 +242,53 @@ pub struct AdamW {
     pub eps: f64,
 }
 
+/// What a step does to one parameter.
+#[derive(Clone, Copy)]
+pub struct Update<'a> {
+    /// On whose account its gradient is clipped.
+    pub clipping: At<'a>,
+    /// On whose account it is updated.
+    pub at: At<'a>,
+    /// Its master and moments.
+    pub moments: &'a Moments,
+    /// Its gradient, of any type.
+    pub gradient: &'a Tensor,
+    /// It as the model reads it: a view of the master, or a narrower copy.
+    pub parameter: &'a Tensor,
+}
+
 impl AdamW {
     /// p ← decay·p − rate · m / (√v / correction + eps), with m ← β₁·m + (1 − β₁)·g and
-    /// v ← β₂·v + (1 − β₂)·g², in place.
+    /// v ← β₂·v + (1 − β₂)·g², g being the clipped gradient in f32, of each parameter in place.
     ///
     /// # Errors
     /// A gradient of another size.
-    pub fn step(&self, at: At, moments: &Moments, gradient: &Tensor) -> Result<()> {
-        let n = gradient.elements();
-        let gradient = gradient.data.reshape((1, n))?.to_dtype(DType::F32)?.contiguous()?;
-        at.launch(&Update { step: self, state: &moments.0, gradient: &gradient })
+    pub fn step(&self, updates: &[Update]) -> Result<()> {
+        let gradients: Vec<_> = updates.iter().map(|update| &update.gradient.data).collect();
+        // A GPU's kernels widen and clip what they read, and take many parameters at once.
+        if Kernels::of(&gradients).is_some() {
+            return updates.chunks(TENSORS).try_for_each(|updates| {
+                let gradients = updates.iter().map(|u| u.gradient.data.clone()).collect();
+                updates[0].at.launch(&Updates { step: self, updates, gradients })
+            });
+        }
+        let step = Self { clip: None, ..*self };
+        updates.iter().try_for_each(|update| {
+            let mut gradient = update.gradient.to_dtype(Dtype::F32)?;
+            if let Some(clip) = self.clip {
+                let factor = [clip as f32].to_vec();
+                let factor = Tensor::from_vec(factor, 1, Dtype::F32, gradient.device())?;
+                gradient = scale(update.clipping, &gradient, &factor)?;
+            }
+            let (updates, gradients) = ([*update], vec![gradient.data.contiguous()?]);
+            update.at.launch(&Updates { step: &step, updates: &updates, gradients })
+        })
     }
 
     fn factors(&self) -> AdamWFactors {
-        let Self { decay, rate, correction, betas: (b1, b2), eps } = *self;
+        let Self { clip, decay, rate, correction, betas: (b1, b2), eps } = *self;
         AdamWFactors {
+            clip: clip.unwrap_or(1.0) as f32,
             decay: decay as f32,
             rate: rate as f32,
             correction: correction as f32,
@@ -201,33 +301,68 @@ impl AdamW {
     }
 }
 
-struct Update<'a> {
+struct Updates<'a> {
     step: &'a AdamW,
-    state: &'a candle_core::Tensor,    // (3, n)
-    gradient: &'a candle_core::Tensor, // (1, n)
+    updates: &'a [Update<'a>],
+    /// Of each, dense and of a type that the kernels take.
+    gradients: Vec<candle_core::Tensor>,
 }
 
-impl Kernel for Update<'_> {
+impl Kernel for Updates<'_> {
     type Output = ();
 
     fn device(&self) -> &Device {
-        self.state.device()
+        self.updates[0].gradient.device()
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        let (n, state) = (self.gradient.elem_count(), self.state.elem_count());
-        let fits = state == 3 * n;
-        anyhow::ensure!(fits, "a gradient of {n} elements for a state of {state}");
-        ops.add(Op::AdamW { n: n as u64 }, Dtype::F32);
+        for (update, gradient) in iter::zip(self.updates, &self.gradients) {
+            let (n, state) = (gradient.elem_count(), update.moments.0.elem_count());
+            let fits = state == 3 * n && update.parameter.elements() == n;
+            anyhow::ensure!(fits, "a gradient of {n} elements for a state of {state}");
+            let n = n as u64;
+            if self.step.clip.is_some() {
+                ops.add_at(update.clipping, Op::Scale { n }, Dtype::F32);
+            }
+            ops.add_at(update.at, Op::AdamW { n }, Dtype::F32);
+        }
         Ok(())
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
-        let Self { step, state, gradient } = *self;
-        match Backend::of(&[state, gradient]) {
-            Backend::Cpu => cpu::adamw(state, gradient, &step.factors()),
-            Backend::Cuda(kernels) => kernels.adamw(nodes, state, gradient, step.factors()),
-            Backend::Portable => portable::adamw(state, gradient, step),
+        let (step, factors) = (self.step, self.step.factors());
+        let all = iter::zip(self.updates, &self.gradients);
+        match Backend::of(&self.gradients.iter().collect::<Vec<_>>()) {
+            Backend::Cpu => {
+                for (Update { moments, parameter, .. }, gradient) in all {
+                    cpu::adamw(&moments.0, gradient, &factors)?;
+                    moments.publish_to(&parameter.data)?;
+                }
+            }
+            Backend::Cuda(kernels) => {
+                // What the kernel writes beside the master.
+                let is_bf16 = |t: &candle_core::Tensor| t.dtype() == DType::BF16;
+                let updated: Vec<_> = all
+                    .map(|(Update { moments, parameter, .. }, gradient)| Updated {
+                        state: &moments.0,
+                        gradient,
+                        narrow: Some(&parameter.data).filter(|t| is_bf16(t)),
+                    })
+                    .collect();
+                kernels.adamw(nodes, &updated, factors)?;
+                for Update { moments, parameter, .. } in self.updates {
+                    if !is_bf16(&parameter.data) {
+                        moments.publish_to(&parameter.data)?;
+                    }
+                }
+            }
+            Backend::Portable => {
+                for (Update { moments, parameter, .. }, gradient) in all {
+                    portable::adamw(&moments.0, gradient, step)?;
+                    moments.publish_to(&parameter.data)?;
+                }
+            }
         }
+        Ok(())
     }
 }

@@ -82,6 +82,23 @@ pub(super) fn softmax_grad(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     in_f32(y, dy, |y, dy| y.mul(&dy.broadcast_sub(&y.mul(dy)?.sum_keepdim(D::Minus1)?)?))
 }
 
+/// Softmax of (…, w), and each row's maximum and sum of exponentials, (…, 2) in f32.
+pub(super) fn softmax_kept(x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let wide = x.to_dtype(DType::F32)?;
+    let max = wide.max_keepdim(D::Minus1)?;
+    let exponentials = wide.broadcast_sub(&max)?.exp()?;
+    let sum = exponentials.sum_keepdim(D::Minus1)?;
+    let weights = exponentials.broadcast_div(&sum)?.to_dtype(x.dtype())?;
+    Ok((weights, Tensor::cat(&[max, sum], D::Minus1)?))
+}
+
+/// The same softmax from what was kept.
+pub(super) fn softmax_again(x: &Tensor, kept: &Tensor) -> Result<Tensor> {
+    let column = |index| kept.narrow(D::Minus1, index, 1);
+    let shifted = x.to_dtype(DType::F32)?.broadcast_sub(&column(0)?)?;
+    shifted.exp()?.broadcast_div(&column(1)?)?.to_dtype(x.dtype())
+}
+
 /// x (…, T, d) with element i of each vector and element i + d/2 turned by its token's angle, whose
 /// cosines and sines are (T, d/2).
 pub(super) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -118,11 +135,12 @@ fn column<D: candle_core::WithDType>(values: &[D], like: &Tensor) -> Result<Tens
     Tensor::from_slice(values, (values.len(), 1), like.device())
 }
 
-/// One AdamW update of a state (3, n) of parameters and both moments.
-pub(super) fn adamw(state: &Tensor, g: &Tensor, step: &super::AdamW) -> Result<()> {
+/// One AdamW update of a state (3, n) of parameters and both moments, from the gradient (n).
+pub(super) fn adamw(state: &Tensor, gradient: &Tensor, step: &super::AdamW) -> Result<()> {
     let (b1, b2) = step.betas;
     let row = |i| state.narrow(0, i, 1);
-    let m = ((row(1)? * b1)? + (g * (1.0 - b1))?)?;
+    let g = gradient.reshape((1, ()))?;
+    let m = ((row(1)? * b1)? + (&g * (1.0 - b1))?)?;
     let v = ((row(2)? * b2)? + (g.sqr()? * (1.0 - b2))?)?;
     let denominator = ((v.sqrt()? / step.correction)? + step.eps)?;
     let p = ((row(0)? * step.decay)? - ((&m * step.rate)? / denominator)?)?;

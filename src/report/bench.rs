@@ -10,7 +10,7 @@ use super::{
 use crate::{
     bench::{BenchReport, Ceiling, Comparison, DeviceInfo, Kind, Point, Verdict},
     error::Result,
-    workload::Task,
+    workload::{AttentionMode, Task},
 };
 
 /// A column: its heading, and a point's cell.
@@ -34,6 +34,9 @@ fn columns(report: &BenchReport) -> Vec<Column> {
     }
     if any(recomputes) {
         columns.push(("recompute", |p, _| if recomputes(p) { "yes" } else { "no" }.into()));
+    }
+    if any(|p| p.workload.attention == AttentionMode::Blocked) {
+        columns.push(("attention", |p, _| p.workload.attention.to_string()));
     }
     columns
         .extend([("batch", (|p, _| p.batch.to_string()) as fn(&Point, Figures) -> String), length]);
@@ -285,7 +288,7 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
 /// A field of the CSV: its name, and a point's value; empty where there is none.
 type Field = (&'static str, fn(&Point) -> String);
 
-const FIELDS: [Field; 40] = [
+const FIELDS: [Field; 41] = [
     ("dtype", |p| p.workload.dtype.name().into()),
     ("lora_rank", |p| p.workload.lora.rank.to_string()),
     ("batch", |p| p.batch.to_string()),
@@ -326,6 +329,7 @@ const FIELDS: [Field; 40] = [
     ("watts", |p| optional(p.energy.map(|e| e.watts))),
     ("sm_mhz", |p| optional(p.clocks.map(|c| c.sm_mhz.into()))),
     ("memory_mhz", |p| optional(p.clocks.map(|c| c.memory_mhz.into()))),
+    ("attention", |p| p.workload.attention.to_string()),
 ];
 
 fn optional(figure: Option<f64>) -> String {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ops::is_one_kernel,
-    workload::{Task, Workload},
+    workload::{AttentionMode, Task, Workload},
 };
 
 /// Bytes at rest.
@@ -49,12 +49,21 @@ impl Memory {
 
 /// Scores that CUDA's kernel of attention does not hold.
 fn spared(workload: &Workload) -> u128 {
-    let fused = is_one_kernel(workload.dtype, workload.model.head_dim());
+    let dense = workload.attention == AttentionMode::Dense;
+    let fused = dense && is_one_kernel(workload.dtype, workload.model.head_dim());
     match workload.task {
         Task::Train { .. } => 0,
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } if fused => {
+        Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. }
+        | Task::Evaluate { .. }
+            if fused =>
+        {
             workload.scores_bytes()
         }
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => 0,
+        Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. }
+        | Task::Evaluate { .. } => 0,
     }
 }

@@ -7,6 +7,8 @@ mod memory;
 mod plan;
 mod sweep;
 mod table;
+mod time;
+mod tokens;
 mod trace;
 mod training;
 mod waterfall;
@@ -16,6 +18,7 @@ pub use bench::{
     print_line, render_bench,
 };
 pub use figures::{Figures, bytes, digits, human, percent, rate, seconds, signed, three_digits};
+pub(crate) use flopaudit_count::run::write_one_or_many as one_or_many;
 pub use flopaudit_count::{
     SCHEMA_VERSION,
     run::{self, FinishedRun},
@@ -24,6 +27,8 @@ pub use memory::Memory;
 pub use plan::print_plan;
 pub use sweep::{csv, print_sweep};
 pub use table::{describe, print, render};
+pub use time::{TimeReport, print_gpus, print_mfu};
+pub use tokens::TokensReport;
 pub use trace::{TRACE_SCHEMA_VERSION, Trace};
 pub use training::{BudgetReport, EvaluationReport, TrainingReport};
 pub use waterfall::{print_way, render_way};
@@ -36,13 +41,16 @@ use crate::{
     analytic::{
         Structure,
         notebook::{self, TableRow},
+        parameters_taken,
     },
     audit::Audit,
     config::Ignored,
     error::Result,
     ledger::{Key, Ledger, Phase},
     prices::{Prices, Primitives},
+    rate::new_tokens,
     tally::{Component, Tally},
+    threshold::Thresholds,
     traffic::Traffic,
     train::data::Notes,
     workload::Workload,
@@ -72,8 +80,20 @@ pub struct Report {
     pub structure: Structure,
     /// What each primitive costs.
     pub prices: Prices,
+    /// N of a structure that goes by parameters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub formula_parameters: Option<FormulaParameters>,
     /// FLOPs under these prices.
     pub total_flops: u128,
+    /// What all of it feeds.
+    pub tokens: TokensReport,
+    /// FLOPs for each token that is no padding.
+    pub flops_per_token: f64,
+    /// Tokens that it chooses, or gains in verification; 0 where none are.
+    pub new_tokens: u128,
+    /// FLOPs for each of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flops_per_new_token: Option<f64>,
     /// Of which in adapters.
     pub lora_flops: u128,
     /// Primitive operations.
@@ -101,9 +121,26 @@ pub struct Report {
     /// Loss, where text was scored.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evaluation: Option<EvaluationReport>,
+    /// Hours, money and energy, where a rate was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<TimeReport>,
+    /// The amounts that laws name, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub thresholds: Option<Thresholds>,
     /// What a reader may not expect, a line each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+}
+
+/// N of a formula that goes by parameters.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct FormulaParameters {
+    /// How many they are, adapters aside.
+    pub n: u128,
+    /// Which they are.
+    pub which: &'static str,
+    /// Whether the checkpoint stores embedding and head as two tensors, of which N has one.
+    pub head_stored_apart: bool,
 }
 
 /// One component in one phase.
@@ -231,13 +268,6 @@ pub struct Timings {
     pub decode_flops_per_s: Option<f64>,
 }
 
-fn one_or_many<S: serde::Serializer>(workloads: &[Workload], s: S) -> Result<S::Ok, S::Error> {
-    match workloads {
-        [one] => one.serialize(s),
-        many => many.serialize(s),
-    }
-}
-
 impl Report {
     /// A report of `workload`, whose sums are `tally` as `structure` counts them.
     ///
@@ -266,6 +296,15 @@ impl Report {
         };
         let total = tally.sum(|_, _| true)?;
         let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
+        let total_flops = prices.flops(&total)?;
+        let each = workload.iter().map(|workload| (workload, 1));
+        let tokens = TokensReport::new(each, structure, prices)?;
+        let new_tokens: u128 = workload.iter().map(|workload| new_tokens(&workload.task)).sum();
+        let formula_parameters = workload.first().and_then(|workload| {
+            let head_stored_apart = workload.model.head_stored_apart;
+            let (n, which) = parameters_taken(structure, &workload.model)?;
+            Some(FormulaParameters { n, which, head_stored_apart })
+        });
         Ok(Self {
             schema_version: SCHEMA_VERSION,
             command: command.into(),
@@ -277,7 +316,12 @@ impl Report {
             workload,
             structure,
             prices: prices.clone(),
-            total_flops: prices.flops(&total)?,
+            formula_parameters,
+            total_flops,
+            tokens,
+            flops_per_token: total_flops as f64 / tokens.real as f64,
+            new_tokens,
+            flops_per_new_token: (new_tokens > 0).then(|| total_flops as f64 / new_tokens as f64),
             lora_flops: prices.flops(&lora)?,
             primitives: total.primitives(),
             matmul_macs: total.macs,
@@ -288,6 +332,8 @@ impl Report {
             generation: None,
             training: None,
             evaluation: None,
+            time: None,
+            thresholds: None,
             notes: vec![],
         })
     }

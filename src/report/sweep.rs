@@ -3,10 +3,13 @@
 use std::io::{IsTerminal, Write};
 
 use super::{
-    figures::{Figures, digits, percent},
+    figures::{Figures, bytes, digits, human, percent},
     table::{align, new_table},
 };
-use crate::{error::Result, sweep::Sweep};
+use crate::{
+    error::Result,
+    sweep::{Point, Sweep, Swept},
+};
 
 /// Prints `sweep` to standard output.
 ///
@@ -21,14 +24,19 @@ pub fn print_sweep(sweep: &Sweep, style: Figures) -> Result<()> {
     writeln!(out, "counted   structure {structure}, prices {}", prices.name)?;
     let mut table = new_table(unicode);
     let mut head: Vec<String> = sweep.keys.iter().map(|key| key.to_string()).collect();
-    head.extend(["FLOPs", "LoRA FLOPs", "LoRA share"].map(String::from));
+    head.extend(["FLOPs", "FLOPs/token", "LoRA FLOPs", "LoRA share"].map(String::from));
+    // Bytes go by the element type; FLOPs do not.
+    let memory = sweep.keys.contains(&Swept::Dtype);
+    head.extend(memory.then(|| "memory".to_string()));
     table.set_header(head);
     for point in points {
         let mut cells: Vec<String> = point.at.iter().map(|(_, value)| value.to_string()).collect();
         let share = point.lora_flops as f64 / point.total_flops.max(1) as f64;
-        let counts = [point.total_flops, point.lora_flops].map(|flops| style.count(flops));
-        cells.extend(counts);
+        cells.push(style.count(point.total_flops));
+        cells.push(human(point.flops_per_token));
+        cells.push(style.count(point.lora_flops));
         cells.push(percent(share));
+        cells.extend(memory.then(|| bytes(point.memory_bytes as f64)));
         table.add_row(cells);
     }
     align(&mut table, 0);
@@ -43,14 +51,23 @@ pub fn print_sweep(sweep: &Sweep, style: Figures) -> Result<()> {
 pub fn csv(out: &mut dyn Write, sweep: &Sweep) -> Result<()> {
     let primitives = sweep.points.first().map_or(vec![], |p| p.primitives.named().into());
     let mut head: Vec<&str> = sweep.keys.iter().map(|key| key.name()).collect();
-    head.extend(["total_flops", "lora_flops", "matmul_macs"]);
+    head.extend([
+        "total_flops",
+        "tokens",
+        "flops_per_token",
+        "memory_bytes",
+        "lora_flops",
+        "matmul_macs",
+    ]);
     head.extend(primitives.iter().map(|(name, _)| *name));
     write!(out, "{}\r\n", head.join(","))?;
     for point in &sweep.points {
         for (_, value) in &point.at {
             write!(out, "{value},")?;
         }
-        write!(out, "{},{},{}", point.total_flops, point.lora_flops, point.matmul_macs)?;
+        let Point { total_flops, tokens, flops_per_token, memory_bytes, .. } = point;
+        write!(out, "{total_flops},{tokens},{flops_per_token},{memory_bytes}")?;
+        write!(out, ",{},{}", point.lora_flops, point.matmul_macs)?;
         for (_, n) in point.primitives.named() {
             write!(out, ",{n}")?;
         }

@@ -6,15 +6,16 @@ use anstyle::{AnsiColor, Style};
 use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
 
 use super::{
-    AuditReport, GenerationReport, Report,
-    figures::{Figures, bytes, digits, per_second, rate, seconds, three_digits},
+    AuditReport, FormulaParameters, GenerationReport, Report, TokensReport,
+    figures::{Figures, bytes, digits, human, per_second, rate, seconds, three_digits},
+    time::{TimeReport, threshold_lines, time_lines},
     training,
 };
 use crate::{
     analytic::notebook::TableRow,
     error::Result,
     ledger::Phase,
-    workload::{Task, Workload},
+    workload::{AttentionMode, Lengths, Ragged, Rows, Task, Turn, Workload},
 };
 
 pub(super) const GOOD: Style = AnsiColor::Green.on_default().bold();
@@ -40,7 +41,7 @@ pub fn render(
     figures: Figures,
     unicode: bool,
 ) -> Result<()> {
-    header(out, report)?;
+    header(out, report, figures)?;
     if let Some(generation) = &report.generation {
         speeds(out, report, generation, unicode)?;
     }
@@ -59,13 +60,19 @@ pub fn render(
     }
     writeln!(out, "\n{}\n", table.trim_fmt())?;
     totals(out, report, figures)?;
+    if let Some(TimeReport { rate, time }) = &report.time {
+        time_lines(out, rate, time, report.structure)?;
+    }
+    if let Some(thresholds) = &report.thresholds {
+        threshold_lines(out, thresholds, unicode)?;
+    }
     if let Some(audit) = &report.audit {
         verdict(out, audit, unicode)?;
     }
     Ok(())
 }
 
-fn header(out: &mut impl Write, report: &Report) -> Result<()> {
+fn header(out: &mut impl Write, report: &Report, figures: Figures) -> Result<()> {
     let Report { model, parameters, prices, structure, memory, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
     workloads(out, &report.workload)?;
@@ -74,7 +81,33 @@ fn header(out: &mut impl Write, report: &Report) -> Result<()> {
     let parts = parts.map(|(name, n)| format!("{} {name}", bytes(n as f64)));
     let parts: Vec<String> = parts.chain([dtype.into()]).collect();
     writeln!(out, "{}", list("memory    ", &parts))?;
-    Ok(writeln!(out, "counted   structure {structure}, prices {}", prices.name)?)
+    writeln!(out, "counted   structure {structure}, prices {}", prices.name)?;
+    if let Some(FormulaParameters { n, which, head_stored_apart }) = report.formula_parameters {
+        let mut parts = vec![format!("{} parameters: {which}", digits(n))];
+        if head_stored_apart {
+            parts.push("although the checkpoint stores two".into());
+        }
+        writeln!(out, "{}", list("N         ", &parts))?;
+    }
+    Ok(writeln!(out, "{}", list("tokens    ", &tokens(report, figures)))?)
+}
+
+/// All tokens, what each that is no padding costs, and padding.
+fn tokens(report: &Report, figures: Figures) -> Vec<String> {
+    let TokensReport { real, padding, .. } = report.tokens;
+    let real = if padding > 0 { format!("{} real", digits(real)) } else { digits(real) };
+    let each = format!("{} FLOPs each", human(report.flops_per_token));
+    let new = report.flops_per_new_token;
+    let new = new.map(|each| format!("{} new, {} each", digits(report.new_tokens), human(each)));
+    let scores = |w: &Workload| matches!(w.task, Task::Evaluate { .. });
+    let beside = report.training.is_some() && report.workload.iter().any(scores);
+    let beside = beside.then(|| "evaluations and checks included".to_string());
+    [real, each]
+        .into_iter()
+        .chain(new)
+        .chain(report.tokens.of_padding(figures))
+        .chain(beside)
+        .collect()
 }
 
 /// `label` and `parts` with commas between them, in lines of at most 80 columns.
@@ -130,29 +163,91 @@ pub fn describe(workload: &Workload) -> String {
         0 => String::new(),
         _ => format!(", LoRA rank {} on {}", workload.lora.ranks(), workload.lora.place()),
     };
-    let what = match workload.task {
+    let what = match &workload.task {
+        Task::Forward { sequences: Some(Ragged::Padded(lengths)), seq, .. } => {
+            format!("forward, {} padded to {seq}", spread(lengths))
+        }
+        Task::Forward { sequences: Some(Ragged::Packed(lengths)), seq, .. } => {
+            format!("forward, {} packed, {seq} tokens", spread(lengths))
+        }
         Task::Forward { batch, seq, past, .. } => {
             format!("forward, batch {batch}, {seq} tokens after {past} cached")
         }
-        Task::Generate { batch, prompt_tokens, new_tokens, kv_cache, sampling, .. } => format!(
-            "generate {new_tokens} after {prompt_tokens}, batch {batch}, {}, {}",
-            if kv_cache { "KV cache" } else { "no KV cache" },
-            match sampling.temperature {
+        Task::Generate {
+            batch,
+            past,
+            prompt_tokens,
+            prompts,
+            new_tokens,
+            then,
+            prefill_chunk,
+            kv_cache,
+            sampling,
+            max_new_tokens: _,
+        } => {
+            let prompt = match prompts {
+                Some(Ragged::Packed(lengths)) => between(lengths),
+                Some(Ragged::Padded(lengths)) => {
+                    format!("{} padded to {prompt_tokens}", between(lengths))
+                }
+                None => prompt_tokens.to_string(),
+            };
+            let past = if *past > 0 { format!(" on {past} cached") } else { String::new() };
+            let turn =
+                |turn: &Turn| format!(", then {} after {}", turn.new_tokens, turn.prompt_tokens);
+            let turns: String = then.iter().map(turn).collect();
+            let chunk = prefill_chunk.map_or(String::new(), |n| format!(", in parts of {n}"));
+            let cache = if *kv_cache { "KV cache" } else { "no KV cache" };
+            let choice = match sampling.temperature {
                 0.0 => "greedy".into(),
                 t => format!("temperature {t}"),
-            }
+            };
+            format!(
+                "generate {new_tokens} after {prompt}{past}{turns}, batch {batch}{chunk}, {cache}, {choice}"
+            )
+        }
+        Task::Verify { batch, past, drafted, accepted, rounds } => format!(
+            "verify {rounds} x {drafted} drafted tokens, {accepted} kept, batch {batch}, after {past} cached"
         ),
-        Task::Train { batch, seq, accumulate, steps, full, recompute, clip } => format!(
-            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {seq} tokens{}{}",
-            if full { "every weight" } else { "the adapters" },
-            if recompute { ", recomputed" } else { "" },
-            if clip { "" } else { ", unclipped" },
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows } => format!(
+            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {}{}{}",
+            if *full { "every weight" } else { "the adapters" },
+            filled(*seq, rows),
+            if *recompute { ", recomputed" } else { "" },
+            if *clip { "" } else { ", unclipped" },
         ),
-        Task::Evaluate { batch, seq, passes } => {
-            format!("evaluate {passes} x batch {batch}, {seq} tokens")
+        Task::Evaluate { batch, seq, passes, rows } => {
+            format!("eval {passes} x batch {batch}, {}", filled(*seq, rows))
         }
     };
-    what + &lora
+    let attention = match workload.attention {
+        AttentionMode::Dense => "",
+        AttentionMode::Blocked => ", blocked attention",
+    };
+    what + &lora + attention
+}
+
+/// Tokens of a row.
+fn filled(seq: u64, rows: &Rows) -> String {
+    match rows {
+        Rows::Whole => format!("{seq} tokens"),
+        Rows::Padded { lengths, .. } => {
+            format!("rows of {} tokens, padded to the longest of a pass", between(lengths))
+        }
+        Rows::Packed { documents, .. } => format!("{} packed", spread(documents)),
+    }
+}
+
+fn spread(lengths: &Lengths) -> String {
+    format!("{} sequences of {} tokens", lengths.count(), between(lengths))
+}
+
+fn between(lengths: &Lengths) -> String {
+    match lengths.range() {
+        Some((shortest, longest)) if shortest < longest => format!("{shortest} to {longest}"),
+        Some((length, _)) => length.to_string(),
+        None => "no".into(),
+    }
 }
 
 /// A time; without Unicode, `us` stands for microseconds.

@@ -5,14 +5,15 @@ use std::{io::Write, path::Path};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Report,
-    figures::{Figures, per_second, percent, rate},
+    Report, TokensReport,
+    figures::{Figures, digits, per_second, percent, rate},
     table::{BAD, GOOD, align, list, new_table, time},
 };
 use crate::{
     analytic::Structure,
     error::Result,
     train::{Budget, Check, Point, Session},
+    workload::Task,
 };
 
 /// A training's account.
@@ -32,8 +33,10 @@ pub struct TrainingReport {
     pub seconds: f64,
     /// Of each step.
     pub step_seconds: Vec<f64>,
-    /// Tokens fed per second.
+    /// Real tokens per second: what is fed less its padding.
     pub tokens_per_s: f64,
+    /// What its steps fed.
+    pub tokens: TokensReport,
     /// Trained tensors.
     pub tensors: usize,
     /// Of which with a gradient other than 0 at the last step.
@@ -59,6 +62,8 @@ pub struct BudgetReport {
     pub prices: String,
     /// Spent, all told.
     pub spent: u128,
+    /// Of which by the steps, without what is set up once.
+    pub steps: u128,
     /// One more step.
     pub next_step: u128,
     /// One evaluation.
@@ -72,11 +77,11 @@ pub struct EvaluationReport {
     pub loss: f64,
     /// e to the loss.
     pub perplexity: f64,
-    /// Tokens that count.
-    pub tokens: usize,
     /// Seconds of all passes.
     pub seconds: f64,
-    /// Tokens of the text per second.
+    /// What its passes fed.
+    pub tokens: TokensReport,
+    /// Real tokens per second: what is fed less its padding.
     pub tokens_per_s: f64,
     /// The adapter's folder, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,10 +93,14 @@ impl TrainingReport {
     ///
     /// # Errors
     /// A count past 128 bits.
-    pub fn new(session: &Session, budget: &Budget, out: &Path) -> Result<Self> {
+    pub fn new(session: &mut Session, budget: &Budget, out: &Path) -> Result<Self> {
+        let next = session.next_step();
         let (progress, settings) = (&session.progress, &session.settings);
-        let two_steps = [1, 2].map(|steps| session.training(steps));
-        let [one, two] = two_steps.map(|w| budget.cost(&[(w, 1)]));
+        let mut trained = session.ran();
+        trained.retain(|(workload, _)| matches!(workload.task, Task::Train { .. }));
+        let ran = trained.iter().map(|(workload, times)| (workload, *times));
+        let tokens = TokensReport::new(ran, Structure::Exact, &budget.prices)?;
+        let tokens = TokensReport { scored: Some(progress.scored.into()), ..tokens };
         let names = session.names();
         let smallest = progress.norms.iter().zip(&names).min_by(|a, b| a.0.total_cmp(b.0));
         Ok(Self {
@@ -102,7 +111,8 @@ impl TrainingReport {
             evaluations: progress.evaluations.clone(),
             seconds: progress.seconds(),
             step_seconds: progress.step_seconds.clone(),
-            tokens_per_s: (progress.steps * settings.tokens()) as f64 / progress.seconds(),
+            tokens_per_s: tokens.real as f64 / progress.seconds(),
+            tokens,
             tensors: names.len(),
             with_gradient: progress.norms.iter().filter(|norm| **norm > 0.0).count(),
             smallest_gradient: smallest.map(|(norm, name)| (name.to_string(), *norm)),
@@ -113,7 +123,8 @@ impl TrainingReport {
                 structure: budget.structure,
                 prices: budget.prices.name.clone(),
                 spent: budget.cost(&session.ran())?,
-                next_step: two? - one?,
+                steps: budget.cost_of_steps(&trained)?,
+                next_step: budget.cost_of_steps(&[(next, 1)])?,
                 evaluation: budget.cost(&session.evaluation())?,
             },
         })
@@ -137,8 +148,13 @@ pub(super) fn training(
         per_second(t.tokens_per_s),
         time(t.seconds / t.steps as f64, unicode)
     )?;
-    let BudgetReport { flops, structure, prices, spent, next_step, .. } = &t.budget;
-    let step = format!("{} a step ({structure}, {prices})", figures.flop(*next_step));
+    writeln!(out, "{}", list("steps     ", &t.tokens.parts(figures)))?;
+    let BudgetReport { flops, structure, prices, spent, steps, next_step, .. } = &t.budget;
+    // Rows of different lengths make steps that cost differently.
+    let alike = *steps == u128::from(t.steps) * next_step;
+    let each = if alike { "a step" } else { "a step on average" };
+    let mean = figures.flop(steps / u128::from(t.steps));
+    let step = format!("{mean} {each} ({structure}, {prices})");
     let spent_flop = figures.flop(*spent);
     let (label, parts) = match flops {
         Some(all) => {
@@ -229,10 +245,6 @@ pub(super) fn evaluation(
     writeln!(out, "\nloss      {:.6} nats a token, perplexity {:.4}", e.loss, e.perplexity)?;
     let speed = rate(report.total_flops as f64 / e.seconds);
     let name = &report.prices.name;
-    Ok(writeln!(
-        out,
-        "speed     {} tokens/s, {speed} ({name}); {} tokens count",
-        per_second(e.tokens_per_s),
-        e.tokens
-    )?)
+    writeln!(out, "speed     {} tokens/s, {speed} ({name})", per_second(e.tokens_per_s))?;
+    Ok(writeln!(out, "scored    {} tokens", digits(e.tokens.scored.unwrap_or_default()))?)
 }

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     analytic::Cause,
     error::Result,
+    foreign::{Agreement, Tool},
     reconcile::{Reconciliation, Run, Total},
 };
 
@@ -55,6 +56,9 @@ pub fn render_way(
             let (spent, structure) = (digits(*total_flops), end.structure);
             writeln!(out, "run         {file}: {spent} FLOPs, which {verdict} {structure}")?;
         }
+        if let Some(tool) = &end.tool {
+            file(out, tool, end)?;
+        }
     }
     if way.steps.iter().any(|step| !matches!(step.cause, Cause::Price(_))) {
         writeln!(out)?;
@@ -67,7 +71,40 @@ pub fn render_way(
     Ok(())
 }
 
+/// A tool's file: what it states, how that stands to what its structure counts, and its notes.
+fn file(out: &mut impl Write, tool: &Tool, end: &Total) -> Result<()> {
+    let mut lines = vec![format!("{}: {}", tool.file, tool.format), agreement(tool, end)];
+    let rate = tool.flops_per_second.map(|rate| format!("{} of these", super::rate(rate)));
+    lines.extend(rate);
+    lines.extend(tool.notes.iter().cloned());
+    for (index, line) in lines.iter().enumerate() {
+        writeln!(out, "{:<12}{line}", if index == 0 { "file" } else { "" })?;
+    }
+    Ok(())
+}
+
+/// A tool's figure beside the count, in words.
+pub(super) fn agreement(tool: &Tool, end: &Total) -> String {
+    let counted = format!("{} counts {}", end.structure, digits(tool.counted_flops));
+    let stated = digits(tool.stated_flops.unwrap_or_default());
+    match (tool.agreement, tool.bounds_flops) {
+        (Agreement::Exact, _) => format!("{stated} FLOPs, and {counted}: the same"),
+        (Agreement::WithinRounding, Some([least, most])) => format!(
+            "{stated} FLOPs as printed, {} to {} before rounding; {counted}: within them",
+            digits(least),
+            digits(most)
+        ),
+        (Agreement::WithinRounding | Agreement::Differs, _) => {
+            format!("{stated} FLOPs, which DIFFERS: {counted}")
+        }
+        (Agreement::NoFigure, _) => format!("no FLOPs; {counted}"),
+    }
+}
+
 fn name(end: &Total) -> String {
+    if let Some(Tool { file, stated_flops: Some(_), .. }) = &end.tool {
+        return file.clone();
+    }
     format!("{} under {}", end.structure, end.prices.name)
 }
 
@@ -75,7 +112,7 @@ fn name(end: &Total) -> String {
 fn ratio(way: &Reconciliation) -> String {
     let Total { structure: to, total_flops, .. } = &way.to;
     match total_flops {
-        _ if way.from.structure == *to => String::new(),
+        _ if way.from.structure == *to || way.from.tool.is_some() => String::new(),
         0 => String::new(),
         n => {
             let times = way.from.total_flops as f64 / *n as f64;

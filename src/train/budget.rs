@@ -3,6 +3,7 @@
 use crate::{
     analytic::{self, Structure},
     error::{Error, Result},
+    ledger::Phase,
     prices::Prices,
     workload::Workload,
 };
@@ -27,9 +28,28 @@ impl Budget {
         &self,
         workloads: impl IntoIterator<Item = &'a (Workload, u64)>,
     ) -> Result<u128> {
+        self.cost_of(workloads, |_| true)
+    }
+
+    /// The same without what is set up once, whatever the number of steps.
+    ///
+    /// # Errors
+    /// As [`Budget::cost`].
+    pub fn cost_of_steps<'a>(
+        &self,
+        workloads: impl IntoIterator<Item = &'a (Workload, u64)>,
+    ) -> Result<u128> {
+        self.cost_of(workloads, |phase| phase != Phase::Setup)
+    }
+
+    fn cost_of<'a>(
+        &self,
+        workloads: impl IntoIterator<Item = &'a (Workload, u64)>,
+        counts: impl Fn(Phase) -> bool,
+    ) -> Result<u128> {
         workloads.into_iter().try_fold(0u128, |sum, (workload, times)| {
             let tally = analytic::count(self.structure, workload)?;
-            let cost = self.prices.flops(&tally.sum(|_, _| true)?)?;
+            let cost = self.prices.flops(&tally.sum(|phase, _| counts(phase))?)?;
             let all = cost.checked_mul(u128::from(*times)).and_then(|all| sum.checked_add(all));
             all.ok_or_else(|| Error::Overflow("the plan".into()).into())
         })
@@ -61,8 +81,11 @@ impl Budget {
         if !paid(1)? {
             return Ok(None);
         }
-        // Paid for `low`, not for `high`.
-        let (mut low, mut high) = (1, most.saturating_add(1));
+        // Paid for `low`, not for `high`, which is near: a run of many steps takes long to list.
+        let (mut low, mut high) = (1, most.saturating_add(1).min(2));
+        while high <= most && paid(high)? {
+            (low, high) = (high, high.saturating_mul(2).min(most.saturating_add(1)));
+        }
         while high - low > 1 {
             let middle = low + (high - low) / 2;
             match paid(middle)? {

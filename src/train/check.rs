@@ -49,19 +49,20 @@ impl Check {
 }
 
 /// Walks a little along the gradients of `tensors` tensors, chosen by `seed` among those of the
-/// largest norms, and back: two passes each over all of `texts`.
+/// largest norms, and back: two passes each over all of `texts`, whose sequences have at most `seq`
+/// tokens.
 pub(super) fn run(
     meter: Meter,
     trainer: &mut Trainer,
     (loss, gradients): &(f64, Gradients),
-    texts: &[Labelled],
+    (texts, seq): (&[Labelled], usize),
     tensors: usize,
     seed: u64,
 ) -> Result<Check> {
     let mut found = vec![];
     let names = trainer.model.trained().into_iter();
     for (i, (name, _, tensor)) in names.enumerate() {
-        let gradient = gradients.get(tensor).map(|g| g.to_vec()).transpose()?.unwrap_or_default();
+        let gradient = gradients.values(tensor)?.unwrap_or_default();
         let norm = gradient.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         found.push((norm, i, name, gradient));
     }
@@ -75,7 +76,6 @@ pub(super) fn run(
     let mut rng = StdRng::seed_from_u64(seed);
     let chosen = index::sample(&mut rng, found.len(), tensors.min(found.len()));
 
-    let seq = texts[0].ids.len() / texts[0].batch;
     let positions = trainer.model.positions(meter.phase(Phase::Setup), seq)?;
     let total = |model: &Decoder| {
         texts.iter().try_fold(0.0, |sum, t| {

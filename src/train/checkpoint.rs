@@ -138,8 +138,9 @@ impl Saved {
 }
 
 /// Settings as flags spell them, in the order in which a difference is told: some follow others.
-const FLAGS: [(&str, &str); 24] = [
+const FLAGS: [(&str, &str); 25] = [
     ("dtype", "--dtype"),
+    ("attention", "--attention"),
     ("full", "--full"),
     ("seq", "--seq"),
     ("data", "--data"),

@@ -1,7 +1,7 @@
-//! Training data: a file of text or of conversations, as rows of tokens of one length.
+//! Training data: a file of text or of conversations, as rows of tokens.
 //!
 //! ```text
-//! file ─> documents ─> tokens, and which of them count ─> rows ─> batches, in a seeded order
+//! file ─> documents ─> tokens, and which of them count ─> rows ─> passes, in a seeded order
 //! ```
 
 mod cache;
@@ -10,6 +10,7 @@ mod conversation;
 mod documents;
 mod formats;
 mod order;
+mod passes;
 mod records;
 mod spans;
 mod turns;
@@ -40,6 +41,7 @@ use {
 };
 
 pub use order::Order;
+pub use passes::Passes;
 
 /// How a file becomes rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,14 +50,16 @@ pub struct Options {
     pub seq: usize,
     /// Of conversations only what the assistant says counts, of prompts with completions the latter.
     pub mask_prompt: bool,
+    /// Documents are to be packed: none goes on in the row of another.
+    pub packing: bool,
     /// A directory that keeps the tokens of files for later runs.
     pub cache: Option<PathBuf>,
 }
 
-/// Rows of equal length, each fed to predict, at every position, the token after.
+/// Rows, each fed to predict, at every position, the token after.
 ///
 /// A row holds 2 to `seq` + 1 tokens: all but the last are fed, all but the first are predicted.
-/// A shorter one is padded at the right, where nothing counts.
+/// In a pass with longer ones it is padded at the right, where nothing counts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dataset {
     seq: usize,
@@ -76,7 +80,8 @@ pub struct Notes {
     pub ignored: Vec<Ignored>,
 }
 
-/// Rows as a model takes them; each vector is `rows` × `seq`, row after row.
+/// Rows as a model takes them; each vector is `rows` × `seq`, row after row. Where they are packed,
+/// they lie one behind the other in one row, which no padding is in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
     /// Tokens to feed; padding is 0.
@@ -87,15 +92,24 @@ pub struct Batch {
     pub weights: Vec<f32>,
     /// Number of rows.
     pub rows: usize,
-    /// Positions of a row.
+    /// Positions of a row: those of the longest.
     pub seq: usize,
+    /// Positions of each sequence, where they are packed into one row.
+    pub sequences: Option<Vec<usize>>,
 }
 
 impl Batch {
     /// The same as a model takes it.
     pub fn labelled(&self) -> Labelled<'_> {
-        let Self { ids, targets, weights, rows, .. } = self;
-        Labelled { ids, targets, weights, batch: *rows }
+        let Self { ids, targets, weights, rows, sequences, .. } = self;
+        Labelled { ids, targets, weights, batch: *rows, sequences: sequences.as_deref() }
+    }
+
+    /// Places of `rows` × `seq` tokens, of which none counts yet.
+    fn empty(rows: usize, seq: usize) -> Self {
+        let (ids, targets, weights) =
+            (vec![0; rows * seq], vec![0; rows * seq], vec![0.0; rows * seq]);
+        Self { ids, targets, weights, rows, seq, sequences: None }
     }
 }
 
@@ -108,7 +122,8 @@ impl Dataset {
     ///
     /// - Text: one stream of tokens cut into rows, each beginning with the token that the one
     ///   before predicted last. Documents come one after another, each with the tokens that the
-    ///   checkpoint puts around a text, and ended by its end-of-sequence token, if it has one.
+    ///   checkpoint puts around a text, and ended by its end-of-sequence token, if it has one. Where
+    ///   they are to be packed, each document is a stream of its own.
     /// - Conversations: one row each, as the checkpoint's chat template renders it.
     /// - Prompts with completions: one row each, ended as documents are.
     ///
@@ -152,7 +167,7 @@ impl Dataset {
         let entry = match &options.cache {
             Some(dir) => {
                 let source = (&bytes, kind, options.mask_prompt, text.fingerprint()?);
-                Some(Entry::new(dir, options.seq, source))
+                Some(Entry::new(dir, (options.seq, options.packing), source))
             }
             None => None,
         };
@@ -185,7 +200,10 @@ impl Dataset {
             Documents::Texts(texts) => {
                 let documents =
                     each(texts, |document| text.encode_document(document).map_err(why))?;
-                Self::windows(documents.concat(), options.seq)
+                match options.packing {
+                    true => Self::windows_of_each(documents, options.seq),
+                    false => Self::windows(documents.concat(), options.seq),
+                }
             }
             Documents::Pairs(pairs) => {
                 Ok(Self::rows_of(each(pairs, |pair| tokenize_pair(pair, text, options))?, options))
@@ -209,6 +227,22 @@ impl Dataset {
         Self { seq: options.seq, tokens, counted, rows, notes: Notes::default() }
     }
 
+    /// The same of each document by itself, of which one of a single token predicts nothing.
+    fn windows_of_each(documents: Vec<Vec<u32>>, seq: usize) -> Result<Self, String> {
+        let (mut all, mut rows) = (vec![], vec![]);
+        for document in documents.into_iter().filter(|document| document.len() > 1) {
+            let at = all.len();
+            let cut = Self::windows(document, seq)?;
+            rows.extend(cut.rows.into_iter().map(|row| at + row.start..at + row.end));
+            all.extend(cut.tokens);
+        }
+        if rows.is_empty() {
+            return Err("has no document of two tokens, one to feed and one to predict".into());
+        }
+        let counted = vec![true; all.len()];
+        Ok(Self { seq, tokens: all, counted, rows, notes: Notes::default() })
+    }
+
     /// Cuts a stream into rows that predict each token but the first once.
     fn windows(tokens: Vec<u32>, seq: usize) -> Result<Self, String> {
         let n = tokens.len();
@@ -220,7 +254,7 @@ impl Dataset {
         Ok(Self { seq, tokens, counted: vec![true; n], rows, notes: Notes::default() })
     }
 
-    /// Positions of a row.
+    /// Most positions of a row.
     pub fn seq(&self) -> usize {
         self.seq
     }
@@ -228,6 +262,11 @@ impl Dataset {
     /// Number of rows, at least 1.
     pub fn rows(&self) -> usize {
         self.rows.len()
+    }
+
+    /// Tokens that each row feeds.
+    pub fn lengths(&self) -> Vec<u64> {
+        self.rows.iter().map(|row| row.len() as u64 - 1).collect()
     }
 
     /// Tokens of the data, without padding.
@@ -241,30 +280,43 @@ impl Dataset {
         counted.filter(|&&counts| counts).count()
     }
 
-    /// The rows of these indices, each from 0 to below [`rows`](Self::rows), in this order.
+    /// The rows of these indices, each from 0 to below [`rows`](Self::rows), in this order, padded to
+    /// the longest of them.
     ///
     /// # Panics
     /// With an index that is no row's.
     pub fn batch(&self, indices: &[usize]) -> Batch {
-        let (rows, seq) = (indices.len(), self.seq);
-        let mut batch = Batch {
-            ids: vec![0; rows * seq],
-            targets: vec![0; rows * seq],
-            weights: vec![0.0; rows * seq],
-            rows,
-            seq,
-        };
-        for (row, &index) in indices.iter().enumerate() {
-            let Range { start, end } = self.rows[index];
-            let at = row * seq..row * seq + (end - start - 1);
-            batch.ids[at.clone()].copy_from_slice(&self.tokens[start..end - 1]);
-            batch.targets[at.clone()].copy_from_slice(&self.tokens[start + 1..end]);
-            for (weight, counts) in batch.weights[at].iter_mut().zip(&self.counted[start + 1..end])
-            {
-                *weight = f32::from(*counts);
-            }
-        }
+        let fed = |index: &usize| self.rows[*index].len() - 1;
+        let seq = indices.iter().map(fed).max().unwrap_or(0);
+        let mut batch = Batch::empty(indices.len(), seq);
+        indices.iter().enumerate().for_each(|(row, &index)| self.put(&mut batch, index, row * seq));
         batch
+    }
+
+    /// The same rows one behind the other.
+    ///
+    /// # Panics
+    /// As [`batch`](Self::batch).
+    pub fn packed(&self, indices: &[usize]) -> Batch {
+        let lengths: Vec<usize> = indices.iter().map(|&index| self.rows[index].len() - 1).collect();
+        let mut batch = Batch::empty(1, lengths.iter().sum());
+        let mut at = 0;
+        for (&index, length) in indices.iter().zip(&lengths) {
+            self.put(&mut batch, index, at);
+            at += length;
+        }
+        Batch { sequences: Some(lengths), ..batch }
+    }
+
+    /// Puts a row into a batch from the place `at` on.
+    fn put(&self, batch: &mut Batch, index: usize, at: usize) {
+        let Range { start, end } = self.rows[index];
+        let at = at..at + (end - start - 1);
+        batch.ids[at.clone()].copy_from_slice(&self.tokens[start..end - 1]);
+        batch.targets[at.clone()].copy_from_slice(&self.tokens[start + 1..end]);
+        for (weight, counts) in batch.weights[at].iter_mut().zip(&self.counted[start + 1..end]) {
+            *weight = f32::from(*counts);
+        }
     }
 }
 
@@ -318,7 +370,7 @@ mod tests {
         let dataset = Dataset::windows(vec![5, 6, 7, 8, 9, 10], 3).unwrap();
         assert_eq!((dataset.rows(), dataset.tokens(), dataset.loss_tokens()), (2, 6, 5));
         assert_eq!(row(&dataset, 0), (vec![5, 6, 7], vec![6, 7, 8], vec![1.0; 3]));
-        assert_eq!(row(&dataset, 1), (vec![8, 9, 0], vec![9, 10, 0], vec![1.0, 1.0, 0.0]));
+        assert_eq!(row(&dataset, 1), (vec![8, 9], vec![9, 10], vec![1.0; 2]));
         let batch = dataset.batch(&[1, 0]);
         assert_eq!((batch.rows, batch.seq, batch.ids), (2, 3, vec![8, 9, 0, 5, 6, 7]));
         // What the last row predicts last needs no row of its own.
@@ -342,11 +394,11 @@ mod tests {
         fs::write(&file, "abc").unwrap();
         let text = Text::bytes(256);
         let source = (b"abc".to_vec(), Kind::Text, false, text.fingerprint().unwrap());
-        let entry = Entry::new(&dir.path().join("new/cache"), 4, source);
+        let entry = Entry::new(&dir.path().join("new/cache"), (4, false), source);
         let other = Dataset::windows(vec![1, 2, 3, 4, 5, 6], 4).unwrap();
         entry.write(&other).unwrap();
         let cache = Some(dir.path().join("new/cache"));
-        let mut options = Options { seq: 4, mask_prompt: false, cache };
+        let mut options = Options { seq: 4, mask_prompt: false, packing: false, cache };
         assert_eq!(Dataset::load(&file, &text, &options).unwrap(), other);
         options.seq = 2;
         assert_eq!(Dataset::load(&file, &text, &options).unwrap().tokens, b"abc".map(u32::from));

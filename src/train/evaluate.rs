@@ -1,12 +1,12 @@
 //! The loss over known text.
 
-use super::data::Dataset;
+use super::data::Passes;
 use crate::{
     error::Result,
     ledger::{Dtype, Phase},
     meter::Meter,
     model::Decoder,
-    workload::{Task, Workload},
+    workload::{Task, Workload, evaluations},
 };
 
 /// What an evaluation found and ran.
@@ -27,16 +27,14 @@ impl Evaluation {
     }
 }
 
-/// Tasks that score `rows` rows of `seq` tokens: passes of `batch`, then one of what is left.
-pub fn tasks(rows: usize, seq: usize, batch: usize) -> Vec<Task> {
-    let (batch, seq) = (batch.clamp(1, rows.max(1)) as u64, seq as u64);
-    let (passes, rest) = (rows as u64 / batch, rows as u64 % batch);
-    let whole = (passes > 0).then_some(Task::Evaluate { batch, seq, passes });
-    let last = (rest > 0).then_some(Task::Evaluate { batch: rest, seq, passes: 1 });
-    whole.into_iter().chain(last).collect()
+/// Tasks that score every row of `passes` once.
+pub fn tasks(passes: &Passes, batch: usize) -> Vec<Task> {
+    let batch = batch.clamp(1, passes.len().max(1)) as u64;
+    let (layout, seq) = (passes.layout(), passes.data().seq() as u64);
+    evaluations(passes.groups(), layout, passes.lengths(), batch, seq)
 }
 
-/// Scores every row of `data` with `model`, `batch` rows a pass; `progress` hears of each pass
+/// Scores every row of `passes` with `model`, `batch` rows a pass; `progress` hears of each pass
 /// with the rows done, and its error ends the evaluation.
 ///
 /// # Errors
@@ -44,21 +42,21 @@ pub fn tasks(rows: usize, seq: usize, batch: usize) -> Vec<Task> {
 pub fn evaluate(
     meter: Meter,
     model: &Decoder,
-    data: &Dataset,
+    passes: &Passes,
     batch: usize,
     mut progress: impl FnMut(usize) -> Result<()>,
 ) -> Result<Evaluation> {
     let (mut sum, mut done) = (0.0, 0);
-    let tasks = tasks(data.rows(), data.seq(), batch);
+    let data = passes.data();
+    let tasks = tasks(passes, batch);
+    let mut groups = 0..passes.len();
     for task in &tasks {
-        let Task::Evaluate { batch, seq, passes } = *task else { continue };
-        let batch = batch as usize;
+        let Task::Evaluate { seq, passes: times, .. } = *task else { continue };
         let positions = model.positions(meter.phase(Phase::Setup), seq as usize)?;
-        for _ in 0..passes {
-            let rows: Vec<usize> = (done..done + batch).collect();
-            let text = data.batch(&rows);
+        for _ in 0..times {
+            let text = passes.batch(groups.by_ref().take(passes.groups().per_pass));
             sum += model.loss(meter, text.labelled(), &positions)?;
-            done += batch;
+            done += text.sequences.as_ref().map_or(text.rows, Vec::len);
             progress(done)?;
         }
     }
@@ -66,11 +64,6 @@ pub fn evaluate(
     let loss = sum / tokens as f64;
     let advice = if model.dtype() == Dtype::F32 { "" } else { "; try --dtype f32" };
     anyhow::ensure!(loss.is_finite(), "the loss is not finite ({loss}){advice}");
-    let workload = |task| Workload {
-        model: model.config().clone(),
-        lora: model.lora().clone(),
-        dtype: model.dtype(),
-        task,
-    };
-    Ok(Evaluation { loss, tokens, workloads: tasks.into_iter().map(workload).collect() })
+    let workloads = tasks.into_iter().map(|task| model.workload(task)).collect();
+    Ok(Evaluation { loss, tokens, workloads })
 }

@@ -1,11 +1,13 @@
 //! AdamW over the trained parameters, with a norm over all gradients.
 
+use std::iter::zip;
+
 use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Phase, Scope},
     meter::Meter,
     model::{Decoder, Trained},
-    ops::{AdamW, Gradients, Moments, Tensor, clip_factor, scale, sums_of_squares},
+    ops::{AdamW, Gradients, Moments, Tensor, Update, clip_factor, sums_of_squares},
     weights::Named,
 };
 
@@ -41,7 +43,6 @@ pub struct Optimizer {
 #[derive(Debug)]
 struct Parameter {
     name: String,
-    scope: Scope,
     moments: Moments,
 }
 
@@ -60,7 +61,7 @@ impl Optimizer {
             if in_f32 {
                 *tensor = moments.master(tensor)?.parameter(scope);
             }
-            parameters.push(Parameter { name, scope, moments });
+            parameters.push(Parameter { name, moments });
         }
         match parameters.is_empty() {
             true => Err(Error::flag("--lora-rank", "0 leaves nothing to train").into()),
@@ -91,12 +92,13 @@ impl Optimizer {
         mut gradients: Gradients,
         rate: f64,
     ) -> Result<(f64, Vec<f64>)> {
-        let clipping = meter.phase(Phase::Clipping);
+        let (clipping, update) = (meter.phase(Phase::Clipping), meter.phase(Phase::Optimizer));
+        let trained = model.trained();
         let mut found = vec![];
-        for (name, scope, tensor) in model.trained() {
+        for (name, scope, tensor) in &trained {
             let gradient = gradients.take(tensor);
             let gradient = gradient.ok_or_else(|| anyhow::anyhow!("{name} has no gradient"))?;
-            found.push((clipping.scope(scope), gradient));
+            found.push((clipping.scope(*scope), gradient));
         }
         let sums = sums_of_squares(&found.iter().map(|(at, g)| (*at, g)).collect::<Vec<_>>())?;
         let most = self.hyper.clip.unwrap_or(f64::INFINITY);
@@ -106,26 +108,25 @@ impl Optimizer {
             return Ok((norm, norms));
         }
         self.steps += 1;
-        let update = self.update(rate);
-        let factor = Tensor::from_vec(vec![factor as f32], 1, Dtype::F32, model.device())?;
-        for ((parameter, (clipped, mut gradient)), (_, _, tensor)) in
-            self.parameters.iter().zip(found).zip(model.trained())
-        {
-            if self.hyper.clip.is_some() {
-                gradient = scale(clipped, &gradient, &factor)?;
-            }
-            let at = meter.phase(Phase::Optimizer).scope(parameter.scope);
-            update.step(at, &parameter.moments, &gradient)?;
-            parameter.publish(tensor)?;
-        }
+        let updates: Vec<_> = zip(zip(&self.parameters, &found), &trained)
+            .map(|((parameter, (clipping, gradient)), (_, scope, tensor))| Update {
+                clipping: *clipping,
+                at: update.scope(*scope),
+                moments: &parameter.moments,
+                gradient,
+                parameter: tensor,
+            })
+            .collect();
+        self.adamw(rate, self.hyper.clip.map(|_| factor)).step(&updates)?;
         Ok((norm, norms))
     }
 
-    /// The factors of update number `steps`.
-    fn update(&self, rate: f64) -> AdamW {
+    /// The factors of update number `steps`, of gradients times `clip`.
+    fn adamw(&self, rate: f64, clip: Option<f64>) -> AdamW {
         let Hyper { betas, eps, weight_decay, .. } = self.hyper;
         let t = self.steps as f64;
         AdamW {
+            clip,
             decay: 1.0 - rate * weight_decay,
             rate: rate / (1.0 - betas.0.powf(t)),
             correction: (1.0 - betas.1.powf(t)).sqrt(),
@@ -162,7 +163,7 @@ impl Optimizer {
     pub(super) fn put_back(&self, model: &mut Decoder, index: usize, values: &[f32]) -> Result<()> {
         let parameter = &self.parameters[index];
         parameter.moments.restore(values)?;
-        parameter.publish(model.trained()[index].2)
+        parameter.moments.publish(model.trained()[index].2)
     }
 
     /// Every parameter of `model` at its latest update, in f32: the model's own may be narrower.
@@ -198,18 +199,8 @@ impl Optimizer {
         self.steps = steps;
         for (parameter, (_, _, tensor)) in self.parameters.iter().zip(model.trained()) {
             parameter.moments.restore(&find(&parameter.name)?)?;
-            parameter.publish(tensor)?;
+            parameter.moments.publish(tensor)?;
         }
         Ok(())
-    }
-}
-
-impl Parameter {
-    /// Shows the master's new values to the model, where it does not read the master itself.
-    fn publish(&self, tensor: &Tensor) -> Result<()> {
-        match tensor.dtype()? {
-            Dtype::F32 => Ok(()),
-            narrow => tensor.overwrite(&self.moments.master(tensor)?.to_dtype(narrow)?),
-        }
     }
 }

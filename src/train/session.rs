@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     budget::Budget,
     check::{self, Check},
-    data::{Batch, Dataset, Order},
+    data::{Batch, Order, Passes},
     evaluate::{self, evaluate},
     optimizer::Hyper,
     schedule::Schedule,
@@ -20,7 +20,7 @@ use crate::{
     meter::{Meter, Observer},
     model::{Decoder, Labelled, Trained},
     weights::Named,
-    workload::{Task, Workload},
+    workload::{AttentionMode, Checks, Filling, Layout, Rows, Task, Tokens, Workload},
 };
 
 /// Everything that decides what a run does. A run that goes on must have the same.
@@ -36,8 +36,14 @@ pub struct Settings {
     pub full: bool,
     /// Element type of weights and activations.
     pub dtype: Dtype,
-    /// Tokens of a row.
+    /// Which scores attention computes.
+    #[serde(default)]
+    pub attention: AttentionMode,
+    /// Most tokens of a row.
     pub seq: usize,
+    /// How rows lie in a pass.
+    #[serde(default)]
+    pub layout: Layout,
     /// Rows of a micro-step.
     pub batch: usize,
     /// Micro-steps of a step.
@@ -82,6 +88,9 @@ pub struct Progress {
     pub check: Option<Check>,
     /// Seconds of each step, without what else is done between them.
     pub step_seconds: Vec<f64>,
+    /// Tokens whose prediction the losses of these steps count.
+    #[serde(default)]
+    pub scored: u64,
 }
 
 /// A run in this process.
@@ -91,9 +100,11 @@ pub struct Session<'a> {
     /// What it did.
     pub progress: Progress,
     trainer: Trainer,
-    data: &'a Dataset,
-    held_out: Option<&'a Dataset>,
+    data: Passes<'a>,
+    held_out: Option<Passes<'a>>,
     order: Order,
+    /// What the steps of this process have fed.
+    fed: Filling,
     ledger: RefCell<Ledger>,
     /// Sees every op beside the ledger.
     beside: &'a RefCell<dyn Observer + 'a>,
@@ -115,8 +126,8 @@ impl<'a> Session<'a> {
     pub fn new(
         settings: Settings,
         mut model: Decoder,
-        data: &'a Dataset,
-        held_out: Option<&'a Dataset>,
+        data: Passes<'a>,
+        held_out: Option<Passes<'a>>,
         beside: &'a RefCell<dyn Observer + 'a>,
         timed: bool,
     ) -> Result<Self> {
@@ -126,7 +137,8 @@ impl<'a> Session<'a> {
         let weights = model.fingerprint()?;
         let trainer =
             Trainer::new(meter, model, trained, settings.hyper, settings.seq, settings.recompute)?;
-        let order = Order::new(data.rows(), settings.seed);
+        let order = Order::new(data.len(), settings.seed);
+        let fed = Filling::new(settings.layout);
         let checks = settings.checks.min(trainer.optimizer.names().count());
         let settings = Settings { checks, ..settings };
         Ok(Self {
@@ -136,6 +148,7 @@ impl<'a> Session<'a> {
             data,
             held_out,
             order,
+            fed,
             ledger: RefCell::default(),
             beside,
             timed,
@@ -193,7 +206,7 @@ impl<'a> Session<'a> {
     /// What has run so far, and how often.
     pub fn ran(&self) -> Vec<(Workload, u64)> {
         let steps = self.progress.steps - self.began;
-        let going_on = (steps > 0).then(|| (self.training(steps), 1));
+        let going_on = (steps > 0).then(|| (self.training(steps, &self.fed), 1));
         self.progress.finished.iter().cloned().chain(going_on).collect()
     }
 
@@ -208,29 +221,57 @@ impl<'a> Session<'a> {
         self.began
     }
 
-    /// So many steps of it.
-    pub fn training(&self, steps: u64) -> Workload {
-        self.settings.training(self.trainer.model.config(), steps)
+    /// So many steps of it, which fed as much.
+    fn training(&self, steps: u64, fed: &Filling) -> Workload {
+        let rows = fed.rows(self.settings.seq as u64);
+        self.settings.training(self.trainer.model.config(), steps, rows)
     }
 
     /// One evaluation of it.
     pub fn evaluation(&self) -> Vec<(Workload, u64)> {
-        let tasks = self.settings.evaluation(self.trainer.model.config(), self.held_out);
+        let model = self.trainer.model.config();
+        let tasks = self.settings.evaluation(model, self.held_out.as_ref());
         tasks.into_iter().map(|workload| (workload, 1)).collect()
+    }
+
+    /// The next step, as a training of its own.
+    pub fn next_step(&mut self) -> Workload {
+        let mut fed = Filling::new(self.settings.layout);
+        let step = self.progress.steps;
+        let next = self.data.feeds(&mut self.order, self.settings.accumulate, step);
+        next.iter().for_each(|lengths| fed.add(lengths, 1));
+        self.training(1, &fed)
+    }
+
+    /// Tokens that its steps have fed, and those of them that the loss counts.
+    pub fn tokens(&self) -> Tokens {
+        let trained = self.ran().into_iter().filter(|(w, _)| matches!(w.task, Task::Train { .. }));
+        let none = Tokens { fed: 0, real: 0 };
+        trained.map(|(workload, times)| (workload.task.tokens(), u128::from(times))).fold(
+            none,
+            |sum, (Tokens { fed, real }, times)| Tokens {
+                fed: sum.fed + times * fed,
+                real: sum.real + times * real,
+            },
+        )
     }
 
     /// Whether `budget` pays for one more step, and for the evaluation that must follow the last.
     ///
     /// # Errors
     /// As [`Budget::cost`].
-    pub fn affords_a_step(&self, budget: &Budget) -> Result<bool> {
-        let (settings, model) = (&self.settings, self.trainer.model.config());
-        let steps = self.progress.steps - self.began + 1;
+    pub fn affords_a_step(&mut self, budget: &Budget) -> Result<bool> {
+        let step = self.progress.steps;
+        let steps = step - self.began + 1;
+        let next = self.data.feeds(&mut self.order, self.settings.accumulate, step);
+        let mut fed = self.fed.clone();
+        next.iter().for_each(|lengths| fed.add(lengths, 1));
         let mut all = self.progress.finished.clone();
-        all.push((settings.training(model, steps), 1));
+        all.push((self.training(steps, &fed), 1));
         all.extend(self.evaluation());
-        if self.progress.steps + 1 == settings.check_at() {
-            all.extend(settings.check(model).map(|w| (w, 1)));
+        if step + 1 == self.settings.check_at() {
+            let check = self.settings.check(self.trainer.model.config(), &next);
+            all.extend(check.map(|w| (w, 1)));
         }
         budget.covers(&all)
     }
@@ -243,7 +284,7 @@ impl<'a> Session<'a> {
         let start = std::time::Instant::now();
         self.ledger.borrow_mut().extend(std::mem::take(&mut self.tables));
         let rate = self.settings.schedule.rate(self.progress.steps);
-        let batches = self.batches();
+        let (batches, fed) = self.batches();
         let texts: Vec<Labelled> = batches.iter().map(Batch::labelled).collect();
         let observers = RefCell::new((&self.ledger, self.beside));
         let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
@@ -251,37 +292,36 @@ impl<'a> Session<'a> {
         let taken = start.elapsed();
         if self.progress.steps + 1 == self.settings.check_at() {
             let (checks, seed) = (self.settings.checks, self.settings.seed);
-            let check = check::run(meter, &mut self.trainer, &found, &texts, checks, seed)?;
+            let texts = (&texts[..], self.settings.seq);
+            let check = check::run(meter, &mut self.trainer, &found, texts, checks, seed)?;
             let ran = Settings { checks: check.slopes.len(), ..self.settings.clone() };
-            self.progress.finish(ran.check(self.trainer.model.config()));
+            self.progress.finish(ran.check(self.trainer.model.config(), &fed));
             self.progress.check = Some(check).filter(|check| !check.slopes.is_empty());
         }
         let start = std::time::Instant::now();
         let step = self.trainer.update(meter, found, rate)?;
         self.progress.steps += 1;
+        fed.iter().for_each(|lengths| self.fed.add(lengths, 1));
+        let weights = batches.iter().flat_map(|batch| &batch.weights);
+        self.progress.scored += weights.filter(|weight| **weight > 0.0).count() as u64;
         self.progress.step_seconds.push((taken + start.elapsed()).as_secs_f64());
         self.progress.losses.push(Point { step: self.progress.steps, loss: step.loss });
         self.progress.norms.clone_from(&step.norms);
         Ok(step)
     }
 
-    /// The micro-batches of the next step, with weights that sum to 1 over all of them.
-    fn batches(&mut self) -> Vec<Batch> {
-        let Settings { batch, accumulate, .. } = self.settings;
-        let mut position = self.progress.steps * (batch * accumulate) as u64;
-        let mut batches: Vec<Batch> = (0..accumulate)
-            .map(|_| {
-                let rows: Vec<usize> =
-                    (position..position + batch as u64).map(|p| self.order.index(p)).collect();
-                position += batch as u64;
-                self.data.batch(&rows)
-            })
-            .collect();
+    /// The micro-batches of the next step, with weights that sum to 1 over all of them, and the
+    /// lengths of the rows in each.
+    fn batches(&mut self) -> (Vec<Batch>, Vec<Vec<u64>>) {
+        let groups = self.data.step(&mut self.order, self.settings.accumulate, self.progress.steps);
+        let of = |groups: &Vec<usize>| self.data.batch(groups.iter().copied());
+        let mut batches: Vec<Batch> = groups.iter().map(of).collect();
         let counted: f32 = batches.iter().flat_map(|b| &b.weights).sum();
         for weight in batches.iter_mut().flat_map(|b| &mut b.weights) {
             *weight /= counted;
         }
-        batches
+        let lengths = groups.into_iter().map(|groups| self.data.lengths_of(groups)).collect();
+        (batches, lengths)
     }
 
     /// The held-out loss, where there is held-out text.
@@ -289,7 +329,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// As [`evaluate`].
     pub fn evaluate(&mut self, progress: impl FnMut(usize) -> Result<()>) -> Result<Option<f64>> {
-        let Some(data) = self.held_out else { return Ok(None) };
+        let Some(data) = &self.held_out else { return Ok(None) };
         // An interrupted evaluation leaves no trace: its ops belong to no workload.
         let observers = RefCell::new((Ledger::default(), self.beside));
         let meter = Meter::new(&observers, Phase::Forward).timed(self.timed);
@@ -336,12 +376,12 @@ impl Settings {
     }
 
     fn workload(&self, model: &ModelConfig, task: Task) -> Workload {
-        let (model, lora, dtype) = (model.clone(), self.lora.clone(), self.dtype);
-        Workload { model, lora, dtype, task }
+        let &Self { dtype, attention, .. } = self;
+        Workload { model: model.clone(), lora: self.lora.clone(), dtype, attention, task }
     }
 
-    /// So many steps.
-    pub fn training(&self, model: &ModelConfig, steps: u64) -> Workload {
+    /// So many steps, whose rows are filled so.
+    pub fn training(&self, model: &ModelConfig, steps: u64, rows: Rows) -> Workload {
         let task = Task::Train {
             batch: self.batch as u64,
             seq: self.seq as u64,
@@ -350,39 +390,45 @@ impl Settings {
             full: self.full,
             recompute: self.recompute,
             clip: self.hyper.clip.is_some(),
+            rows,
         };
         self.workload(model, task)
     }
 
     /// One evaluation.
-    pub fn evaluation(&self, model: &ModelConfig, held_out: Option<&Dataset>) -> Vec<Workload> {
-        let tasks = held_out.map(|data| evaluate::tasks(data.rows(), data.seq(), self.batch));
+    pub fn evaluation(&self, model: &ModelConfig, held_out: Option<&Passes>) -> Vec<Workload> {
+        let tasks = held_out.map(|passes| evaluate::tasks(passes, self.batch));
         tasks.into_iter().flatten().map(|task| self.workload(model, task)).collect()
     }
 
-    /// The passes of the gradients' check; none where there is none.
-    pub fn check(&self, model: &ModelConfig) -> Option<Workload> {
+    /// The passes of the gradients' check over micro-steps that feed rows of these lengths; none
+    /// where there is none.
+    pub fn check(&self, model: &ModelConfig, feeds: &[Vec<u64>]) -> Option<Workload> {
         let passes = 2 * (self.checks * self.accumulate) as u64;
         let (batch, seq) = (self.batch as u64, self.seq as u64);
-        (passes > 0).then(|| self.workload(model, Task::Evaluate { batch, seq, passes }))
-    }
-
-    /// Tokens of a step.
-    pub fn tokens(&self) -> u64 {
-        (self.seq * self.batch * self.accumulate) as u64
+        let mut fed = Filling::new(self.layout);
+        feeds.iter().for_each(|lengths| fed.add(lengths, 2 * self.checks as u64));
+        let task = Task::Evaluate { batch, seq, passes, rows: fed.rows(seq) };
+        (passes > 0).then(|| self.workload(model, task))
     }
 
     /// A whole run of so many steps, evaluated before, between and after.
     pub fn run(
         &self,
         model: &ModelConfig,
-        held_out: Option<&Dataset>,
+        (data, held_out): (&Passes, Option<&Passes>),
         steps: u64,
     ) -> Vec<(Workload, u64)> {
-        let evaluations = 1 + steps.div_ceil(self.eval_every);
-        let mut all = vec![(self.training(model, steps), 1)];
+        let checks = Checks { eval_rows: 0, eval_every: self.eval_every, gradients: 0 };
+        let evaluations = checks.evaluations(steps);
+        let mut order = Order::new(data.len(), self.seed);
+        let rows = data.rows(&mut order, self.accumulate, steps);
+        let mut all = vec![(self.training(model, steps, rows), 1)];
         all.extend(self.evaluation(model, held_out).into_iter().map(|w| (w, evaluations)));
-        all.extend(self.check(model).map(|w| (w, 1)));
+        if let Some(before) = self.check_at().checked_sub(1) {
+            let feeds = data.feeds(&mut order, self.accumulate, before);
+            all.extend(self.check(model, &feeds).map(|w| (w, 1)));
+        }
         all
     }
 }

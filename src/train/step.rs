@@ -49,17 +49,23 @@ impl Trainer {
         Ok(Self { model, optimizer, positions, recompute })
     }
 
-    /// The loss over `texts`, whose weights sum to 1, and its gradients in f32, summed.
+    /// The loss over `texts`, whose weights sum to 1, and its gradients: of one text in the model's
+    /// own type, of several summed in f32.
     ///
     /// # Errors
     /// Nothing to learn from, a loss that is not finite, or the device's.
     pub fn gradients(&self, meter: Meter, texts: &[Labelled]) -> Result<(f64, Gradients)> {
+        // The optimizer reads bf16 as it is; no kernel of ours reads f16.
+        let as_it_is = texts.len() == 1 && self.model.dtype() != Dtype::F16;
         let (mut loss, mut sum) = (0.0, Gradients::default());
         for text in texts {
             let (part, gradients) =
                 self.model.loss_and_gradients(meter, *text, &self.positions, self.recompute)?;
             loss += part;
-            sum.merge(meter, gradients.widened()?)?;
+            match as_it_is {
+                true => sum = gradients,
+                false => sum.add_pass(meter, gradients)?,
+            }
         }
         match loss.is_finite() {
             true => Ok((loss, sum)),

@@ -77,7 +77,7 @@ fn settle_head(
             ignored.push(Ignored::new(shards.origin(HEAD), HEAD, why));
         }
         (Some(_), Some(_)) => {
-            config.tie_word_embeddings = false;
+            (config.tie_word_embeddings, config.head_stored_apart) = (false, true);
             let why = "is true, but the head that is stored is not the embedding: the stored one \
                        is used";
             let file = config_file.display().to_string();

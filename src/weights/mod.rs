@@ -352,6 +352,7 @@ mod tests {
                 qk_norm: on(3),
                 sandwich_norms: on(4),
                 tie_word_embeddings: on(5),
+                head_stored_apart: false,
                 head_dim: Some(12),
                 ..ModelConfig::preset("tiny").unwrap()
             }

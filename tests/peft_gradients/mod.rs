@@ -15,7 +15,7 @@ pub fn equal(name: &str, model: &mut Decoder, ids: &[u32], expected: f64, folder
     model.train(Trained::Adapters);
     let (fed, targets) = (&ids[..ids.len() - 1], &ids[1..]);
     let weights = vec![1.0 / fed.len() as f32; fed.len()];
-    let text = Labelled { ids: fed, targets, weights: &weights, batch: 1 };
+    let text = Labelled { ids: fed, targets, weights: &weights, batch: 1, sequences: None };
     let file = folder.join("lora_gradients.safetensors");
     let theirs = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
     for recompute in [false, true] {

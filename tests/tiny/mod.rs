@@ -29,6 +29,7 @@ pub fn config(tied: bool) -> ModelConfig {
         head_dim: Some(4),
         rope: Rope { theta: 100.0, scaling: RopeScaling::Default },
         tie_word_embeddings: tied,
+        head_stored_apart: false,
         ..ModelConfig::preset("tiny").unwrap()
     }
 }
@@ -102,7 +103,7 @@ impl Text {
 
     pub fn labelled(&self) -> Labelled<'_> {
         let Self { ids, targets, weights, batch } = self;
-        Labelled { ids, targets, weights, batch: *batch }
+        Labelled { ids, targets, weights, batch: *batch, sequences: None }
     }
 }
 

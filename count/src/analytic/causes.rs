@@ -51,6 +51,12 @@ pub enum Cause {
     MaskedHalf,
     /// Windowed layers as if they saw everything.
     Windows,
+    /// Windowed layers as far as a window shows.
+    WithinWindows,
+    /// No logits before the last position.
+    LastLogits,
+    /// One operation an element of softmax and activation.
+    OneEach,
     /// No adapters.
     LoraProducts,
     /// No bias adds.
@@ -91,6 +97,14 @@ pub enum Cause {
     Optimizer,
     /// Layers run forward again.
     Recompute,
+    /// Rows as wide as the longest of their pass.
+    Padding,
+    /// No scores of blocks that a mask hides wholly.
+    SkippedBlocks,
+    /// Scores computed again for their gradients.
+    ScoresAgain,
+    /// Softmax's gradient by the rows of attention's output.
+    OutputDots,
     /// The backward pass of fused attention.
     FusedBackward,
     /// Gradients' products sum over lengths of their own.
@@ -101,6 +115,10 @@ pub enum Cause {
     SumsOfReaders,
     /// Sums of gradients over micro-steps.
     Accumulation,
+    /// A file's figure has fewer digits than what its tool counts.
+    Rounding,
+    /// A file's figure is not what its tool counts.
+    Unexplained,
     /// Another price of a primitive, or of a matmul.
     Price(&'static str),
 }
@@ -131,6 +149,9 @@ impl Cause {
             Self::Scores => "attention scores left out",
             Self::MaskedHalf => "masked half of attention left out",
             Self::Windows => "whole context, not windows",
+            Self::WithinWindows => "scores within windows alone",
+            Self::LastLogits => "logits of last positions alone",
+            Self::OneEach => "one operation an element",
             Self::LoraProducts => "LoRA left out",
             Self::Biases => "bias adds left out",
             Self::EmbeddingScale => "scaling of the embedding left out",
@@ -151,11 +172,17 @@ impl Cause {
             Self::Loss => "loss",
             Self::Optimizer => "optimizer",
             Self::Recompute => "recomputed layers",
+            Self::Padding => "padding",
+            Self::SkippedBlocks => "blocks of scores skipped",
+            Self::ScoresAgain => "scores computed again",
+            Self::OutputDots => "softmax's gradient from attention's output",
             Self::FusedBackward => "backward of fused attention",
             Self::ShorterSums => "lengths of the sums in gradients",
             Self::Derivatives => "derivatives of what is no matmul",
             Self::SumsOfReaders => "gradients summed where they meet",
             Self::Accumulation => "gradients summed over micro-steps",
+            Self::Rounding => "rounding of the printed figure",
+            Self::Unexplained => "unexplained by the stated workload",
             Self::Price(what) => return format!("price of {what}"),
         }
         .into()
@@ -194,6 +221,11 @@ impl Cause {
             Self::Windows => {
                 "every layer scores all of its context; windowed layers read the latest keys alone"
             }
+            Self::WithinWindows => {
+                "windowed layers score what a window shows; executed are all keys of tokens fed together"
+            }
+            Self::LastLogits => "the head over the last position of each sequence; all were asked for",
+            Self::OneEach => "each element of softmax, and of SiLU, as a single operation",
             Self::LoraProducts => "no A and B products",
             Self::Biases => "no adds of the projections' biases",
             Self::EmbeddingScale => "no factor sqrt(D) on embedded tokens",
@@ -218,6 +250,18 @@ impl Cause {
             Self::Loss => "cross-entropy of every position, and its gradient",
             Self::Optimizer => "norm of the gradients, clipping and AdamW, once a step",
             Self::Recompute => "each layer runs forward again when its gradients are computed",
+            Self::Padding => {
+                "tokens and scores that fill rows up to the longest of their pass are executed"
+            }
+            Self::SkippedBlocks => {
+                "no products, mask and softmax of blocks of scores that the mask hides wholly"
+            }
+            Self::ScoresAgain => {
+                "scores and their softmax are not kept, but computed once more for their gradients"
+            }
+            Self::OutputDots => {
+                "softmax's gradient takes off a row's output times its gradient, d products; else weights times theirs, one a score"
+            }
             Self::FusedBackward => {
                 "five products: the scores once more, and four gradients whoever needs them"
             }
@@ -229,6 +273,10 @@ impl Cause {
             }
             Self::SumsOfReaders => "a tensor that several ops read gets the sum of their gradients",
             Self::Accumulation => "each further micro-step adds its gradients to the sum",
+            Self::Rounding => "the file was printed with fewer digits, and the count is within them",
+            Self::Unexplained => {
+                "the file states another figure than its tool's formula gives for this workload"
+            }
             Self::Price(_) => "the two price lists differ",
         }
         .into()

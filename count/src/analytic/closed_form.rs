@@ -1,8 +1,8 @@
 //! Closed forms: the cost of a workload as a polynomial in its lengths.
 //!
 //! Every op of a decoder pass costs a linear combination of three monomials: 1, the rows B·T, and
-//! the scores B·T·S (S = past + T, or as much of it as a window sees), for mask and head over the
-//! rows that they see. So a pass, and any number of passes, is described by the sums of these
+//! the scores B·T·S (S = past + T, or as much of it as a window or blocks leave), for mask and head over the
+//! rows that they see. So a pass, and any number of passes, of sequences alike or not, is described by the sums of these
 //! monomials ([`Moments`]), and those have closed forms.
 
 use std::ops::Range;
@@ -27,50 +27,96 @@ use crate::{
 /// A workload that [`Workload::validate`] refuses, or a sum past 128 bits.
 pub fn closed_form(workload: &Workload) -> Result<Tally> {
     workload.validate()?;
+    of_passes(workload, Moments::executed(workload))
+}
+
+/// The same of passes that feed no padding.
+pub(super) fn unpadded(workload: &Workload) -> Result<Tally> {
+    workload.validate()?;
+    of_passes(workload, Moments::unpadded(workload))
+}
+
+fn of_passes(workload: &Workload, phases: Vec<(Phase, Moments)>) -> Result<Tally> {
     let Workload { model, lora, .. } = workload;
     let mut tally = Tally::default();
     setup(&mut tally, model, workload.positions())?;
-    let phases = Moments::of(&workload.task, model);
-    match workload.task {
-        Task::Forward { .. } | Task::Generate { .. } => {
-            for (phase, moments) in phases {
-                passes(&mut tally, phase, model, lora, &moments)?;
+    for (phase, m) in phases {
+        match workload.task {
+            Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
+                passes(&mut tally, phase, model, lora, &m)?;
             }
-        }
-        Task::Evaluate { passes, .. } => {
-            for (phase, m) in phases {
-                let mut pass = Tally::default();
-                body(&mut pass, phase, model, lora, &m)?;
-                pass.extend(Training::new(workload, false, m).head_and_loss(false)?)?;
-                tally.extend_times(passes.into(), &pass)?;
-            }
-        }
-        Task::Train { accumulate, steps, full, recompute, clip, .. } => {
-            let (accumulate, steps) = (u128::from(accumulate), u128::from(steps));
-            for (phase, m) in phases {
-                let mut pass = Tally::default();
+            Task::Evaluate { .. } => scored(&mut tally, workload, phase, m)?,
+            Task::Train { accumulate, steps, full, clip, .. } => {
+                let (accumulate, steps) = (u128::from(accumulate), u128::from(steps));
+                scored(&mut tally, workload, phase, m)?;
                 let training = || Training::new(workload, full, m);
-                body(&mut pass, phase, model, lora, &m)?;
-                pass.extend(training().head_and_loss(true)?)?;
-                if recompute {
-                    let again = training().reached();
-                    layers(&mut pass, Phase::Recompute, model, lora, &m, again)?;
-                }
-                pass.extend(training().backward()?)?;
-                pass.extend(training().sums_of_readers()?)?;
-                tally.extend_times(accumulate * steps, &pass)?;
                 let sums = (accumulate - 1) * steps;
                 tally.extend_times(sums, &training().sum_of_gradients()?)?;
                 tally.extend_times(steps, &training().update(clip)?)?;
             }
         }
     }
-    if let Task::Generate { batch, new_tokens, sampling, .. } = workload.task {
-        let (b, n) = (u128::from(batch), u128::from(new_tokens));
-        let sum = draws(model, sampling, n, n * b);
+    if let Some((sampling, steps, rows)) = choices(&workload.task) {
+        let sum = draws(model, sampling, steps, rows);
         tally.add(Phase::Sampling, Component::Sampling, sum)?;
     }
     Ok(tally)
+}
+
+/// Passes of a training or an evaluation: forward with a loss, and in training their gradients.
+fn scored(tally: &mut Tally, workload: &Workload, phase: Phase, m: Moments) -> Result<()> {
+    let Workload { model, lora, task, .. } = workload;
+    let (trains, full, again) = match *task {
+        Task::Train { full, recompute, .. } => (true, full, recompute),
+        Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. }
+        | Task::Evaluate { .. } => (false, false, false),
+    };
+    let training = || Training::new(workload, full, m);
+    body(tally, phase, model, lora, &m)?;
+    tally.extend(training().head_and_loss(trains)?)?;
+    if again {
+        layers(tally, Phase::Recompute, model, lora, &m, training().reached())?;
+    }
+    if trains {
+        tally.extend(training().backward()?)?;
+        tally.extend(training().sums_of_readers()?)?;
+    }
+    Ok(())
+}
+
+/// What is executed for padding alone.
+pub(super) fn padding(workload: &Workload) -> Result<Cost> {
+    let mut tally = Tally::default();
+    let Workload { model, lora, task, .. } = workload;
+    for (phase, m) in Moments::padding(workload) {
+        match task {
+            Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
+                body(&mut tally, phase, model, lora, &m)?;
+                head(&mut tally, phase, model, &m)?;
+            }
+            Task::Train { .. } | Task::Evaluate { .. } => scored(&mut tally, workload, phase, m)?,
+        }
+    }
+    tally.sum(|_, _| true)
+}
+
+/// How tokens are chosen in a task that chooses some, how often, and for how many rows in all.
+pub(super) fn choices(task: &Task) -> Option<(Sampling, u128, u128)> {
+    match task {
+        Task::Generate { batch, new_tokens, then, sampling, .. } => {
+            let turns = then.iter().map(|turn| u128::from(turn.new_tokens));
+            let steps = u128::from(*new_tokens) + turns.sum::<u128>();
+            Some((*sampling, steps, steps * u128::from(*batch)))
+        }
+        Task::Verify { batch, drafted, rounds, .. } => {
+            let (rounds, each) =
+                (u128::from(*rounds), u128::from(*batch) * (1 + u128::from(*drafted)));
+            Some((Sampling::GREEDY, rounds, rounds * each))
+        }
+        Task::Forward { .. } | Task::Train { .. } | Task::Evaluate { .. } => None,
+    }
 }
 
 /// Tables of cos and sin: per frequency a power (div, log, mul, exp) and a reciprocal; per
@@ -116,9 +162,13 @@ pub(super) fn passes(
         return Ok(());
     }
     body(tally, phase, model, lora, m)?;
+    head(tally, phase, model, m)
+}
+
+fn head(tally: &mut Tally, phase: Phase, model: &ModelConfig, m: &Moments) -> Result<()> {
     let (width, vocab) = (model.hidden_size as u128, model.vocab_size as u128);
     let cost = product(m.head_rows, width, vocab);
-    tally.add(phase, Component::LmHead, Sum { calls: m.passes, cost })
+    tally.add(phase, Component::LmHead, Sum { calls: m.head_passes, cost })
 }
 
 /// The same up to the head: embedding, layers, final norm.
@@ -134,7 +184,7 @@ fn body(
     let embedding = Primitives { mul: scaled * m.rows * width, ..zero() };
     let embedding = Sum { calls: m.passes * (1 + scaled), cost: only(embedding) };
     tally.add(phase, Component::Embedding, embedding)?;
-    tally.add(phase, Component::Norm, norms(model, m.passes, m.head_rows, width))
+    tally.add(phase, Component::Norm, norms(model, m.head_passes, m.head_rows, width))
 }
 
 /// The layers `of` this range alone.
@@ -164,8 +214,9 @@ pub(super) fn layers(
             row(Component::Lora(projection), adapted.layers * m.passes * 4, cost)?;
         }
     }
-    // Two rotations, a scaling, two products and a softmax; a mask, and keys and values written.
-    let calls = layers * (6 * m.passes + m.masked_passes + 2 * m.cached_passes);
+    // Two rotations, a scaling; keys and values written; by block, two products, a softmax, a mask.
+    let Scores { blocks, masks, .. } = m.scores(model, of.clone());
+    let calls = layers * (3 * m.attended + 2 * m.cached) + 3 * blocks + masks;
     row(Component::Attention, calls, attention(model, m, of))?;
     let inner = layers * m.rows * model.intermediate_size as u128;
     let mut glu = activation(model.activation, inner);
@@ -241,7 +292,7 @@ fn attention(model: &ModelConfig, m: &Moments, of: Range<usize>) -> Cost {
     let rows = of.len() as u128 * m.rows;
     let q = rows * h * d;
     let rotated = q + rows * model.kv_width() as u128;
-    let Scores { all, masked } = m.scores(model, of);
+    let Scores { all, masked, .. } = m.scores(model, of);
     let (scores, rows) = (h * all, h * rows);
     let other = Primitives {
         mul: 2 * rotated + q,

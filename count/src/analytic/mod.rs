@@ -7,6 +7,7 @@
 //! two countings share no derivation, or the audit would compare a thing with itself: a test reads
 //! their imports.
 
+mod blocked;
 mod moments;
 mod pieces;
 
@@ -16,6 +17,7 @@ mod predict;
 
 mod formulas;
 pub mod notebook;
+mod profilers;
 mod structure;
 mod torch;
 
@@ -24,6 +26,7 @@ mod terms;
 
 pub use causes::{Cause, Term};
 pub use closed_form::closed_form;
+pub use formulas::parameters_taken;
 pub use predict::predict;
 pub use structure::{Structure, count};
 pub use terms::{reference, terms};

@@ -9,8 +9,9 @@
 //! are free.
 
 use super::{
+    closed_form::choices,
     moments::Moments,
-    pieces::{micro_steps, only, product, times, zero},
+    pieces::{only, product, times, zero},
 };
 use crate::{
     config::{ModelConfig, Projection},
@@ -26,14 +27,13 @@ use crate::{
 pub(super) fn count(workload: &Workload) -> Result<Tally> {
     let Workload { model, lora, task, .. } = workload;
     let mut tally = Tally::default();
-    let runs = micro_steps(task);
     for (phase, moments) in Moments::without_cache(task, model) {
         if moments.passes == 0 {
             continue;
         }
         moments.check(model)?;
         for (component, cost) in forward(model, lora.rank as u128, &moments)? {
-            let sum = Sum { calls: 0, cost: times(runs, cost)? };
+            let sum = Sum { calls: 0, cost };
             tally.add(phase, component, sum)?;
             if let Task::Train { .. } = task {
                 let sum = Sum { calls: 0, cost: times(2, sum.cost)? };
@@ -41,8 +41,7 @@ pub(super) fn count(workload: &Workload) -> Result<Tally> {
             }
         }
     }
-    if let Task::Generate { batch, new_tokens, sampling, .. } = *task {
-        let rows = u128::from(batch) * u128::from(new_tokens);
+    if let Some((sampling, _, rows)) = choices(task) {
         let cost = draws(model, sampling, rows);
         tally.add(Phase::Sampling, Component::Sampling, Sum { calls: 0, cost })?;
     }

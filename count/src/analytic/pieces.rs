@@ -3,7 +3,6 @@
 use crate::{
     error::{Error, Result},
     prices::{Cost, Primitives},
-    workload::Task,
 };
 
 /// `rows` rows of k by k × n: rows·n·k muls for rows·n outputs.
@@ -29,13 +28,4 @@ pub(super) fn zero() -> Primitives {
 /// `n` times `cost`.
 pub(super) fn times(n: u128, cost: Cost) -> Result<Cost> {
     cost.checked_mul(n).ok_or_else(|| Error::Overflow("this workload's operations".into()).into())
-}
-
-/// How often the passes of [`super::moments::Moments::of`] run: once, or once a micro-step.
-pub(super) fn micro_steps(task: &Task) -> u128 {
-    match *task {
-        Task::Train { accumulate, steps, .. } => u128::from(accumulate) * u128::from(steps),
-        Task::Evaluate { passes, .. } => passes.into(),
-        Task::Forward { .. } | Task::Generate { .. } => 1,
-    }
 }

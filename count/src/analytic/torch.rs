@@ -16,7 +16,7 @@
 
 use super::{
     moments::Moments,
-    pieces::{macs, micro_steps, times},
+    pieces::{macs, times},
 };
 use crate::{
     config::{LoraConfig, ModelConfig, Projection},
@@ -52,11 +52,11 @@ pub(super) fn count(workload: &Workload, attention: Attention) -> Result<Tally> 
     let mut tally = Tally::default();
     let (trains, full, recompute) = match *task {
         Task::Train { full, recompute, .. } => (true, full, recompute),
-        Task::Forward { .. } | Task::Generate { .. } | Task::Evaluate { .. } => {
-            (false, false, false)
-        }
+        Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. }
+        | Task::Evaluate { .. } => (false, false, false),
     };
-    let runs = micro_steps(task);
     for (phase, moments) in Moments::of(task, model) {
         if moments.passes == 0 {
             continue;
@@ -83,11 +83,11 @@ pub(super) fn count(workload: &Workload, attention: Attention) -> Result<Tally> 
             input = output;
         }
         for (component, product) in again {
-            let cost = times(runs, macs(product))?;
+            let cost = macs(product);
             tally.add(Phase::Recompute, component, Sum { calls: 0, cost })?;
         }
         for product in products {
-            let one = times(runs, macs(product.macs))?;
+            let one = macs(product.macs);
             tally.add(phase, product.component, Sum { calls: 0, cost: one })?;
             if trains {
                 let cost = times(product.gradients, one)?;

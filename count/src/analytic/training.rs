@@ -1,7 +1,8 @@
 //! Closed forms of training and evaluation: what runs beside the layers' forward passes.
 //!
-//! With R = B·T rows and B·T² scores of a pass, a gradient costs a linear combination of the same
-//! monomials as its op does, and of 1: a sum over rows takes R − 1 adds.
+//! With R = B·T rows of a pass and B·T² scores, or as many of them as blocks leave, a gradient costs a linear combination of the same
+//! monomials as its op does, and of 1: a sum over the rows of a pass takes R − 1 adds. So all passes
+//! together are described by the sums of these, as their forward passes are.
 //!
 //! Which gradients there are follows from where training begins. Everything above the first
 //! trained parameter of the model gets a gradient, and nothing below it. In a full training that
@@ -12,7 +13,7 @@ use std::ops::Range;
 
 use super::{
     closed_form::layer_norms,
-    moments::Moments,
+    moments::{Moments, Scores},
     pieces::{only, product, times, zero},
 };
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     ledger::Phase,
     prices::{Cost, Primitives},
     tally::{Component, Sum, Tally},
-    workload::{LOSS_ROWS, Workload},
+    workload::{AttentionMode, Workload},
 };
 
 /// Where a layer's projections stand in its data flow: those of one stage read the same tensor,
@@ -65,28 +66,71 @@ impl Reach<'_> {
     fn after(&self, projection: Projection) -> bool {
         self.before(stage(projection)) || self.adapted(projection).layers > 0
     }
+
+    /// Whether queries, keys and values get one.
+    fn towards(&self) -> [bool; 3] {
+        [Projection::QProj, Projection::KProj, Projection::VProj].map(|of| self.after(of))
+    }
 }
 
-/// The gradients of one pass, and what becomes of them.
+/// Attention in the layers of a [`Reach`] together.
+#[derive(Clone, Copy)]
+struct Attended {
+    /// How often it is computed.
+    times: u128,
+    /// Of tokens.
+    rows: u128,
+    /// Of one head.
+    scores: Scores,
+}
+
+impl Attended {
+    /// `self` without `part`.
+    fn but(self, part: Self) -> Self {
+        let (all, of_part) = (self.scores, part.scores);
+        let scores = Scores {
+            all: all.all - of_part.all,
+            masked: all.masked - of_part.masked,
+            blocks: all.blocks - of_part.blocks,
+            masks: all.masks - of_part.masks,
+        };
+        Self { times: self.times - part.times, rows: self.rows - part.rows, scores }
+    }
+}
+
+/// The gradients of all passes, and what becomes of them.
 pub(super) struct Training<'a> {
     model: &'a ModelConfig,
     lora: &'a LoraConfig,
     /// Every weight is trained, not the adapters alone.
     full: bool,
+    mode: AttentionMode,
     m: Moments,
     tally: Tally,
 }
 
 impl<'a> Training<'a> {
     pub fn new(workload: &'a Workload, full: bool, m: Moments) -> Self {
-        let Workload { model, lora, .. } = workload;
-        Self { model, lora, full, m, tally: Tally::default() }
+        let Workload { model, lora, attention, .. } = workload;
+        Self { model, lora, full, mode: *attention, m, tally: Tally::default() }
     }
 
+    /// Adds a cost of all passes, `calls` ops of each.
     fn add(&mut self, phase: Phase, component: Component, calls: u128, cost: Cost) -> Result<()> {
-        match calls {
-            0 => Ok(()),
-            _ => self.tally.add(phase, component, Sum { calls, cost }),
+        self.add_once(phase, component, calls * self.m.passes, cost)
+    }
+
+    fn add_once(
+        &mut self,
+        phase: Phase,
+        component: Component,
+        calls: u128,
+        cost: Cost,
+    ) -> Result<()> {
+        // Rows of padding cost something, and are no op of their own.
+        match calls == 0 && cost == Cost::default() {
+            true => Ok(()),
+            false => self.tally.add(phase, component, Sum { calls, cost }),
         }
     }
 
@@ -98,11 +142,11 @@ impl<'a> Training<'a> {
         [self.m.rows, d, f, v, q, kv]
     }
 
-    /// Head and loss of one pass; in training with their gradients.
+    /// Head and loss; in training with their gradients.
     pub fn head_and_loss(mut self, trains: bool) -> Result<Tally> {
         let [rows, d, _, v, ..] = self.sizes();
-        let chunks = rows.div_ceil(LOSS_ROWS as u128);
-        self.add(Phase::Forward, Component::LmHead, chunks, product(rows, d, v))?;
+        let chunks = self.m.loss_chunks;
+        self.add_once(Phase::Forward, Component::LmHead, chunks, product(rows, d, v))?;
         let loss = Primitives {
             cmp: rows * (v - 1),
             add: rows * (2 * v + 1),
@@ -111,16 +155,16 @@ impl<'a> Training<'a> {
             mul: rows,
             ..zero()
         };
-        self.add(Phase::Loss, Component::Loss, chunks, only(loss))?;
+        self.add_once(Phase::Loss, Component::Loss, chunks, only(loss))?;
         if !trains {
             return Ok(self.tally);
         }
         let gradient = Primitives { div: rows, mul: rows * v, add: rows, ..zero() };
-        self.add(Phase::Loss, Component::Loss, chunks, only(gradient))?;
-        self.add(Phase::BackwardX, Component::LmHead, chunks, product(rows, v, d))?;
+        self.add_once(Phase::Loss, Component::Loss, chunks, only(gradient))?;
+        self.add_once(Phase::BackwardX, Component::LmHead, chunks, product(rows, v, d))?;
         if self.full {
             let dw = Cost { outputs: chunks * v * d, ..product(v, rows, d) };
-            self.add(Phase::BackwardW, Component::LmHead, chunks, dw)?;
+            self.add_once(Phase::BackwardW, Component::LmHead, chunks, dw)?;
         }
         Ok(self.tally)
     }
@@ -131,6 +175,12 @@ impl<'a> Training<'a> {
         let all = 0..self.model.num_hidden_layers;
         let lowest = all.clone().find(|layer| self.full || self.lora.carries(*layer));
         lowest.unwrap_or(all.end)..all.end
+    }
+
+    /// The layers that gradients reach: their range, and whether their queries, keys and values get
+    /// one.
+    pub fn towards_attention(&self) -> Vec<(Range<usize>, [bool; 3])> {
+        self.stack().map(|reach| (reach.layers.clone(), reach.towards())).into()
     }
 
     /// The lowest such layer and the others above it, with how far gradients reach there.
@@ -191,12 +241,13 @@ impl<'a> Training<'a> {
         if self.full {
             self.add(Phase::BackwardX, Component::Embedding, 1, adds(rows * d))?;
             // The head is read by every chunk; a tied one is the embedding, read once more.
-            let again = rows.div_ceil(LOSS_ROWS as u128) - 1;
+            let passes = self.m.passes;
+            let again = self.m.loss_chunks - passes;
             let (owner, sums) = match self.model.tie_word_embeddings {
-                true => (Component::Embedding, again + 1),
+                true => (Component::Embedding, again + passes),
                 false => (Component::LmHead, again),
             };
-            self.add(Phase::BackwardW, owner, sums, adds(sums * v * d))?;
+            self.add_once(Phase::BackwardW, owner, sums, adds(sums * v * d))?;
         }
         Ok(self.tally)
     }
@@ -259,11 +310,16 @@ impl<'a> Training<'a> {
             of_layers.map(|(norms, of_row, width)| (layers * norms, layers * of_row, width));
         for (norms, of_row, width) in of_layers.chain([(1, 1, d)]) {
             let rows = of_row * rows;
-            let (mul, add) = (3 * rows * width, (2 * rows - norms) * width);
+            let (mul, add) = (3 * rows * width, (2 * rows - norms * self.m.passes) * width);
             let gain = only(Primitives { mul, add, div: 2 * rows, sqrt: rows, ..zero() });
             self.add(Phase::BackwardW, Component::Norm, norms, gain)?;
         }
         Ok(())
+    }
+
+    /// Gradients of a matrix (n, k): a product over the rows of each pass.
+    fn weight(&self, n: u128, k: u128) -> Cost {
+        Cost { outputs: self.m.passes * n * k, ..product(n, self.m.rows, k) }
     }
 
     fn projection(&mut self, reach: &Reach, projection: Projection) -> Result<()> {
@@ -275,9 +331,14 @@ impl<'a> Training<'a> {
             self.add(Phase::BackwardX, base, layers, times(layers, product(rows, n, k))?)?;
         }
         if self.full {
-            self.add(Phase::BackwardW, base, layers, times(layers, product(n, rows, k))?)?;
+            self.add(Phase::BackwardW, base, layers, times(layers, self.weight(n, k))?)?;
             if self.model.has_bias(projection) {
-                self.add(Phase::BackwardW, base, layers, adds(layers * (rows - 1) * n))?;
+                self.add(
+                    Phase::BackwardW,
+                    base,
+                    layers,
+                    adds(layers * (rows - self.m.passes) * n),
+                )?;
             }
         }
         // Products of r columns or rows: those of all these adapters are as one of Σ r.
@@ -286,8 +347,8 @@ impl<'a> Training<'a> {
         let scale = Primitives { mul: layers * rows * n, ..zero() };
         let low = Cost { other: scale, ..product(rows, n, ranks) };
         self.add(Phase::BackwardX, lora, 2 * layers, low)?;
-        self.add(Phase::BackwardB, lora, layers, product(n, rows, ranks))?;
-        self.add(Phase::BackwardA, lora, layers, product(ranks, rows, k))?;
+        self.add(Phase::BackwardB, lora, layers, self.weight(n, ranks))?;
+        self.add(Phase::BackwardA, lora, layers, self.weight(ranks, k))?;
         if fed {
             let towards = Cost { outputs: layers * rows * k, ..product(rows, ranks, k) };
             self.add(Phase::BackwardX, lora, layers, towards)?;
@@ -295,31 +356,87 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    /// Towards scores, values, queries and keys a product each; softmax, factor and rotation of
-    /// what needs them.
-    ///
-    /// A training feeds whole sequences on top of nothing, so that windows leave no score out.
+    /// Towards queries and keys: their rotation and the queries' factor; before these, what attention
+    /// itself has.
     fn attention(&mut self, reach: &Reach) -> Result<()> {
-        let layers = reach.count();
-        let [of_q, of_k, of_v] = [Projection::QProj, Projection::KProj, Projection::VProj]
-            .map(|projection| reach.after(projection));
-        let [rows, _, _, _, q, kv] = self.sizes();
-        let (h, d) = (self.model.num_attention_heads as u128, self.model.head_dim() as u128);
-        let scores = h * self.m.whole.all;
-        let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
+        let wanted = reach.towards();
+        let [of_q, of_k, _] = wanted;
+        let ([rows, _, _, _, q, kv], layers) = (self.sizes(), reach.count());
         let turn = |n| Primitives { mul: 2 * n, add: n, ..zero() };
+        let (turned_q, turned_k) = (turn(layers * rows * q), turn(layers * rows * kv));
+        let scaled_q = Primitives { mul: turned_q.mul + layers * rows * q, ..turned_q };
+        let (attended, alone) = (layers * self.m.attended, layers * self.m.alone);
+        for (_, ops, other) in
+            [(of_q, 2, scaled_q), (of_k, 1, turned_k)].into_iter().filter(|(wanted, ..)| *wanted)
+        {
+            self.of_attention(ops * attended, only(other))?;
+        }
+        let scores = self.m.scores(self.model, reach.layers.clone());
+        let all = Attended { times: attended, rows: layers * rows, scores };
+        match self.mode {
+            AttentionMode::Dense => self.of_weights(wanted, all),
+            AttentionMode::Blocked => {
+                // A token by itself has one score a head.
+                let rows = layers * self.m.alone_rows;
+                let scores = Scores { all: rows, blocks: alone, ..Scores::default() };
+                let alone = Attended { times: alone, rows, scores };
+                self.of_weights(wanted, alone)?;
+                self.of_blocks(wanted, all.but(alone))
+            }
+        }
+    }
+
+    fn of_attention(&mut self, calls: u128, cost: Cost) -> Result<()> {
+        self.add_once(Phase::BackwardX, Component::Attention, calls, cost)
+    }
+
+    /// H, d and K.
+    fn heads(&self) -> [u128; 3] {
+        let model = self.model;
+        [model.num_attention_heads, model.head_dim(), model.num_key_value_heads].map(|n| n as u128)
+    }
+
+    /// Towards scores, values, queries and keys a product each; softmax for the scores.
+    fn of_weights(&mut self, [of_q, of_k, of_v]: [bool; 3], all: Attended) -> Result<()> {
+        let ([h, d, k], Attended { times, rows, scores }) = (self.heads(), all);
+        let scores = h * scores.all;
+        let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
         let softmax = Primitives { mul: 2 * scores, add: 2 * scores - h * rows, ..zero() };
-        let turned_q = turn(rows * q);
-        let scaled_q = Primitives { mul: turned_q.mul + rows * q, ..turned_q };
         let gradients = [
             (of_q || of_k, 2, Cost { other: softmax, ..towards(scores) }),
-            (of_v, 1, towards(rows * kv)),
-            (of_q, 3, Cost { other: scaled_q, ..towards(rows * q) }),
-            (of_k, 2, Cost { other: turn(rows * kv), ..towards(rows * kv) }),
+            (of_v, 1, towards(rows * k * d)),
+            (of_q, 1, towards(rows * h * d)),
+            (of_k, 1, towards(rows * k * d)),
         ];
-        for (_, calls, cost) in gradients.into_iter().filter(|(needed, ..)| *needed) {
-            let cost = times(layers, cost)?;
-            self.add(Phase::BackwardX, Component::Attention, layers * calls, cost)?;
+        for (_, ops, cost) in gradients.into_iter().filter(|(wanted, ..)| *wanted) {
+            self.of_attention(ops * times, cost)?;
+        }
+        Ok(())
+    }
+
+    /// The same of blocked attention, where it keeps no weights: scores once more, masked and
+    /// exponentiated; the sum that softmax's gradient takes off, as the product of each row of the
+    /// output and its gradient; and by block of queries, or of keys, the same products.
+    ///
+    /// A training feeds whole sequences on top of nothing: keys are in as many blocks as queries.
+    fn of_blocks(&mut self, [of_q, of_k, of_v]: [bool; 3], all: Attended) -> Result<()> {
+        let ([h, d, k], Attended { times, rows, scores }) = (self.heads(), all);
+        let Scores { all, masked, blocks, masks } = scores;
+        let scores = h * all;
+        let towards = |outputs| Cost { macs: scores * d, outputs, other: zero() };
+        let softmax = Primitives { add: scores + h * masked, exp: scores, div: scores, ..zero() };
+        let dots = Primitives { mul: h * rows * d, add: h * rows * (d - 1), ..zero() };
+        let of_scores = Primitives { mul: scores, add: scores, ..zero() };
+        let gradients = [
+            (of_q || of_k || of_v, 2 * blocks + masks, Cost { other: softmax, ..towards(scores) }),
+            (of_q || of_k, times, only(dots)),
+            (of_q || of_k, 2 * blocks, Cost { other: of_scores, ..towards(scores) }),
+            (of_v, blocks, towards(rows * k * d)),
+            (of_q, blocks, towards(rows * h * d)),
+            (of_k, blocks, towards(rows * k * d)),
+        ];
+        for (_, calls, cost) in gradients.into_iter().filter(|(wanted, ..)| *wanted) {
+            self.of_attention(calls, cost)?;
         }
         Ok(())
     }
@@ -327,7 +444,7 @@ impl<'a> Training<'a> {
     /// One more micro-step's gradients added to those so far.
     pub fn sum_of_gradients(mut self) -> Result<Tally> {
         for (phase, component, tensors, n) in self.trained() {
-            self.add(phase, component, tensors, adds(n))?;
+            self.add_once(phase, component, tensors, adds(n))?;
         }
         Ok(self.tally)
     }
@@ -338,16 +455,16 @@ impl<'a> Training<'a> {
         for (_, component, tensors, n) in self.trained() {
             all += tensors;
             let squares = Primitives { mul: n, add: n - tensors, ..zero() };
-            self.add(Phase::Clipping, component, tensors, only(squares))?;
+            self.add_once(Phase::Clipping, component, tensors, only(squares))?;
             if clip {
                 let scale = Primitives { mul: n, ..zero() };
-                self.add(Phase::Clipping, component, tensors, only(scale))?;
+                self.add_once(Phase::Clipping, component, tensors, only(scale))?;
             }
             let adamw = Primitives { mul: 7 * n, add: 4 * n, div: 2 * n, sqrt: n, ..zero() };
-            self.add(Phase::Optimizer, component, tensors, only(adamw))?;
+            self.add_once(Phase::Optimizer, component, tensors, only(adamw))?;
         }
         let factor = Primitives { add: all, sqrt: 1, div: 1, cmp: 1, ..zero() };
-        self.add(Phase::Clipping, Component::Optimizer, 1, only(factor))?;
+        self.add_once(Phase::Clipping, Component::Optimizer, 1, only(factor))?;
         Ok(self.tally)
     }
 

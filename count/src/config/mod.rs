@@ -43,6 +43,9 @@ pub struct ModelConfig {
     pub rms_norm_eps: f64,
     /// The head is the embedding, transposed.
     pub tie_word_embeddings: bool,
+    /// It is not, for the checkpoint stores two tensors, but the config ties them, or that of the
+    /// published model of this size does: formulas that go by parameters take one of the two.
+    pub head_stored_apart: bool,
     /// Rotary positions of the layers that see the whole context.
     pub rope: Rope,
     /// Those of windowed layers; none: the same.
@@ -254,5 +257,22 @@ impl ModelConfig {
         let layer = projections + norms * d + head_norms;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
         tables * v * d + self.num_hidden_layers as u128 * layer + d
+    }
+
+    /// N of formulas that go by parameters: [`parameters`](Self::parameters) with one table for
+    /// embedding and head where the config ties them, though the checkpoint may store two.
+    pub fn nominal_parameters(&self) -> u128 {
+        let apart = !self.tie_word_embeddings && self.head_stored_apart;
+        self.parameters() - if apart { self.table() } else { 0 }
+    }
+
+    /// Whether embedding and head are one table in N of formulas.
+    pub fn nominally_tied(&self) -> bool {
+        self.tie_word_embeddings || self.head_stored_apart
+    }
+
+    /// Parameters of the embedding: V·D.
+    pub fn table(&self) -> u128 {
+        self.vocab_size as u128 * self.hidden_size as u128
     }
 }

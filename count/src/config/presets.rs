@@ -115,6 +115,22 @@ impl Preset {
 }
 
 impl ModelConfig {
+    /// Whether the published model of this family and these sizes ties embedding and head; none
+    /// where no preset has them.
+    pub fn published_ties(&self) -> Option<bool> {
+        let sizes = [
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.vocab_size,
+        ];
+        let alike = PRESETS.iter().filter(|preset| preset.sizes == sizes);
+        let family = format!("\"model_type\": \"{}\"", self.family.name());
+        alike.filter(|preset| preset.common.contains(&family)).map(|preset| preset.tied).next()
+    }
+
     /// The names that [`ModelConfig::preset`] knows.
     pub fn preset_names() -> impl Iterator<Item = &'static str> {
         PRESETS.iter().map(|preset| preset.name)

@@ -177,6 +177,28 @@ pub enum Op {
         /// Elements in a row.
         width: u64,
     },
+    /// exp(x − max) / sum once more, row by row, from the maxima and sums that [`Op::Softmax`] left.
+    SoftmaxAgain {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Each row of one tensor times the same row of another: of attention's output and its gradient,
+    /// what [`Op::ScoresGrad`] takes off.
+    RowDot {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// Gradient of [`Op::Softmax`] where the sum of each row, Σ y·dy, is known.
+    ScoresGrad {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
     /// Rows summed into one: the gradient of [`Op::Bias`] towards the bias.
     SumRows {
         /// Rows.
@@ -253,6 +275,9 @@ impl Op {
             Self::RmsNormGrad { .. } => "rms_norm_grad",
             Self::GainGrad { .. } => "gain_grad",
             Self::SoftmaxGrad { .. } => "softmax_grad",
+            Self::SoftmaxAgain { .. } => "softmax_again",
+            Self::RowDot { .. } => "row_dot",
+            Self::ScoresGrad { .. } => "scores_grad",
             Self::SumRows { .. } => "sum_rows",
             Self::EmbedGrad { .. } => "embed_grad",
             Self::CrossEntropy { .. } => "cross_entropy",
@@ -300,6 +325,9 @@ impl fmt::Display for Op {
             | Self::RmsNormGrad { rows, width }
             | Self::GainGrad { rows, width }
             | Self::SoftmaxGrad { rows, width }
+            | Self::SoftmaxAgain { rows, width }
+            | Self::RowDot { rows, width }
+            | Self::ScoresGrad { rows, width }
             | Self::SumRows { rows, width }
             | Self::EmbedGrad { rows, width }
             | Self::CrossEntropy { rows, width }

@@ -4,16 +4,22 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::{Experiment, Plan, Spent, solve};
+use super::{
+    Experiment, Plan, Spent, Unit,
+    balance::{Balance, Lack, NextOver, RowBalance},
+    solve,
+};
 use crate::{
     SCHEMA_VERSION,
     analytic::{self, Structure},
     error::{Error, Result},
     prices::Prices,
+    rate::{Rate, Time},
+    run::write_one_or_many,
     workload::Workload,
 };
 
-/// A plan, priced. All counts are FLOPs, exact.
+/// A plan, priced: exact FLOPs, and what becomes of the budget in its own unit.
 #[derive(Debug, Clone, Serialize)]
 pub struct Account {
     /// [`SCHEMA_VERSION`].
@@ -30,20 +36,19 @@ pub struct Account {
     pub structure: Structure,
     /// What each primitive costs.
     pub prices: Prices,
-    /// What there was to spend at first.
-    pub budget_flops: u128,
+    /// What becomes of the budget.
+    #[serde(flatten)]
+    pub balance: Balance,
+    /// What hours are computed with, where a rate was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<Rate>,
+    /// What all experiments take, where a rate was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<Time>,
     /// Finished runs.
     pub spent: Vec<Spent>,
-    /// What they spent together.
-    pub spent_flops: u128,
     /// Experiments to be run, one row for each point of their grids.
     pub experiments: Vec<Row>,
-    /// What they cost together.
-    pub total_flops: u128,
-    /// Budget that remains after all.
-    pub left_flops: u128,
-    /// What is missing, if the budget does not suffice.
-    pub over_flops: u128,
     /// The unknown, where the plan has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub solved: Option<Solved>,
@@ -60,8 +65,9 @@ pub struct Account {
 pub struct Row {
     /// The experiment.
     pub name: String,
-    /// What each run of it does.
-    pub workload: Workload,
+    /// What each run of it does; of listed lengths, an evaluation may end in a workload of its own.
+    #[serde(serialize_with = "write_one_or_many")]
+    pub workload: Vec<Workload>,
     /// Each a run of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub learning_rates: Vec<f64>,
@@ -74,12 +80,14 @@ pub struct Row {
     pub flops_per_run: u128,
     /// Cost of all.
     pub flops: u128,
+    /// What all runs take, where a rate was given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<Time>,
     /// Part of the budget, 1 being all of it.
     pub share: f64,
-    /// What is spent after this row, finished runs included.
-    pub running_flops: u128,
-    /// What remains after it.
-    pub left_flops: u128,
+    /// What becomes of the budget.
+    #[serde(flatten)]
+    pub balance: RowBalance,
     /// Cost of all runs under [`Account::beside`]'s structure, where that counts such work.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub beside_flops: Option<u128>,
@@ -95,7 +103,8 @@ pub struct Solved {
     /// The largest that fits; 0 if not even 1 does.
     pub value: u64,
     /// What one more would be over by; none where it could not be counted at all.
-    pub next_over_flops: Option<u128>,
+    #[serde(flatten)]
+    pub next_over: NextOver,
     /// The largest that fits under [`Account::beside`]'s structure, where that counts every
     /// experiment.
     pub beside_value: Option<u64>,
@@ -117,10 +126,9 @@ pub struct Beside {
 pub struct Broken {
     /// The experiment, or the finished run's file.
     pub name: String,
-    /// What it needs.
-    pub needed_flops: u128,
-    /// What was left for it.
-    pub left_flops: u128,
+    /// What it needs, and what was left for it.
+    #[serde(flatten)]
+    pub lack: Lack,
 }
 
 impl Account {
@@ -129,9 +137,10 @@ impl Account {
     /// # Errors
     /// A workload that cannot be counted, or sums past 128 bits.
     pub fn new(plan: &Plan, spent: Vec<Spent>) -> Result<Self> {
-        let spent_flops = sum(spent.iter().map(|run| run.flops))?;
-        let available = plan.budget.saturating_sub(spent_flops);
         let view = View { plan, structure: plan.structure };
+        let spent = spent.into_iter().map(|run| view.spend(run)).collect::<Result<Vec<_>>>()?;
+        let all_spent = sum(spent.iter().map(|run| run.cost))?;
+        let available = plan.budget.amount.saturating_sub(all_spent);
         let solution = view.solve(available)?;
         let n = solution.as_ref().map_or(1, |(_, n)| *n);
         let mut account = Self {
@@ -142,33 +151,45 @@ impl Account {
             parameters: plan.model.parameters(),
             structure: plan.structure,
             prices: plan.prices.clone(),
-            budget_flops: plan.budget,
+            balance: Balance {
+                budget: plan.budget,
+                spent: all_spent,
+                spent_flops: sum(spent.iter().map(|run| run.flops))?,
+                total: 0,
+                total_flops: 0,
+                left: 0,
+                over: 0,
+            },
+            rate: plan.rate.clone(),
+            time: None,
             spent,
-            spent_flops,
             experiments: vec![],
-            total_flops: 0,
-            left_flops: 0,
-            over_flops: 0,
             solved: None,
             beside: None,
             over_budget: None,
         };
-        let mut running = spent_flops;
+        let mut running = all_spent;
         for experiment in &plan.experiments {
             for workload in &experiment.workloads {
                 let row = view.row(experiment, workload, n, running)?;
-                running = row.running_flops;
+                running = row.balance.running;
                 account.experiments.push(row);
             }
         }
-        account.total_flops = running - spent_flops;
-        account.left_flops = plan.budget.saturating_sub(running);
-        account.over_flops = running.saturating_sub(plan.budget);
+        let balance = &mut account.balance;
+        balance.total = running - all_spent;
+        balance.total_flops = sum(account.experiments.iter().map(|row| row.flops))?;
+        balance.left = plan.budget.amount.saturating_sub(running);
+        balance.over = running.saturating_sub(plan.budget.amount);
+        account.time = plan
+            .rate
+            .as_ref()
+            .map(|rate| rate.sum(account.experiments.iter().filter_map(|row| row.time)));
         account.solved = solution.map(|(experiment, value)| Solved {
             experiment: experiment.name.clone(),
             key: experiment.unknown.map_or("", |unknown| unknown.key()),
             value,
-            next_over_flops: view.next_over(available, experiment, value),
+            next_over: NextOver(plan.budget, view.next_over(available, experiment, value)),
             beside_value: None,
         });
         if plan.structure != Structure::Exact {
@@ -199,7 +220,10 @@ impl Account {
         }
         let all: Option<Vec<u128>> = self.experiments.iter().map(|row| row.beside_flops).collect();
         if let (Some(solved), Some(_)) = (&mut self.solved, &all) {
-            solved.beside_value = view.solve(available)?.map(|(_, n)| n);
+            // Of other budgets, no structure's FLOPs are spent.
+            if view.plan.budget.unit == Unit::Flops {
+                solved.beside_value = view.solve(available)?.map(|(_, n)| n);
+            }
         }
         let total_flops = all.map(|all| sum(all.into_iter())).transpose()?;
         self.beside = Some(Beside { structure: view.structure, total_flops, uncounted });
@@ -207,19 +231,21 @@ impl Account {
     }
 
     fn broken(&self) -> Option<Broken> {
-        let runs = self.spent.iter().map(|run| (run.file.display().to_string(), run.flops));
-        let rows = self.experiments.iter().map(|row| (row.name.clone(), row.flops));
-        let mut left_flops = self.budget_flops;
-        for (name, needed_flops) in runs.chain(rows) {
-            match left_flops.checked_sub(needed_flops) {
-                Some(left) => left_flops = left,
-                None => return Some(Broken { name, needed_flops, left_flops }),
+        let budget = self.balance.budget;
+        let runs = self.spent.iter().map(|run| (run.file.display().to_string(), run.cost));
+        let rows = self.experiments.iter().map(|row| (row.name.clone(), row.balance.cost));
+        let broken = |name, needed, left| Broken { name, lack: Lack { budget, needed, left } };
+        let mut left = budget.amount;
+        for (name, needed) in runs.chain(rows) {
+            match left.checked_sub(needed) {
+                Some(rest) => left = rest,
+                None => return Some(broken(name, needed, left)),
             }
         }
         // Nothing passes the budget where the unknown is 0, but then its experiment does not run.
         let solved = self.solved.as_ref().filter(|solved| solved.value == 0)?;
-        let needed_flops = left_flops.checked_add(solved.next_over_flops?)?;
-        Some(Broken { name: solved.experiment.clone(), needed_flops, left_flops })
+        let needed = left.checked_add(solved.next_over.1?)?;
+        Some(broken(solved.experiment.clone(), needed, left))
     }
 
     /// Nothing where the budget covers the plan.
@@ -229,10 +255,10 @@ impl Account {
     pub fn verdict(&self) -> Result<()> {
         match &self.over_budget {
             None => Ok(()),
-            Some(Broken { name, needed_flops, left_flops }) => Err(Error::OverBudget {
+            Some(Broken { name, lack: Lack { budget, needed, left } }) => Err(Error::OverBudget {
                 item: name.clone(),
-                needed: *needed_flops,
-                left: *left_flops,
+                needed: budget.say(*needed),
+                left: budget.number(*left),
             }
             .into()),
         }
@@ -246,21 +272,44 @@ struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// All runs of one point, with `n` steps or new tokens where these are unknown.
+    /// FLOPs of all runs of one point, with `n` steps or new tokens where these are unknown.
     fn flops(&self, experiment: &Experiment, workload: &Workload, n: u64) -> Result<u128> {
-        // None of it costs nothing, but only where one of it can be counted.
-        let none = experiment.unknown.is_some() && n == 0;
-        let workload = experiment.at(workload, n.max(1));
-        let cost = analytic::count(self.structure, &workload)?.sum(|_, _| true)?;
-        let runs = if none { 0 } else { experiment.runs() };
-        let flops = self.plan.prices.flops(&cost)?.checked_mul(runs);
-        flops.ok_or_else(|| Error::Overflow(format!("all runs of `{}`", experiment.name)).into())
+        let each = runs(experiment, workload, n)?.into_iter().map(|(workload, times)| {
+            let cost = analytic::count(self.structure, &workload)?.sum(|_, _| true)?;
+            let flops = self.plan.prices.flops(&cost)?.checked_mul(times);
+            let overflow = || Error::Overflow(format!("all runs of `{}`", experiment.name));
+            Ok(flops.ok_or_else(overflow)?)
+        });
+        sum(each.collect::<Result<Vec<_>>>()?.into_iter())
     }
 
-    /// All points and runs of an experiment.
+    /// What of the budget all runs of one point take, likewise; `flops` of them.
+    fn cost(
+        &self,
+        experiment: &Experiment,
+        workload: &Workload,
+        n: u64,
+        flops: u128,
+    ) -> Result<u128> {
+        let Plan { budget, rate, structure, .. } = self.plan;
+        let runs = runs(experiment, workload, n)?;
+        budget.cost(flops, &runs, rate.as_ref(), *structure)
+    }
+
+    /// A finished run, with what it took of the budget.
+    fn spend(&self, run: Spent) -> Result<Spent> {
+        let Plan { budget, rate, structure, .. } = self.plan;
+        let ran: Vec<_> = run.workload.iter().map(|workload| (workload.clone(), 1)).collect();
+        let cost = budget.cost(run.flops, &ran, rate.as_ref(), *structure)?;
+        Ok(Spent { cost, ..run })
+    }
+
+    /// What of the budget all points and runs of an experiment take.
     fn all(&self, experiment: &Experiment, n: u64) -> Result<u128> {
-        let points =
-            experiment.workloads.iter().map(|workload| self.flops(experiment, workload, n));
+        let points = experiment.workloads.iter().map(|workload| {
+            let flops = self.flops(experiment, workload, n)?;
+            self.cost(experiment, workload, n, flops)
+        });
         sum(points.collect::<Result<Vec<_>>>()?.into_iter())
     }
 
@@ -297,22 +346,44 @@ impl<'a> View<'a> {
         before: u128,
     ) -> Result<Row> {
         let flops = self.flops(experiment, workload, n)?;
-        let running_flops = sum([before, flops].into_iter())?;
+        let cost = self.cost(experiment, workload, n, flops)?;
+        let running = sum([before, cost].into_iter())?;
         let Experiment { name, learning_rates, seeds, .. } = experiment.clone();
+        let Plan { budget, rate, structure, .. } = self.plan;
+        let time = rate.as_ref().map(|rate| -> Result<_> {
+            let each = runs(experiment, workload, n)?.into_iter();
+            let each = each.map(|(workload, times)| rate.time(*structure, &workload, times));
+            Ok(rate.sum(each.collect::<Result<Vec<_>>>()?))
+        });
+        let time = time.transpose()?;
         Ok(Row {
             name,
-            workload: experiment.at(workload, n),
+            workload: experiment.at(workload, n)?,
             learning_rates,
             seeds,
             runs: experiment.runs(),
             flops_per_run: flops / experiment.runs(),
             flops,
-            share: flops as f64 / self.plan.budget as f64,
-            running_flops,
-            left_flops: self.plan.budget.saturating_sub(running_flops),
+            time,
+            share: cost as f64 / budget.amount as f64,
+            balance: RowBalance {
+                budget: *budget,
+                cost,
+                running,
+                left: budget.amount.saturating_sub(running),
+            },
             beside_flops: None,
         })
     }
+}
+
+/// Everything that one point runs, and how often: none of it where the unknown is 0, though only what
+/// can run once can be counted.
+fn runs(experiment: &Experiment, workload: &Workload, n: u64) -> Result<Vec<(Workload, u128)>> {
+    let none = experiment.unknown.is_some() && n == 0;
+    let runs = if none { 0 } else { experiment.runs() };
+    let all = experiment.all_at(workload, n.max(1))?.into_iter();
+    Ok(all.map(|(workload, times)| (workload, times.saturating_mul(runs))).collect())
 }
 
 fn sum(mut parts: impl Iterator<Item = u128>) -> Result<u128> {

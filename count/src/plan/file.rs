@@ -11,11 +11,16 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::values::{Count, CountOrMax, Flops, Grid, Natural, Rate};
+use super::{
+    budget::Stated,
+    values::{Count, Dimension, Grid, Natural, Rate, dimension},
+};
 use crate::{
     config::{Layers, Modules, TargetModules},
     error::{Error, Result},
-    workload::Logits,
+    hardware::Precision,
+    rate::{Amount, Share},
+    workload::{AttentionMode, Key, Kind, Layout, Value},
 };
 
 /// The whole file. Absent keys have the command line's defaults; the budget's is 1e17 FLOPs.
@@ -24,7 +29,7 @@ use crate::{
 pub struct PlanFile {
     /// What there is to spend.
     #[serde(default = "default_budget")]
-    pub budget: Flops,
+    pub budget: Stated,
     /// Which ops are counted.
     pub structure: Option<String>,
     /// What they cost: a preset, or a TOML file beside the plan.
@@ -33,112 +38,59 @@ pub struct PlanFile {
     pub preset: Option<String>,
     /// … or as a `config.json` beside the plan.
     pub config: Option<PathBuf>,
+    /// Element type of weights and activations: f32, or bf16 with a `gpu`.
+    pub dtype: Option<String>,
+    /// The GPU, by its name in the list.
+    pub gpu: Option<String>,
+    /// How many of them.
+    pub gpus: Option<Count>,
+    /// Share of the peak that the model's FLOPs reach.
+    pub mfu: Option<Share>,
+    /// Share of the peak that all FLOPs reach, recomputed ones among them.
+    pub hfu: Option<Share>,
+    /// Element type of the peak; that of `dtype` otherwise.
+    pub peak: Option<Precision>,
+    /// A report of `bench` beside the plan, in place of a GPU.
+    pub from_bench: Option<PathBuf>,
+    /// Dollars for an hour of one GPU.
+    pub price_per_gpu_hour: Option<Amount>,
+    /// Watts that one GPU draws.
+    pub watts: Option<Amount>,
     /// What is to be run, in order.
     #[serde(default, rename = "experiment")]
     pub experiments: Vec<ExperimentTable>,
 }
 
-fn default_budget() -> Flops {
-    Flops(10u128.pow(17))
+fn default_budget() -> Stated {
+    Stated::Flops(10u128.pow(17))
 }
 
-/// What an experiment does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// Steps of training.
-    Train,
-    /// Forward passes with a loss.
-    #[serde(alias = "eval")]
-    Evaluate,
-    /// One forward pass, after others if there is a past.
-    Forward,
-    /// New tokens after a prompt.
-    Generate,
-}
-
-impl Kind {
-    /// As the file spells it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Train => "train",
-            Self::Evaluate => "evaluate",
-            Self::Forward => "forward",
-            Self::Generate => "generate",
-        }
-    }
-
-    /// The keys that mean something for this kind, beside those of every kind.
-    const fn keys(self) -> &'static [&'static str] {
-        match self {
-            Self::Train => &["seq", "steps", "accumulate", "full", "recompute"],
-            Self::Evaluate => &["seq", "passes"],
-            Self::Forward => &["seq", "past", "logits"],
-            Self::Generate => &[
-                "prompt_tokens",
-                "new_tokens",
-                "kv_cache",
-                "temperature",
-                "top_k",
-                "top_p",
-                "repeat_penalty",
-            ],
-        }
-    }
-}
-
+/// Keys of an experiment beside the dimensions of its workload.
 const KEYS_OF_ALL: [&str; 9] = [
     "name",
     "kind",
-    "batch",
     "lora_rank",
     "lora_targets",
     "lora_layers",
     "lora_rank_pattern",
+    "attention",
     "learning_rate",
     "seed",
 ];
 
+/// Keys of an experiment that trains.
+const KEYS_OF_TRAINING: [&str; 4] = ["eval_rows", "eval_lengths", "eval_every", "check_gradients"];
+
+/// Keys of an experiment whose sequences may differ in length: all but verification.
+const KEYS_OF_LENGTHS: [&str; 3] = ["lengths", "layout", "packing"];
+
 /// One `[[experiment]]`.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ExperimentTable {
     /// How tables call it; its kind and place otherwise.
     pub name: Option<String>,
     /// What it does.
     pub kind: Kind,
-    /// Sequences of a step, a pass or a generation.
-    pub batch: Option<Grid<Count>>,
-    /// Tokens of each sequence.
-    pub seq: Option<Grid<Count>>,
-    /// Optimizer steps.
-    pub steps: Option<CountOrMax>,
-    /// Batches of each optimizer step.
-    pub accumulate: Option<Count>,
-    /// Every weight is trained, not the adapters alone.
-    pub full: Option<bool>,
-    /// Layers run forward again for their gradients.
-    pub recompute: Option<bool>,
-    /// Passes over as many rows.
-    pub passes: Option<Count>,
-    /// Tokens in the cache before the pass.
-    pub past: Option<Natural>,
-    /// At which positions logits are asked for.
-    pub logits: Option<Logits>,
-    /// Tokens of each prompt.
-    pub prompt_tokens: Option<Grid<Count>>,
-    /// Tokens chosen for each sequence.
-    pub new_tokens: Option<CountOrMax>,
-    /// Without a cache, each pass runs over the whole context.
-    pub kv_cache: Option<bool>,
-    /// 0 is greedy.
-    pub temperature: Option<f64>,
-    /// Draw among the k likeliest.
-    pub top_k: Option<Count>,
-    /// Draw among the likeliest that together hold this probability.
-    pub top_p: Option<f64>,
-    /// Factor against tokens already seen.
-    pub repeat_penalty: Option<f64>,
     /// Rank of the adapters; 0 is none.
     pub lora_rank: Option<Grid<Natural>>,
     /// Adapted projections.
@@ -147,10 +99,29 @@ pub struct ExperimentTable {
     pub lora_layers: Option<Layers>,
     /// Ranks that differ from `lora_rank`, by projection or by that of one layer.
     pub lora_rank_pattern: Option<BTreeMap<Modules, usize>>,
+    /// Which scores attention computes.
+    pub attention: Option<Grid<AttentionMode>>,
     /// One run each; they cost the same.
     pub learning_rate: Option<Grid<Rate>>,
     /// One run each; they cost the same.
     pub seed: Option<Grid<Natural>>,
+    /// Of a training, held-out rows that are scored before, between and after its steps.
+    pub eval_rows: Option<Count>,
+    /// Lengths of the held-out rows in place of their number: a file beside the plan.
+    pub eval_lengths: Option<PathBuf>,
+    /// Lengths of sequences in place of one for all: a file beside the plan.
+    pub lengths: Option<PathBuf>,
+    /// How these lie in a pass.
+    pub layout: Option<Layout>,
+    /// Short for a layout of `packed`.
+    pub packing: Option<bool>,
+    /// After how many steps each time.
+    pub eval_every: Option<Count>,
+    /// Trained tensors whose gradients are compared with differences of the loss.
+    pub check_gradients: Option<Count>,
+    /// Dimensions of its workload, as [`Key`] names them.
+    #[serde(flatten)]
+    pub dimensions: toml::Table,
 }
 
 /// A parsed plan file that still knows where each key stands.
@@ -189,27 +160,74 @@ impl<'a> Source<'a> {
             ));
         }
         for (index, experiment) in plan.experiments.iter().enumerate() {
-            source.check_keys(index, experiment.kind)?;
+            source.check_keys(index, experiment)?;
         }
         Ok((source, plan))
     }
 
     /// Refuses keys that mean nothing for an experiment's kind.
-    fn check_keys(&self, index: usize, kind: Kind) -> Result<()> {
+    fn check_keys(&self, index: usize, experiment: &ExperimentTable) -> Result<()> {
+        let kind = experiment.kind;
         let keys = self.experiment(index).into_iter().flat_map(DeTable::keys);
-        let known = |key: &str| KEYS_OF_ALL.contains(&key) || kind.keys().contains(&key);
-        match keys.map(|key| key.get_ref().as_ref()).find(|key| !known(key)) {
-            None => Ok(()),
-            Some(key) => {
-                let why = format!("means nothing where kind = \"{}\"", kind.name());
-                Err(self.fail(Some(index), key, &why))
+        // Flags are spelled with `-`, keys of a plan are not.
+        let named = |key: &str| Key::named(key).filter(|_| !key.contains('-'));
+        let own: &[&[&str]] = match kind {
+            Kind::Train => &[&KEYS_OF_ALL, &KEYS_OF_LENGTHS, &KEYS_OF_TRAINING],
+            Kind::Forward | Kind::Generate | Kind::Evaluate => &[&KEYS_OF_ALL, &KEYS_OF_LENGTHS],
+            Kind::Verify => &[&KEYS_OF_ALL],
+        };
+        let own = own.concat();
+        let known = |key: &str| {
+            let of_task = named(key).is_some_and(|key| key.is_of(&kind.task()));
+            of_task || own.contains(&key)
+        };
+        let Some(key) = keys.map(|key| key.get_ref().as_ref()).find(|key| !known(key)) else {
+            return self.check_values(index, experiment);
+        };
+        let of_another = named(key).is_some()
+            || KEYS_OF_TRAINING.contains(&key)
+            || KEYS_OF_LENGTHS.contains(&key);
+        let why = match of_another {
+            true => format!("means nothing where kind = \"{}\"", kind.name()),
+            false => {
+                let of_task = kind.keys().map(|key| key.name().replace('-', "_"));
+                let known: Vec<String> = own.into_iter().map(String::from).chain(of_task).collect();
+                format!("is unknown; known: {}", known.join(", "))
             }
+        };
+        Err(self.fail(Some(index), key, &why))
+    }
+
+    /// Refuses values that a dimension cannot have.
+    fn check_values(&self, index: usize, experiment: &ExperimentTable) -> Result<()> {
+        for (name, value) in &experiment.dimensions {
+            let Some(key) = Key::named(name) else { continue };
+            let values = match dimension(key, value) {
+                Ok(Dimension::Each(values) | Dimension::Together(values)) => Ok(values),
+                Ok(Dimension::Max) => Ok(vec![]),
+                Err(why) => Err(why),
+            };
+            let mut task = experiment.kind.task();
+            let set = |value: &Value| key.set(&mut task, value);
+            let checked = values.and_then(|values| values.iter().try_for_each(set));
+            checked.map_err(|why| self.fail(Some(index), name, &why))?;
         }
+        Ok(())
+    }
+
+    /// A file that the plan names, which is sought beside it.
+    pub fn beside(&self, file: &Path) -> PathBuf {
+        self.file.parent().unwrap_or(Path::new("")).join(file)
     }
 
     /// The error that `key`, of an experiment or of the plan itself, is wrong in its value.
     pub fn fail(&self, experiment: Option<usize>, key: &str, why: &str) -> anyhow::Error {
         fail(self.file, self.line(experiment, key), Some(key), why)
+    }
+
+    /// Whether the plan itself has `key`.
+    pub fn has(&self, key: &str) -> bool {
+        self.table.get_ref().contains_key(key)
     }
 
     /// The line of a key, of the experiment if it lacks the key, or the first line.
@@ -291,7 +309,10 @@ mod tests {
             (&format!("{head}stesp = 3"), &["line 4", "`stesp`"]),
             (&format!("{head}steps = -3"), &["line 4: `steps`", "negative"]),
             (&format!("{head}steps = 0"), &["line 4: `steps`", "at least 1"]),
-            (&format!("{head}steps = \"most\""), &["line 4: `steps`", "\"max\""]),
+            (
+                &format!("{head}steps = \"most\""),
+                &["line 4: `steps`", "\"most\", not a whole number"],
+            ),
             (&format!("{head}steps = 1.5"), &["line 4: `steps`", "1.5"]),
             (&format!("{head}batch = \"x\""), &["line 4: `batch`", "whole number"]),
             (&format!("{head}seq = []"), &["line 4: `seq`", "empty"]),
@@ -303,7 +324,7 @@ mod tests {
             (&format!("{head}name = 3"), &["line 4: `name`", "string"]),
             (
                 &format!("{head}\n[[experiment]]\nkind = \"evaluate\"\n\nsteps = 2"),
-                &["line 8: `steps`", "evaluate"],
+                &["line 8: `steps`", "eval"],
             ),
         ] {
             let error = refused(text);

@@ -6,6 +6,8 @@
 //! (`steps = "max"`, `new_tokens = "max"`): it takes what all the others leave.
 
 mod account;
+mod balance;
+mod budget;
 mod experiments;
 mod file;
 mod solve;
@@ -13,6 +15,8 @@ mod spent;
 mod values;
 
 pub use account::{Account, Beside, Broken, Row, Solved};
+pub use balance::{Balance, Lack, NextOver, RowBalance};
+pub use budget::{Budget, Stated, Unit};
 pub use experiments::{Experiment, Plan, Unknown};
-pub use file::Kind;
 pub use spent::Spent;
+pub use values::Flops;

@@ -8,10 +8,11 @@ use crate::{
     error::{Error, Result},
     prices::Prices,
     run::FinishedRun,
+    workload::Workload,
 };
 
 /// A finished run.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Spent {
     /// The report that it left.
     pub file: PathBuf,
@@ -19,6 +20,12 @@ pub struct Spent {
     pub command: String,
     /// FLOPs under the plan's prices.
     pub flops: u128,
+    /// The same in the unit of the plan's budget.
+    #[serde(skip)]
+    pub cost: u128,
+    /// What ran.
+    #[serde(skip)]
+    pub workload: Vec<Workload>,
     /// The run's own price list, where it is another than the plan's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub repriced_from: Option<String>,
@@ -61,6 +68,8 @@ impl Spent {
             file: file.into(),
             command: run.command,
             flops,
+            cost: flops,
+            workload: run.workload,
             repriced_from: repriced.then_some(run.prices.name),
             audited: run.balanced == Some(true),
         })

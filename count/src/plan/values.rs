@@ -3,8 +3,10 @@
 use serde::Deserialize;
 use toml::Value;
 
+use crate::workload::{self, AttentionMode, Form, Key};
+
 /// What the message of every refused amount ends with.
-const HOW: &str = "write a number and its unit, such as \"1e17 FLOP\" or \"100 PFLOP\"";
+pub(super) const HOW: &str = "write a number and its unit, such as \"1e17 FLOP\" or \"100 PFLOP\"";
 
 /// A number of FLOPs, at least 1, read from a string that carries its unit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -27,8 +29,10 @@ impl Flops {
         let Some((number, times)) = amount else {
             let rate = ["FLOPS", "FLOP/s", "FLOPs/s"].iter().any(|unit| text.ends_with(unit));
             let word = text.ends_with(|c: char| c.is_alphabetic() || c == '$');
+            let number = text.starts_with(|c: char| c.is_ascii_digit() || "+-.".contains(c));
             return Err(bad(match (rate, word) {
                 (true, _) => "is a rate, not an amount",
+                (false, true) if !number => "is no number with its unit",
                 (false, true) => "has a unit that is none of FLOPs",
                 (false, false) => "has no unit",
             }));
@@ -63,7 +67,7 @@ const UNITS: [(&[&str], u128); 2] = [
 ];
 
 /// `number` · 10^`shift`; none where it is no decimal number.
-fn decimal(number: &str, shift: i64) -> Option<Result<u128, &'static str>> {
+pub(super) fn decimal(number: &str, shift: i64) -> Option<Result<u128, &'static str>> {
     let (mantissa, exponent) = number.split_once(['e', 'E']).unwrap_or((number, "0"));
     let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
     let all = format!("{whole}{fraction}");
@@ -134,6 +138,16 @@ impl TryFrom<Value> for Count {
     }
 }
 
+impl TryFrom<Value> for AttentionMode {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        let known = Self::ALL.map(|mode| format!("\"{mode}\"")).join(" or ");
+        let found = value.as_str().and_then(Self::named);
+        found.ok_or_else(|| format!("is {}, not {known}", describe(&value)))
+    }
+}
+
 /// A learning rate: finite, above 0.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(try_from = "Value")]
@@ -154,26 +168,46 @@ impl TryFrom<Value> for Rate {
     }
 }
 
-/// A whole number of at least 1, or the largest that fits the budget.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "Value")]
-pub enum CountOrMax {
-    /// As given.
-    Count(u64),
-    /// `"max"`: to be solved.
-    Max,
+/// The values of a key of a workload: one, a list, or `"max"`, the largest that fits the budget.
+///
+/// # Errors
+/// What is wrong, as the rest of a sentence that begins with the key.
+pub fn dimension(key: Key, value: &toml::Value) -> Result<Dimension, String> {
+    let one = |value: &toml::Value| match value {
+        toml::Value::Integer(n) => match u64::try_from(*n) {
+            Ok(n) => Ok(workload::Value::Number(n)),
+            Err(_) => Err(format!("is negative: {n}")),
+        },
+        toml::Value::Boolean(on) => Ok(workload::Value::Switch(*on)),
+        toml::Value::Float(n) => Ok(workload::Value::Real(*n)),
+        toml::Value::String(text) => Ok(workload::Value::Text(text.clone())),
+        other => Err(format!("is {}", describe(other))),
+    };
+    match value {
+        toml::Value::String(text) if text == "max" => Ok(Dimension::Max),
+        // Turns are a list by themselves.
+        toml::Value::Array(list) if key.form() == Form::Turns => {
+            list.iter().map(one).collect::<Result<_, _>>().map(Dimension::Together)
+        }
+        toml::Value::Array(list) if list.is_empty() => {
+            Err("is an empty list, so nothing would run".into())
+        }
+        toml::Value::Array(list) => {
+            list.iter().map(one).collect::<Result<_, _>>().map(Dimension::Each)
+        }
+        other => one(other).map(|one| Dimension::Each(vec![one])),
+    }
 }
 
-impl TryFrom<Value> for CountOrMax {
-    type Error = String;
-
-    fn try_from(value: Value) -> Result<Self, String> {
-        match value {
-            Value::String(text) if text == "max" => Ok(Self::Max),
-            Value::Integer(_) => Count::try_from(value).map(|Count(n)| Self::Count(n)),
-            other => Err(format!("is {}, not a whole number or \"max\"", describe(&other))),
-        }
-    }
+/// What a plan says of a key.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Dimension {
+    /// Each gives experiments of its own.
+    Each(Vec<workload::Value>),
+    /// All of them in one workload.
+    Together(Vec<workload::Value>),
+    /// To be solved.
+    Max,
 }
 
 /// One value, or a list of which each value gives experiments of its own.
@@ -235,6 +269,7 @@ mod tests {
             ("", "has no unit"),
             ("3 GPU-hours", "a unit that is none of FLOPs"),
             ("30 $", "a unit that is none of FLOPs"),
+            ("NaN", "no number with its unit"),
             ("1e17 flops", "a unit that is none of FLOPs"),
             ("1e35 PF-days", "128 bits"),
             ("FLOP", "not a number"),

@@ -35,6 +35,9 @@ impl Op {
     /// | rms_norm_grad | a row, with h = gain · dy: w muls (h), 2w muls and 2(w − 1) adds (Σ x², Σ h·x), 1 div (mean), 1 add (eps), 1 sqrt, 1 div (inverse), 2 muls and 1 div (c = inverse² · Σ h·x / w), then inverse · (h − c · x): 2w muls, w adds |
     /// | gain_grad | a row: the inverse as above (w muls, w adds, 2 divs, 1 sqrt), dy · x · inverse: 2w muls; summed over rows: (rows − 1)·w adds |
     /// | softmax_grad | a row: y · (dy − Σ y·dy): 2w muls, w − 1 adds, w subs |
+    /// | softmax_again | a row whose maximum and sum are known: w subs, w exps, w divs |
+    /// | row_dot | a row: w muls, w − 1 adds |
+    /// | scores_grad | a row whose s = Σ y·dy is known: y · (dy − s): w subs, w muls |
     /// | sum_rows | (rows − 1)·w adds |
     /// | embed_grad | one add an element |
     /// | cross_entropy | a row: w − 1 cmps (max), w subs, w exps, w − 1 adds, 1 log, 1 sub (target's logit), 1 mul (weight), 1 add (into the sum) |
@@ -123,6 +126,18 @@ impl Op {
                 let (r, w) = (u128::from(rows), u128::from(width));
                 other(Primitives { mul: 2 * r * w, add: r * (2 * w - 1), ..p })
             }
+            Self::SoftmaxAgain { rows, width } => {
+                let n = u128::from(rows) * u128::from(width);
+                other(Primitives { add: n, exp: n, div: n, ..p })
+            }
+            Self::RowDot { rows, width } => {
+                let (r, w) = (u128::from(rows), u128::from(width));
+                other(Primitives { mul: r * w, add: r * (w - 1), ..p })
+            }
+            Self::ScoresGrad { rows, width } => {
+                let n = u128::from(rows) * u128::from(width);
+                other(Primitives { add: n, mul: n, ..p })
+            }
             Self::SumRows { rows, width } => {
                 other(Primitives { add: (u128::from(rows) - 1) * u128::from(width), ..p })
             }
@@ -206,6 +221,14 @@ mod tests {
         assert_eq!(priced(&Prices::coursework(), Op::Gelu { n: 5 }), 5 * 16);
         assert_eq!(priced(&Prices::coursework(), Op::GeluGrad { n: 5 }), 5 * 24);
         assert_eq!(priced(&Prices::unit(), Op::Shift { n: 5 }), 5);
+        // Rows of 3: subs, exps and divs; 3 muls and 2 adds; subs and muls.
+        let (rows, width) = (2, 3);
+        assert_eq!(
+            priced(&Prices::coursework(), Op::SoftmaxAgain { rows, width }),
+            2 * (3 + 30 + 3)
+        );
+        assert_eq!(priced(&Prices::unit(), Op::RowDot { rows, width }), 2 * 5);
+        assert_eq!(priced(&Prices::unit(), Op::ScoresGrad { rows, width }), 2 * 6);
         assert_eq!(Op::CacheWrite { rows: 3, width: 8 }.cost(), Cost::default());
         assert_eq!(priced(&Prices::unit(), Op::Draw { rows: 2, width: 5 }), 2 * (4 + 1));
     }

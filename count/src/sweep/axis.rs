@@ -7,125 +7,60 @@ use serde::{Serialize, Serializer};
 use super::MOST_POINTS;
 use crate::{
     error::{Error, Result},
-    workload::Task,
+    workload::{Form, Key, Value},
 };
 
 /// What every refused `--sweep` is told.
 const FORMS: &str = "write key=a,b,c, key=a..b:*k or key=a..b:+k";
 
-/// A dimension that can be swept, named as its flag is.
+/// What varies over an axis, named as its flag is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Key {
-    /// Published size of the model.
+pub enum Swept {
+    /// The model, by the name of a preset.
     Preset,
-    /// Sequences.
-    Batch,
-    /// Tokens of each sequence.
-    Seq,
-    /// Tokens already in the cache.
-    Past,
-    /// Tokens of each prompt.
-    PromptTokens,
-    /// Tokens chosen for each sequence.
-    NewTokens,
-    /// Optimizer steps.
-    Steps,
-    /// Micro-steps of each optimizer step.
-    Accumulate,
     /// Rank of the adapters.
     LoraRank,
+    /// Element type of weights and activations.
+    Dtype,
+    /// Which scores attention computes.
+    Attention,
+    /// How sequences of listed lengths lie in a pass.
+    Layout,
+    /// A dimension of the workload.
+    Task(Key),
 }
 
-impl Key {
-    const ALL: [Self; 9] = [
-        Self::Preset,
-        Self::Batch,
-        Self::Seq,
-        Self::Past,
-        Self::PromptTokens,
-        Self::NewTokens,
-        Self::Steps,
-        Self::Accumulate,
-        Self::LoraRank,
-    ];
-
+impl Swept {
     /// The flag's name, without its dashes.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Preset => "preset",
-            Self::Batch => "batch",
-            Self::Seq => "seq",
-            Self::Past => "past",
-            Self::PromptTokens => "prompt-tokens",
-            Self::NewTokens => "new-tokens",
-            Self::Steps => "steps",
-            Self::Accumulate => "accumulate",
             Self::LoraRank => "lora-rank",
+            Self::Dtype => "dtype",
+            Self::Attention => "attention",
+            Self::Layout => "layout",
+            Self::Task(key) => key.name(),
         }
     }
 
-    /// The place of this dimension in a task that has it.
-    pub(super) fn of(self, task: &mut Task) -> Option<&mut u64> {
-        match (self, task) {
-            (
-                Self::Batch,
-                Task::Forward { batch, .. }
-                | Task::Generate { batch, .. }
-                | Task::Train { batch, .. }
-                | Task::Evaluate { batch, .. },
-            ) => Some(batch),
-            (
-                Self::Seq,
-                Task::Forward { seq, .. } | Task::Train { seq, .. } | Task::Evaluate { seq, .. },
-            ) => Some(seq),
-            (Self::Past, Task::Forward { past, .. }) => Some(past),
-            (Self::PromptTokens, Task::Generate { prompt_tokens, .. }) => Some(prompt_tokens),
-            (Self::NewTokens, Task::Generate { new_tokens, .. }) => Some(new_tokens),
-            (Self::Steps, Task::Train { steps, .. }) => Some(steps),
-            (Self::Accumulate, Task::Train { accumulate, .. }) => Some(accumulate),
-            (
-                Self::Preset
-                | Self::LoraRank
-                | Self::Seq
-                | Self::Past
-                | Self::PromptTokens
-                | Self::NewTokens
-                | Self::Steps
-                | Self::Accumulate,
-                _,
-            ) => None,
-        }
+    /// All that any kind of workload has.
+    fn all() -> impl Iterator<Item = Self> {
+        let of_task = Key::ALL.into_iter().filter(|key| key.form() != Form::Turns);
+        [Self::Preset, Self::LoraRank, Self::Dtype, Self::Attention, Self::Layout]
+            .into_iter()
+            .chain(of_task.map(Self::Task))
     }
 }
 
-impl fmt::Display for Key {
+impl fmt::Display for Swept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
     }
 }
 
-impl Serialize for Key {
+impl Serialize for Swept {
     fn serialize<S: Serializer>(&self, s: S) -> std::result::Result<S::Ok, S::Error> {
         s.serialize_str(self.name())
-    }
-}
-
-/// A value of an axis.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(untagged)]
-pub enum Value {
-    /// Of a dimension.
-    Number(u64),
-    /// Of `preset`.
-    Preset(String),
-}
-
-impl fmt::Display for Value {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Number(n) => write!(f, "{n}"),
-            Self::Preset(name) => f.pad(name),
-        }
     }
 }
 
@@ -133,7 +68,7 @@ impl fmt::Display for Value {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Axis {
     /// What varies.
-    pub key: Key,
+    pub key: Swept,
     /// Over what.
     pub values: Vec<Value>,
 }
@@ -148,18 +83,25 @@ impl FromStr for Axis {
         let Some((name, values)) = text.split_once('=') else {
             return Err(fail(format!("has no `=`; {FORMS}")));
         };
-        let key = Key::ALL.into_iter().find(|key| key.name() == name.trim()).ok_or_else(|| {
-            let known = Key::ALL.map(Key::name).join(", ");
-            fail(format!("no key `{}`; known: {known}", name.trim()))
+        let name = name.trim();
+        let key = Swept::all().find(|key| key.name() == name).ok_or_else(|| {
+            let known: Vec<_> = Swept::all().map(Swept::name).collect();
+            fail(format!("no key `{name}`; known: {}", known.join(", ")))
         })?;
-        let values = match key {
-            Key::Preset => values.split(',').map(|v| Value::Preset(v.trim().into())).collect(),
-            _ => {
-                let numbers = numbers(values);
-                let numbers = numbers.map_err(|why| fail(format!("{key} {why}; {FORMS}")))?;
-                numbers.into_iter().map(Value::Number).collect()
-            }
+        let form = match key {
+            Swept::Preset | Swept::Dtype | Swept::Attention | Swept::Layout => None,
+            Swept::LoraRank => Some(Form::Natural),
+            Swept::Task(key) => Some(key.form()),
         };
+        let values = match form {
+            None => values.split(',').map(|v| Ok(Value::Text(v.trim().into()))).collect(),
+            Some(Form::Count | Form::Natural) => {
+                numbers(values).map(|numbers| numbers.into_iter().map(Value::Number).collect())
+            }
+            Some(form) => values.split(',').map(|value| form.parse(value)).collect(),
+        };
+        let values: Result<Vec<Value>, String> = values;
+        let values = values.map_err(|why| fail(format!("{key} {why}; {FORMS}")))?;
         Ok(Self { key, values })
     }
 }
@@ -211,7 +153,7 @@ mod tests {
         let axis: Axis = text.parse().unwrap();
         let number = |value| match value {
             Value::Number(n) => n,
-            Value::Preset(name) => panic!("{name}"),
+            other => panic!("{other}"),
         };
         axis.values.into_iter().map(number).collect()
     }
@@ -226,7 +168,7 @@ mod tests {
         let last = u64::MAX;
         assert_eq!(of(&format!("seq={}..{last}:*2", last / 2)), [last / 2, last - 1]);
         let presets: Axis = "preset=tiny,qwen2.5-7b".parse().unwrap();
-        assert_eq!(presets.values[1], Value::Preset("qwen2.5-7b".into()));
+        assert_eq!(presets.values[1], Value::Text("qwen2.5-7b".into()));
     }
 
     #[test]
@@ -234,7 +176,7 @@ mod tests {
         for (text, part) in [
             ("seq", "no `=`"),
             ("seq=", "`seq=`: seq has ``"),
-            ("sequence=4", "no key `sequence`; known: preset, batch, seq"),
+            ("sequence=4", "no key `sequence`; known: preset, lora-rank, dtype, attention, layout"),
             ("seq=a", "seq has `a`"),
             ("seq=-4", "`-4`"),
             ("seq=1..8", "seq lacks its step"),

@@ -2,7 +2,7 @@
 
 mod axis;
 
-pub use axis::{Axis, Key, Value, numbers};
+pub use axis::{Axis, Swept, numbers};
 
 use std::collections::BTreeMap;
 
@@ -15,8 +15,8 @@ use crate::{
     error::{Error, Result},
     ledger::Dtype,
     prices::{Prices, Primitives},
-    tally::Component,
-    workload::{Task, Workload},
+    tally::{Component, Tally},
+    workload::{AttentionMode, Layout, Task, Value, Workload, tasks_of},
 };
 
 /// Most points of a grid.
@@ -29,8 +29,16 @@ pub struct Base {
     pub model: ModelConfig,
     /// Its adapters, unchecked.
     pub lora: LoraConfig,
+    /// Element type of weights and activations.
+    pub dtype: Dtype,
+    /// Which scores attention computes.
+    pub attention: AttentionMode,
     /// What is run.
     pub task: Task,
+    /// Lengths of its sequences, where they are listed.
+    pub lengths: Option<Vec<u64>>,
+    /// How these lie in a pass, where it is said.
+    pub layout: Option<Layout>,
 }
 
 /// The product of some axes, counted. FLOPs are exact.
@@ -49,7 +57,7 @@ pub struct Sweep {
     /// What each primitive costs.
     pub prices: Prices,
     /// What varies, the last fastest.
-    pub keys: Vec<Key>,
+    pub keys: Vec<Swept>,
     /// All points of the grid.
     pub points: Vec<Point>,
 }
@@ -59,9 +67,15 @@ pub struct Sweep {
 pub struct Point {
     /// A value for each key.
     #[serde(serialize_with = "by_name")]
-    pub at: Vec<(Key, Value)>,
+    pub at: Vec<(Swept, Value)>,
     /// FLOPs under the sweep's prices.
     pub total_flops: u128,
+    /// Tokens fed.
+    pub tokens: u128,
+    /// FLOPs for each of them.
+    pub flops_per_token: f64,
+    /// Bytes that the workload needs at least, as [`Workload::bytes`] sums them.
+    pub memory_bytes: u128,
     /// Of which in adapters.
     pub lora_flops: u128,
     /// Multiply-accumulates of matmuls.
@@ -70,7 +84,7 @@ pub struct Point {
     pub primitives: Primitives,
 }
 
-fn by_name<S: Serializer>(at: &[(Key, Value)], s: S) -> std::result::Result<S::Ok, S::Error> {
+fn by_name<S: Serializer>(at: &[(Swept, Value)], s: S) -> std::result::Result<S::Ok, S::Error> {
     s.collect_map(at.iter().map(|(key, value)| (key, value)))
 }
 
@@ -95,8 +109,8 @@ impl Sweep {
         };
         let points = (0..size).map(|index| {
             let at = point(axes, index);
-            let workload = workload(base, &presets, &at);
-            let counted = workload.and_then(|w| count(&w, structure, prices, &at));
+            let workloads = workloads(base, &presets, &at);
+            let counted = workloads.and_then(|all| count(&all, structure, prices, &at));
             counted.map_err(|e| placed(e, &at))
         });
         Ok(Self {
@@ -120,14 +134,24 @@ fn check(base: &Base, axes: &[Axis]) -> Result<BTreeMap<String, ModelConfig>> {
         if axes[..index].iter().any(|earlier| earlier.key == key) {
             return Err(Error::flag("--sweep", format!("`{key}` is given twice")).into());
         }
-        let found =
-            matches!(key, Key::Preset | Key::LoraRank) || key.of(&mut base.task.clone()).is_some();
-        if !found {
-            let why = format!("`{key}` is no dimension of {}", base.task.name());
+        let name = base.task.name();
+        let why = match (key, &base.lengths) {
+            (Swept::Preset | Swept::LoraRank | Swept::Dtype | Swept::Attention, _)
+            | (Swept::Layout, Some(_)) => None,
+            (Swept::Layout, None) => Some("`layout` needs --lengths".into()),
+            (Swept::Task(key), _) if !key.is_of(&base.task) => {
+                Some(format!("`{key}` is no dimension of {name}"))
+            }
+            (Swept::Task(key), Some(_)) if base.task.kind().listed().contains(&key) => {
+                Some(format!("`{key}` of {name} follows from --lengths"))
+            }
+            (Swept::Task(_), _) => None,
+        };
+        if let Some(why) = why {
             return Err(Error::flag("--sweep", why).into());
         }
         for value in &axis.values {
-            if let Value::Preset(name) = value {
+            if let (Swept::Preset, Value::Text(name)) = (key, value) {
                 presets.insert(name.clone(), ModelConfig::preset(name)?);
             }
         }
@@ -136,7 +160,7 @@ fn check(base: &Base, axes: &[Axis]) -> Result<BTreeMap<String, ModelConfig>> {
 }
 
 /// Point `index` of the product, the last axis fastest.
-fn point(axes: &[Axis], mut index: usize) -> Vec<(Key, Value)> {
+fn point(axes: &[Axis], mut index: usize) -> Vec<(Swept, Value)> {
     let mut at: Vec<_> = axes
         .iter()
         .rev()
@@ -150,45 +174,69 @@ fn point(axes: &[Axis], mut index: usize) -> Vec<(Key, Value)> {
     at
 }
 
-fn workload(
+/// All that one point runs: of listed lengths, an evaluation's last pass is a workload of its own.
+fn workloads(
     base: &Base,
     presets: &BTreeMap<String, ModelConfig>,
-    at: &[(Key, Value)],
-) -> Result<Workload> {
-    let (mut model, mut rank, mut task) = (&base.model, base.lora.rank, base.task);
+    at: &[(Swept, Value)],
+) -> Result<Vec<Workload>> {
+    let (mut model, mut rank, mut dtype) = (&base.model, base.lora.rank, base.dtype);
+    let (mut attention, mut layout) = (base.attention, base.layout);
+    let mut task = base.task.clone();
     for (key, value) in at {
-        match value {
-            Value::Preset(name) => model = presets.get(name).unwrap_or(model),
-            Value::Number(n) if *key == Key::LoraRank => {
-                rank = usize::try_from(*n).unwrap_or(usize::MAX);
+        let fail = |why: String| Error::flag(format!("--{key}"), why);
+        match (key, value) {
+            (Swept::Task(key), value) => key.set(&mut task, value).map_err(fail)?,
+            (Swept::Preset, Value::Text(name)) => model = presets.get(name).unwrap_or(model),
+            (Swept::Dtype, Value::Text(name)) => {
+                let known = || fail(format!("has `{name}`; known: f32, f16, bf16"));
+                dtype = Dtype::named(name).ok_or_else(known)?;
             }
-            Value::Number(n) => {
-                if let Some(place) = key.of(&mut task) {
-                    *place = *n;
-                }
+            (Swept::Attention, Value::Text(name)) => {
+                let known = || fail(format!("has `{name}`; known: dense, blocked"));
+                attention = AttentionMode::named(name).ok_or_else(known)?;
             }
+            (Swept::Layout, Value::Text(name)) => {
+                let known = || fail(format!("has `{name}`; known: padded, bucketed, packed"));
+                layout = Some(Layout::named(name).ok_or_else(known)?);
+            }
+            (Swept::LoraRank, Value::Number(n)) => rank = usize::try_from(*n).unwrap_or(usize::MAX),
+            (
+                Swept::Preset | Swept::Dtype | Swept::Attention | Swept::Layout | Swept::LoraRank,
+                value,
+            ) => return Err(fail(format!("has {value}, which it cannot be")).into()),
         }
     }
-    // Nothing that is counted by itself ends early.
-    if let Task::Generate { new_tokens, max_new_tokens, .. } = &mut task {
-        *max_new_tokens = *new_tokens;
-    }
     let lora = LoraConfig { rank, ..base.lora.clone() }.checked(model)?;
-    Ok(Workload { model: model.clone(), lora, dtype: Dtype::F32, task })
+    let tasks = match &base.lengths {
+        Some(lengths) => tasks_of(lengths, layout, task)?,
+        None => vec![task],
+    };
+    let workload =
+        |task| Workload { model: model.clone(), lora: lora.clone(), dtype, attention, task };
+    Ok(tasks.into_iter().map(workload).collect())
 }
 
 fn count(
-    workload: &Workload,
+    workloads: &[Workload],
     structure: Structure,
     prices: &Prices,
-    at: &[(Key, Value)],
+    at: &[(Swept, Value)],
 ) -> Result<Point> {
-    let tally = analytic::count(structure, workload)?;
+    let mut tally = Tally::default();
+    for workload in workloads {
+        tally.extend(analytic::count(structure, workload)?)?;
+    }
     let total = tally.sum(|_, _| true)?;
     let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
+    let total_flops = prices.flops(&total)?;
+    let tokens: u128 = workloads.iter().map(|w| w.task.tokens().fed).sum();
     Ok(Point {
         at: at.to_vec(),
-        total_flops: prices.flops(&total)?,
+        total_flops,
+        tokens,
+        flops_per_token: total_flops as f64 / tokens as f64,
+        memory_bytes: workloads.iter().map(Workload::bytes).max().unwrap_or(0),
         lora_flops: prices.flops(&lora)?,
         matmul_macs: total.macs,
         primitives: total.primitives(),
@@ -196,7 +244,7 @@ fn count(
 }
 
 /// The error, with the point that caused it.
-fn placed(error: anyhow::Error, at: &[(Key, Value)]) -> anyhow::Error {
+fn placed(error: anyhow::Error, at: &[(Swept, Value)]) -> anyhow::Error {
     let at: Vec<_> = at.iter().map(|(key, value)| format!("{key}={value}")).collect();
     match error.downcast_ref() {
         Some(Error::Flag { flag, why }) => {

@@ -11,7 +11,7 @@ use flopaudit_count::{
         Window,
     },
     ledger::Dtype,
-    workload::{Logits, Sampling, Task, Workload},
+    workload::{AttentionMode, Lengths, Logits, Ragged, Rows, Sampling, Task, Turn, Workload},
 };
 use proptest::{collection::vec, option, prelude::*};
 
@@ -37,6 +37,9 @@ pub const SMALL: Sizes = Sizes {
     window: 1..12,
     length: 1..9,
 };
+
+/// Lengths of a few blocks of attention.
+pub const BLOCKS: Sizes = Sizes { layers: 1..3, window: 1..200, length: 1..200, ..SMALL };
 
 /// As large as models are.
 pub const LARGE: Sizes = Sizes {
@@ -102,6 +105,7 @@ prop_compose! {
             num_key_value_heads: kv,
             head_dim: extra.map(|_| 2 * half),
             tie_word_embeddings: tied,
+            head_stored_apart: !tied && vocab % 2 == 0,
             ..ModelConfig::preset("tiny").unwrap()
         }
     }
@@ -133,7 +137,7 @@ prop_compose! {
     }
 }
 
-fn samplings() -> impl Strategy<Value = Sampling> {
+pub fn samplings() -> impl Strategy<Value = Sampling> {
     let stochastic = (0.1f64..3.0, option::of(1usize..100), option::of(0.1f64..1.0));
     (option::of(stochastic), prop_oneof![Just(1.0), Just(1.2)]).prop_map(
         |(stochastic, repeat_penalty)| match stochastic {
@@ -146,38 +150,123 @@ fn samplings() -> impl Strategy<Value = Sampling> {
 }
 
 pub fn tasks(length: Range<u64>) -> impl Strategy<Value = Task> {
-    let past = 0..2 * length.end;
-    // Of training, also lengths beyond one chunk of the loss.
-    let text = prop_oneof![3 => length.clone(), 1 => 80u64..300];
-    let logits = prop_oneof![Just(Logits::All), Just(Logits::Last)];
     prop_oneof![
-        (1u64..5, length.clone(), past, logits)
-            .prop_map(|(batch, seq, past, logits)| Task::Forward { batch, seq, past, logits }),
-        (1u64..5, length.clone(), length.clone(), 0u64..9, any::<bool>(), samplings()).prop_map(
-            |(batch, prompt_tokens, new_tokens, more, kv_cache, sampling)| Task::Generate {
+        2 => forwards(length.clone()),
+        3 => generations(length.clone()),
+        1 => (1u64..5, length.clone(), 1..=length.end / 2, 0..=length.end / 2, 1u64..6).prop_map(
+            |(batch, past, drafted, accepted, rounds)| {
+                let accepted = accepted.min(drafted);
+                Task::Verify { batch, past, drafted, accepted, rounds }
+            }
+        ),
+        3 => (rows(length.clone()), 1u64..4, length.clone(), any::<[bool; 3]>()).prop_map(
+            |((batch, seq, passes, rows), divisor, steps, [full, recompute, clip])| {
+                // Where rows are whole, their number is free; else it is that of the passes.
+                let accumulate = (1..=divisor).rev().find(|n| passes.is_multiple_of(*n)).unwrap();
+                let steps = if rows.is_whole() { steps } else { passes / accumulate };
+                Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows }
+            }
+        ),
+        1 => rows(length.clone())
+            .prop_map(|(batch, seq, passes, rows)| Task::Evaluate { batch, seq, passes, rows }),
+    ]
+}
+
+fn forwards(length: Range<u64>) -> impl Strategy<Value = Task> {
+    let past = 0..2 * length.end;
+    let logits = prop_oneof![Just(Logits::All), Just(Logits::Last), Just(Logits::None)];
+    let sequences = option::weighted(0.3, ragged(length.clone()));
+    (1u64..5, length, past, logits, sequences).prop_map(|(batch, seq, past, logits, sequences)| {
+        let Some(sequences) = sequences else {
+            return Task::Forward { batch, seq, past, logits, sequences };
+        };
+        let lengths = sequences.lengths();
+        let (batch, seq) = match &sequences {
+            Ragged::Padded(_) => (lengths.count() as u64, lengths.range().unwrap().1),
+            Ragged::Packed(_) => (1, lengths.tokens() as u64),
+        };
+        Task::Forward { batch, seq, past: 0, logits, sequences: Some(sequences) }
+    })
+}
+
+/// Sequences of any lengths together, padded or packed.
+fn ragged(length: Range<u64>) -> impl Strategy<Value = Ragged> {
+    (vec(length, 1..6), any::<bool>()).prop_map(|(lengths, padded)| {
+        let of = if padded { Ragged::Padded } else { Ragged::Packed };
+        of(lengths.into_iter().collect())
+    })
+}
+
+fn generations(length: Range<u64>) -> impl Strategy<Value = Task> {
+    let turns = vec((1u64..7, 1u64..7), 0..3);
+    let prompts = ragged(length.clone());
+    let alike = (1u64..5, length.clone(), 0..length.end, turns, option::of(length.clone()));
+    (alike, option::weighted(0.3, prompts), length, 0u64..9, any::<bool>(), samplings()).prop_map(
+        |((batch, prompt, past, turns, chunk), prompts, new_tokens, more, kv_cache, sampling)| {
+            let more = if turns.is_empty() { more } else { 0 };
+            let then = turns
+                .into_iter()
+                .map(|(prompt_tokens, new_tokens)| Turn { prompt_tokens, new_tokens });
+            let alike = Task::Generate {
                 batch,
-                prompt_tokens,
+                past: if kv_cache { past } else { 0 },
+                prompt_tokens: prompt,
+                prompts: None,
                 new_tokens,
                 max_new_tokens: new_tokens + more,
+                then: then.collect(),
+                prefill_chunk: chunk.filter(|_| kv_cache),
+                kv_cache,
+                sampling,
+            };
+            let Some(prompts) = prompts else { return alike };
+            let lengths = prompts.lengths();
+            Task::Generate {
+                batch: lengths.count() as u64,
+                past: 0,
+                prompt_tokens: lengths.range().unwrap().1,
+                prompts: Some(prompts),
+                new_tokens,
+                max_new_tokens: new_tokens + more,
+                then: vec![],
+                prefill_chunk: None,
                 kv_cache,
                 sampling,
             }
-        ),
-        (1u64..5, text.clone(), 1u64..5, length, any::<[bool; 3]>()).prop_map(
-            |(batch, seq, accumulate, steps, [full, recompute, clip])| Task::Train {
-                batch,
-                seq,
-                accumulate,
-                steps,
-                full,
-                recompute,
-                clip,
-            }
-        ),
-        (1u64..5, text, 1u64..9).prop_map(|(batch, seq, passes)| Task::Evaluate {
-            batch,
-            seq,
-            passes
+        },
+    )
+}
+
+/// Lengths of text, also beyond one chunk of the loss.
+fn text(length: &Range<u64>) -> impl Strategy<Value = u64> + Clone + use<> {
+    prop_oneof![3 => length.clone(), 1 => 80u64..300]
+}
+
+/// (batch, seq, passes, rows) of passes that are whole, padded or packed.
+fn rows(length: Range<u64>) -> impl Strategy<Value = (u64, u64, u64, Rows)> {
+    let whole = (1u64..5, text(&length), 1u64..9)
+        .prop_map(|(batch, seq, passes)| (batch, seq, passes, Rows::Whole));
+    let padded = (1usize..4, 1usize..5).prop_flat_map({
+        let text = text(&length);
+        move |(batch, passes)| vec(vec(text.clone(), batch), passes)
+    });
+    let packed = vec(vec(text(&length), 1..5), 1..5);
+    prop_oneof![
+        2 => whole,
+        1 => padded.prop_map(|passes| {
+            let widths = passes.iter().map(|rows| *rows.iter().max().unwrap()).collect::<Lengths>();
+            let (batch, seq) = (passes[0].len() as u64, widths.range().unwrap().1);
+            let count = passes.len() as u64;
+            let lengths = passes.into_iter().flatten().collect();
+            (batch, seq, count, Rows::Padded { widths, lengths })
+        }),
+        1 => packed.prop_map(|passes| {
+            let fed = passes.iter().map(|documents| documents.iter().sum()).collect::<Lengths>();
+            let count = passes.len() as u64;
+            let documents = passes.into_iter().flatten().collect::<Lengths>();
+            let seq = documents.range().unwrap().1;
+            let batch = fed.range().unwrap().1.div_ceil(seq);
+            (batch, seq, count, Rows::Packed { passes: fed, documents })
         }),
     ]
 }
@@ -218,12 +307,14 @@ prop_compose! {
 prop_compose! {
     pub fn workloads(sizes: Sizes)(
         (model, lora) in adapted(sizes.clone(), 8), task in tasks(sizes.length.clone()),
-        bf16 in any::<bool>(),
+        [bf16, blocked] in any::<[bool; 2]>(),
     ) -> Workload {
         let frozen = matches!(task, Task::Train { full: false, .. });
         let any = || LoraConfig::new(&model, 1, 8.0, &[Projection::OProj]).unwrap();
         let lora = if frozen && lora.rank == 0 { any() } else { lora };
-        Workload { model, lora, dtype: if bf16 { Dtype::BF16 } else { Dtype::F32 }, task }
+        let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+        let attention = if blocked { AttentionMode::Blocked } else { AttentionMode::Dense };
+        Workload { model, lora, dtype, attention, task }
     }
 }
 

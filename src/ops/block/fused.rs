@@ -60,7 +60,7 @@ pub(in crate::ops) fn embed_chosen(
 pub fn decodes(cache: &KvCache, heads: usize, widths: &[usize]) -> Result<bool> {
     let (keys, _) = cache.layer(0)?;
     let (batch, kv_heads, capacity, d) = keys.data.dims4()?;
-    let attends = || attend_space(batch, heads, kv_heads, d, capacity).is_some();
+    let attends = || attend_space(keys.data.dtype(), batch, heads, kv_heads, d, capacity).is_some();
     let rows = widths.first().is_some_and(|hidden| Kernels::takes_rows_of(*hidden));
     let packs = widths.iter().all(|width| width.is_multiple_of(8));
     Ok(Kernels::of(&[&keys.data]).is_some() && rows && packs && attends())
@@ -77,12 +77,12 @@ pub(in crate::ops) fn attend_one(
     let (&[batch, 1, width], &[_, kv_heads, capacity, d]) = (q.dims(), keys.dims()) else {
         anyhow::bail!("queries {:?} for keys {:?}", q.dims(), keys.dims());
     };
-    let (Some(workspace), Some(kernels), Some(held)) =
+    let (Some(workspace), Some(kernels), Some(counted)) =
         (a.at.workspace(), Kernels::of(&[&keys.data, &values.data]), cache.on_device())
     else {
         anyhow::bail!("attention over what a device counts needs its kernels");
     };
-    let space = attend_space(batch, width / d, kv_heads, d, capacity);
+    let space = attend_space(keys.data.dtype(), batch, width / d, kv_heads, d, capacity);
     let Some((lookers, splits)) = space else { anyhow::bail!("no kernel for heads of {d}") };
     let out = workspace.take(&kernels, (batch, width))?;
     let shares = workspace.take_f32(&kernels, (batch * width / d, splits * (d + 2)))?;
@@ -96,8 +96,9 @@ pub(in crate::ops) fn attend_one(
         v: &v.data.squeeze(1)?,
         keys,
         values,
-        held,
+        counted,
         held_now: cache.held() as u64 + 1,
+        behind: cache.behind(),
         shares: &shares.0.data,
         done: &done,
     })?;
@@ -287,7 +288,8 @@ impl<'a> Fused<'a> {
             .filter_map(|(product, out)| Some((product.adapter?, out.data.squeeze(1))))
             .map(|(adapter, out)| Ok((adapter, out?)))
             .collect::<Result<_>>()?;
-        let kind = |(adapter, _): &(LowRank, _)| (adapter.a.1.dims()[0], adapter.factor.to_bits());
+        let kind =
+            |(adapter, _): &(LowRank, _)| (adapter.a.1.dims()[0], adapter.scaling.value.to_bits());
         adapters.sort_by_key(kind);
         adapters
             .chunk_by(|a, b| kind(a) == kind(b))

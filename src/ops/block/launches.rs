@@ -5,6 +5,7 @@ use candle_core::Device;
 use super::{
     super::{
         Attention, Kernel, Nodes, Ops, Tensor,
+        cache::Counted,
         cuda::{Adapt, Attend, Kernels, Map, Norm as KernelNorm, Out, Project},
         dtype_of,
         elementwise::report_gate,
@@ -206,12 +207,14 @@ impl Kernel for Library<'_> {
     }
 
     fn run(&self, nodes: &Nodes) -> candle_core::Result<()> {
-        let (out, add) = match self.out {
-            To::Plain(out) => (out, false),
-            To::Added(_, out) => (out, true),
+        let (out, added) = match self.out {
+            To::Plain(out) => (out, None),
+            To::Added(_, out) => (out, Some(1.0)),
             To::Gated(..) => candle_core::bail!("cuBLAS has no gate"),
         };
-        self.kernels.product(nodes, out, self.x, &self.weight.data, add)
+        let kernels = self.kernels;
+        let (x, weight) = (kernels.matrices(self.x)?, kernels.matrices(&self.weight.data)?);
+        kernels.product_into(nodes, out, x, weight.t(), added)
     }
 }
 
@@ -262,7 +265,7 @@ impl Kernel for Adapted<'_> {
             let (n, r) = b.data.dims2()?;
             let (n, r) = (n as u64, r as u64);
             ops.add_at(*at, Op::Matmul { b: 1, m: rows, k: r, n }, dtype);
-            ops.add_at(scaling.0, Op::Scale { n: rows * n }, dtype);
+            ops.add_at(scaling.at, Op::Scale { n: rows * n }, dtype);
             ops.add_at(*sum, Op::Add { n: rows * n }, dtype);
         }
         Ok(())
@@ -272,7 +275,7 @@ impl Kernel for Adapted<'_> {
         // All have the first one's.
         let Some((first, _)) = self.adapters.first() else { return Ok(()) };
         let adapters: Vec<_> = self.adapters.iter().map(|(a, out)| (out, &a.b.1.data)).collect();
-        let scaling = &first.scaling.1.data;
+        let scaling = &first.scaling.tensor.data;
         self.kernels.adapt(nodes, Adapt { x: self.low, adapters: &adapters, scaling })
     }
 }
@@ -337,10 +340,12 @@ pub(super) struct AttendOne<'a> {
     pub v: &'a candle_core::Tensor,   // (B, K·d)
     pub keys: &'a Tensor,             // (B, K, capacity, d)
     pub values: &'a Tensor,           // (B, K, capacity, d)
-    /// One: tokens held before this one.
-    pub held: &'a candle_core::Tensor,
-    /// Tokens held when this is launched, the new one included.
+    /// Tokens held before this one.
+    pub counted: &'a Counted,
+    /// Tokens held of the longest sequence when this is launched, the new one included.
     pub held_now: u64,
+    /// How many fewer each sequence holds; none where all hold as many.
+    pub behind: Option<Vec<usize>>,
     pub shares: &'a candle_core::Tensor,
     pub done: &'a candle_core::Tensor,
 }
@@ -359,12 +364,13 @@ impl Kernel for AttendOne<'_> {
         for (norm, x) in [(self.a.q_norm, self.q), (self.a.k_norm, self.k)] {
             norm.map_or(Ok(()), |norm| report_norm(ops, norm, x))?;
         }
-        let write = Op::CacheWrite { rows: b, width: kv * d };
-        let [q, k] = [b * h * d, b * kv * d];
-        for op in [Op::Rope { n: q }, Op::Scale { n: q }, Op::Rope { n: k }, write, write] {
-            ops.add(op, dtype);
+        match &self.behind {
+            None => self.report_sequences(ops, [b, h, kv, d], 0, dtype),
+            Some(behind) => {
+                let each = behind.iter().map(|behind| *behind as u64);
+                each.for_each(|less| self.report_sequences(ops, [1, h, kv, d], less, dtype));
+            }
         }
-        self.report_mix(ops, [b, h, kv, d], dtype);
         Ok(())
     }
 
@@ -384,7 +390,8 @@ impl Kernel for AttendOne<'_> {
                 scale: &self.a.scale.data,
                 q_norm: self.a.q_norm.map(Into::into),
                 k_norm: self.a.k_norm.map(Into::into),
-                held: self.held,
+                held: &self.counted.held,
+                behind: self.counted.behind.as_ref(),
                 window: self.a.window,
                 shares: self.shares,
                 done: self.done,
@@ -394,12 +401,25 @@ impl Kernel for AttendOne<'_> {
 }
 
 impl AttendOne<'_> {
-    /// Scores, softmax and values over the tokens held, or over the latest of a window.
-    fn report_mix<'a>(&'a self, ops: &mut Ops<'a>, [b, h, kv, d]: [u64; 4], dtype: Dtype) {
+    /// What is computed of b sequences that hold `less` tokens fewer than the longest: rotations,
+    /// the cache, and scores, softmax and values over the tokens held, or over the latest of a
+    /// window.
+    fn report_sequences<'a>(
+        &'a self,
+        ops: &mut Ops<'a>,
+        [b, h, kv, d]: [u64; 4],
+        less: u64,
+        dtype: Dtype,
+    ) {
+        let write = Op::CacheWrite { rows: b, width: kv * d };
+        let [q, k] = [b * h * d, b * kv * d];
+        for op in [Op::Rope { n: q }, Op::Scale { n: q }, Op::Rope { n: k }, write, write] {
+            ops.add(op, dtype);
+        }
         let most = self.a.window.map_or(u64::MAX, |window| window as u64);
         let (b_kv, group, rows) = (b * kv, h / kv, b * h);
         let held = self.held_now;
-        let reached = move |held: u64| held.min(most);
+        let reached = move |held: u64| (held - less).min(most);
         let scores = move |held| Op::Matmul { b: b_kv, m: group, k: d, n: reached(held) };
         let softmax = move |held| Op::Softmax { rows, width: reached(held) };
         let values = move |held| Op::Matmul { b: b_kv, m: group, k: reached(held), n: d };

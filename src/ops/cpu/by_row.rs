@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, InplaceOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::{
@@ -37,6 +37,46 @@ fn each(a: &Tensor, b: &Tensor, f: impl Fn(f32, f32) -> f32 + Send + Sync) -> Re
         }
     };
     a.apply_op2_no_bwd(b, &ByRow(row))
+}
+
+/// sum += b, both dense f32 of one shape.
+pub(in crate::ops) fn add_into(sum: &Tensor, b: &Tensor) -> Result<()> {
+    sum.inplace_op2(b, &AddInto)
+}
+
+struct AddInto;
+
+impl InplaceOp2 for AddInto {
+    fn name(&self) -> &'static str {
+        "add_into"
+    }
+
+    fn cpu_fwd(
+        &self,
+        sum: &mut CpuStorage,
+        sum_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<()> {
+        let ranges = (sum_layout.contiguous_offsets(), b_layout.contiguous_offsets());
+        let (CpuStorage::F32(sum), CpuStorage::F32(b), (Some(in_sum), Some(in_b))) =
+            (sum, b, ranges)
+        else {
+            bail!("takes dense f32");
+        };
+        if sum_layout.dims() != b_layout.dims() {
+            bail!("{:?} beside {:?}", sum_layout.shape(), b_layout.shape());
+        }
+        let (sum, b) = (&mut sum[in_sum.0..in_sum.1], &b[in_b.0..in_b.1]);
+        let add = |(sum, b): (&mut [f32], &[f32])| {
+            sum.iter_mut().zip(b).for_each(|(sum, b)| *sum += b);
+        };
+        match sum.len() < FEW {
+            true => add((sum, b)),
+            false => sum.par_chunks_mut(FEW).zip(b.par_chunks(FEW)).for_each(add),
+        }
+        Ok(())
+    }
 }
 
 /// `f(a's row, b's row, out's row)` over the rows, along the last dimension, of two tensors of one

@@ -4,15 +4,26 @@
 //! product reaches half of what two streams of dot products do, and for bf16 it first writes the
 //! whole weight out as f32. Same multiplications, same sums, another order.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, WithDType, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType, bail};
 use rayon::prelude::*;
 
 /// Above this many rows the arithmetic, not the memory, is the bound, and the general product wins.
-pub(in crate::ops) const MOST_ROWS: usize = 8;
+const MOST_ROWS: usize = 8;
 
-/// x (m, k) · wᵀ for w (n, k), both dense f32 or bf16, accumulated in f32.
+/// Whether x · b is few rows x (m, k) times a dense weight (n, k), of which b is the transpose.
+pub(in crate::ops) fn takes_few_rows(x: &Tensor, b: &Tensor) -> bool {
+    let is_transposed = |layout: &Layout| match (layout.dims(), layout.stride()) {
+        (&[k, _], &[1, step]) => step == k,
+        _ => false,
+    };
+    let known = x.dtype() == b.dtype() && matches!(x.dtype(), DType::F32 | DType::BF16);
+    let few = x.rank() == 2 && x.dims()[0] <= MOST_ROWS;
+    few && known && [x, b].iter().all(|t| t.device().is_cpu()) && is_transposed(b.layout())
+}
+
+/// x (m, k) · wᵀ for a dense w (n, k), both f32 or bf16, accumulated in f32.
 pub(in crate::ops) fn gemv(x: &Tensor, w: &Tensor) -> Result<Tensor> {
-    x.apply_op2_no_bwd(w, &Gemv)
+    x.contiguous()?.apply_op2_no_bwd(w, &Gemv)
 }
 
 struct Gemv;

@@ -1,5 +1,6 @@
 //! Kernels for the CPU: in f32, on all threads, by loops that vectorize.
 
+mod blocks;
 mod by_row;
 mod exp;
 mod gemv;
@@ -9,8 +10,9 @@ mod optimize;
 mod product;
 mod softmax;
 
-pub(super) use by_row::map;
-pub(super) use gemv::{MOST_ROWS, gemv};
+pub(super) use blocks::{row_dots, scores_grad, softmax_again, softmax_kept};
+pub(super) use by_row::{add_into, map};
+pub(super) use gemv::{gemv, takes_few_rows};
 pub(super) use loss::{cross_entropy, cross_entropy_grad};
 pub(super) use norm::rms_norm_grad;
 pub(super) use optimize::{adamw, sum_squares};

@@ -22,7 +22,8 @@ pub(in crate::ops) fn sum_squares(x: &Tensor) -> Result<f64> {
     }
 }
 
-/// One update of a state (3, n) of parameters and both moments, dense f32, in place.
+/// One update of a state (3, n) of parameters and both moments by a gradient of n, dense f32, in
+/// place.
 pub(in crate::ops) fn adamw(state: &Tensor, gradient: &Tensor, step: &AdamWFactors) -> Result<()> {
     state.inplace_op2(gradient, &Step(step))
 }
@@ -53,13 +54,14 @@ impl InplaceOp2 for Step<'_> {
         }
         let (p, moments) = state.split_at_mut(g.len());
         let (m, v) = moments.split_at_mut(g.len());
-        let AdamWFactors { decay, rate, correction, eps, b1, b2, rest1, rest2 } = *self.0;
+        let AdamWFactors { decay, rate, correction, eps, b1, b2, rest1, rest2, .. } = *self.0;
         let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
         let chunks = p.par_chunks_mut(CHUNK).zip(moments).zip(g.par_chunks(CHUNK));
         chunks.for_each(|((p, (m, v)), g)| {
             for i in 0..p.len() {
-                m[i] = b1 * m[i] + rest1 * g[i];
-                v[i] = b2 * v[i] + rest2 * g[i] * g[i];
+                let g = g[i];
+                m[i] = b1 * m[i] + rest1 * g;
+                v[i] = b2 * v[i] + rest2 * g * g;
                 p[i] = decay * p[i] - rate * m[i] / (v[i].sqrt() / correction + eps);
             }
         });

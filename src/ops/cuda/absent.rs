@@ -2,7 +2,11 @@
 
 use candle_core::{DType, Device, Result, Tensor, bail};
 
-use super::{Fault, Listed, call::File};
+use super::{
+    Fault, Listed,
+    call::{File, Space},
+    library::Gemm,
+};
 use crate::{error, ops::launch::Nodes};
 
 /// There is none.
@@ -31,21 +35,13 @@ pub(super) unsafe fn launch<A: Copy>(
     _: &Nodes,
     _: File,
     function: String,
-    _: [u32; 3],
-    _: u32,
+    _: Space,
     _: &A,
 ) -> Result<()> {
     bail!("this build has no CUDA kernel `{function}`")
 }
 
-pub(super) unsafe fn product(
-    _: &Device,
-    _: DType,
-    _: &Nodes,
-    _: [u64; 3],
-    _: [usize; 4],
-    _: bool,
-) -> Result<()> {
+pub(super) unsafe fn product(_: &Device, _: DType, _: &Nodes, _: Gemm) -> Result<()> {
     bail!("this build has no cuBLAS")
 }
 

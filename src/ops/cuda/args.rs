@@ -2,7 +2,7 @@
 //! same structs into the header that every kernel includes, where they are templates over the
 //! element type.
 
-use super::{Element, Read, Write};
+use super::{Bf16, Element, Read, Write};
 
 arguments! {
     // Parts of several.
@@ -74,32 +74,6 @@ arguments! {
         sign: f32,
     }
 
-    struct SumSquares {
-        sum: Write<f64>,
-        x: Read<Element>,
-        n: u64,
-    }
-
-    /// One step of AdamW: p ← decay·p − rate · m / (√v / correction + eps), with
-    /// m ← b1·m + rest1·g and v ← b2·v + rest2·g².
-    struct AdamWFactors {
-        decay: f32,
-        rate: f32,
-        correction: f32,
-        eps: f32,
-        b1: f32,
-        b2: f32,
-        rest1: f32,
-        rest2: f32,
-    }
-
-    struct AdamW {
-        state: Write<f32>,
-        gradient: Read<f32>,
-        n: u64,
-        by: AdamWFactors,
-    }
-
     // rows.cu:
 
     struct Softmax {
@@ -162,6 +136,39 @@ arguments! {
         q: Read<Element>,
         keys: Read<Element>,
         values: Read<Element>,
+        /// Each row's maximum and sum, where they are kept.
+        highest: Write<f32>,
+        sums: Write<f32>,
+        /// From one key head to the next.
+        stride: u64,
+        seq: u32,
+        held: u32,
+        heads: u32,
+        kv_heads: u32,
+        window: u32,
+    }
+
+    struct AttentionDots {
+        dots: Write<f32>,
+        out: Read<Element>,
+        dy: Read<Element>,
+        rows: u64,
+        seq: u32,
+        heads: u32,
+    }
+
+    /// Gradients that are not wanted are null; dots too, where neither dq nor dk is.
+    struct AttentionGrad {
+        dq: Write<f32>,
+        dk: Write<f32>,
+        dv: Write<f32>,
+        dy: Read<Element>,
+        q: Read<Element>,
+        keys: Read<Element>,
+        values: Read<Element>,
+        highest: Read<f32>,
+        sums: Read<f32>,
+        dots: Read<f32>,
         /// From one key head to the next.
         stride: u64,
         seq: u32,
@@ -194,6 +201,7 @@ arguments! {
         q_norm: Normed,
         k_norm: Normed,
         held: Read<u32>,
+        behind: Read<u32>,
         shares: Write<f32>,
         done: Write<u32>,
         heads: u32,
@@ -272,5 +280,94 @@ arguments! {
         inverse_temperature: f32,
         top_k: u32,
         top_p: f32,
+    }
+
+    // optimizer.cu:
+
+    /// A tensor of several.
+    struct Squared {
+        x: Read<Element>,
+        n: u64,
+        /// The first of its blocks.
+        first: u32,
+        /// 1 where it is read in packs.
+        packed: u32,
+    }
+
+    struct SumSquares {
+        tensors: [Squared; 64],
+        /// One a block.
+        parts: Write<f64>,
+        /// One a tensor: the blocks that are done, 0 before.
+        done: Write<u32>,
+        sums: Write<f64>,
+    }
+
+    /// A parameter of several, with its moments.
+    struct Updated {
+        /// (3, n)
+        state: Write<f32>,
+        gradient: Read<Element>,
+        /// Where the parameter goes too, if anywhere.
+        narrow: Write<Bf16>,
+        n: u64,
+        /// The first of its blocks.
+        first: u32,
+        /// 1 where it is taken in packs.
+        packed: u32,
+    }
+
+    /// One step of AdamW: p ← decay·p − rate · m / (√v / correction + eps), with
+    /// m ← b1·m + rest1·g and v ← b2·v + rest2·g², g being clip times the gradient.
+    struct AdamWFactors {
+        clip: f32,
+        decay: f32,
+        rate: f32,
+        correction: f32,
+        eps: f32,
+        b1: f32,
+        b2: f32,
+        rest1: f32,
+        rest2: f32,
+    }
+
+    struct AdamW {
+        tensors: [Updated; 64],
+        by: AdamWFactors,
+    }
+
+    struct AddToSum {
+        out: Write<f32>,
+        sum: Read<f32>,
+        x: Read<Element>,
+        n: u64,
+    }
+
+    // sums.cu:
+
+    struct EmbedGrad {
+        table: Write<Element>,
+        ids: Read<u32>,
+        dy: Read<Element>,
+        rows: u32,
+        width: u32,
+    }
+
+    struct SumRows {
+        /// One row a block.
+        parts: Write<f32>,
+        /// What was normed, for the gradient of its gain.
+        x: Read<Element>,
+        dy: Read<Element>,
+        rows: u64,
+        width: u32,
+        eps: f32,
+    }
+
+    struct SumParts {
+        out: Write<Element>,
+        parts: Read<f32>,
+        rows: u32,
+        width: u32,
     }
 }

@@ -4,9 +4,12 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{
     Causal, Kernels,
-    args::Attention,
-    call::File,
-    tiles::{ATTENTION_SHAPES, ATTENTION_WARPS},
+    args::{Attention, AttentionDots, AttentionGrad},
+    call::{Call, File, blocks},
+    tiles::{
+        ATTENTION_BLOCK, ATTENTION_BLOCKED_WARPS, ATTENTION_GRAD_SHAPES, ATTENTION_SHAPES,
+        ATTENTION_WARPS, ELEMENT_THREADS,
+    },
 };
 use crate::ops::launch::Nodes;
 
@@ -14,6 +17,26 @@ use crate::ops::launch::Nodes;
 fn query_rows(d: usize) -> Option<u32> {
     let [_, tiles, _] = ATTENTION_SHAPES.into_iter().find(|&[width, ..]| width as usize == d)?;
     Some(ATTENTION_WARPS * 16 * tiles)
+}
+
+/// Queries and keys of a block, as tensors count.
+const BLOCK: usize = crate::workload::ATTENTION_BLOCK;
+const _: () = assert!(BLOCK == ATTENTION_BLOCK as usize, "the kernels' blocks are the ledger's");
+
+/// A block of threads that attends.
+struct Block {
+    /// Queries that it takes.
+    rows: u32,
+    warps: u32,
+}
+
+/// Bytes of shared memory of a block of the gradients' kernel, for heads of width `d`: a tile of keys
+/// and of values, two of queries and of dy, the gradient of the scores; and three numbers for each
+/// query of both tiles.
+fn gradients_space(d: usize) -> u32 {
+    let shape = ATTENTION_GRAD_SHAPES.into_iter().find(|&[width, _]| width as usize == d);
+    let [width, rows] = shape.unwrap_or([0; 2]);
+    2 * (2 * ATTENTION_BLOCK * width + 4 * rows * width + ATTENTION_BLOCK * rows) + 4 * 6 * rows
 }
 
 /// Whether keys or values (B, K, S, d) may be the held part of a cache: dense but for what follows
@@ -66,16 +89,59 @@ impl Kernels {
     ) -> Result<Tensor> {
         let name = if causal.window.is_some() { "attention_windowed" } else { "attention" };
         let call = self.call(nodes, File::Attention, name);
+        let d = q.dims().last().copied().unwrap_or(0);
+        let block = Block { rows: query_rows(d).unwrap_or(1), warps: ATTENTION_WARPS };
+        self.attend_all(&call, block, [q, k, v], causal, None)
+    }
+
+    /// The same without the blocks of [`ATTENTION_BLOCK`] queries and keys that are hidden whole,
+    /// and with each row's maximum and sum (2, B, H, T) in f32 where they are kept for the
+    /// gradients.
+    ///
+    /// # Errors
+    /// As [`Self::attention`].
+    pub(in crate::ops) fn attention_blocked(
+        &self,
+        nodes: &Nodes,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        causal: Causal,
+        keep: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let name = match causal.window {
+            Some(_) => "attention_blocked_windowed",
+            None => "attention_blocked",
+        };
+        let call = self.call(nodes, File::Attention, name);
+        let [batch, heads, seq, _] = call.dims(q)?;
+        let kept = keep.then(|| self.empty((2, batch, heads, seq), DType::F32)).transpose()?;
+        let (rows, warps) = (ATTENTION_BLOCKED_WARPS * 16, ATTENTION_BLOCKED_WARPS);
+        let block = Block { rows, warps };
+        Ok((self.attend_all(&call, block, [q, k, v], causal, kept.as_ref())?, kept))
+    }
+
+    fn attend_all(
+        &self,
+        call: &Call,
+        Block { rows, warps }: Block,
+        [q, k, v]: [&Tensor; 3],
+        causal: Causal,
+        kept: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
         let fits = causal.seq == seq && causal.own(held).is_some();
         call.check(fits && Self::attention_serves(q, k, v), &[q, k, v])?;
-        let rows = query_rows(d).unwrap_or(1);
         let out = self.empty((batch, seq, heads * d), self.dtype)?;
+        let part = |index: usize| kept.map(|kept| kept.narrow(0, index, 1)).transpose();
+        let (highest, sums) = (part(0)?, part(1)?);
         let args = Attention {
             out: call.writes(&out)?,
             q: call.reads(q)?,
             keys: call.reads_from(k)?,
             values: call.reads_from(v)?,
+            highest: call.writes_any(highest.as_ref())?,
+            sums: call.writes_any(sums.as_ref())?,
             stride: k.stride()[1] as u64,
             seq: call.size(seq)?,
             held: call.size(held)?,
@@ -85,7 +151,94 @@ impl Kernels {
         };
         let grid = [seq.div_ceil(rows as usize), heads, batch];
         // SAFETY: the tensors have these dimensions; heads of k and v are `stride` apart.
-        unsafe { call.start(&[d as u32], grid, ATTENTION_WARPS * 32, &args)? };
+        unsafe { call.start(&[d as u32], grid, warps * 32, &args)? };
         Ok(out)
+    }
+
+    /// Gradients of [`Self::attention_blocked`] towards q, k and v, those that are `wanted`, from
+    /// its output and that one's gradient (B, T, H·d) and what it kept. Blocks add to them in any
+    /// order: the last bits of a sum may differ from run to run.
+    ///
+    /// # Errors
+    /// As [`Self::attention`]; another shape of `out`, `dy` or `kept`.
+    pub(in crate::ops) fn attention_gradients(
+        &self,
+        nodes: &Nodes,
+        [q, k, v]: [&Tensor; 3],
+        [out, dy, kept]: [&Tensor; 3],
+        causal: Causal,
+        wanted: [bool; 3],
+    ) -> Result<[Option<Tensor>; 3]> {
+        let name = match causal.window {
+            Some(_) => "attention_grad_windowed",
+            None => "attention_grad",
+        };
+        let call = self.call(nodes, File::Attention, name);
+        let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
+        let fits = causal.seq == seq
+            && causal.own(held).is_some()
+            && kept.dims() == [2, batch, heads, seq]
+            && [out, dy].iter().all(|t| t.dims() == [batch, seq, heads * d])
+            && Self::attention_serves(q, k, v);
+        call.check(fits, &[q, k, v, out, dy, kept])?;
+        let [of_q, of_k, of_v] = wanted;
+        let dots = (of_q || of_k)
+            .then(|| self.attention_dots(nodes, [out, dy], [batch, heads, seq, d]))
+            .transpose()?;
+        let zeros = |wanted: bool, heads: usize, tokens: usize| {
+            let shape = (batch, heads, tokens, d);
+            wanted.then(|| Tensor::zeros(shape, DType::F32, q.device())).transpose()
+        };
+        let [dq, dk, dv] =
+            [zeros(of_q, heads, seq)?, zeros(of_k, kv_heads, held)?, zeros(of_v, kv_heads, held)?];
+        let (highest, sums) = (kept.narrow(0, 0, 1)?, kept.narrow(0, 1, 1)?);
+        let args = AttentionGrad {
+            dq: call.writes_any(dq.as_ref())?,
+            dk: call.writes_any(dk.as_ref())?,
+            dv: call.writes_any(dv.as_ref())?,
+            dy: call.reads(dy)?,
+            q: call.reads(q)?,
+            keys: call.reads_from(k)?,
+            values: call.reads_from(v)?,
+            highest: call.reads(&highest)?,
+            sums: call.reads(&sums)?,
+            dots: call.reads_any(dots.as_ref())?,
+            stride: k.stride()[1] as u64,
+            seq: call.size(seq)?,
+            held: call.size(held)?,
+            heads: call.size(heads)?,
+            kv_heads: call.size(kv_heads)?,
+            window: causal.window(),
+        };
+        let (grid, shared) = ([held.div_ceil(BLOCK), heads, batch], gradients_space(d));
+        let block = ATTENTION_WARPS * 32;
+        // SAFETY: the tensors have these dimensions; heads of k and v are `stride` apart.
+        unsafe { call.start_sharing(&[d as u32], grid, block, shared, &args)? };
+        let narrow = |sum: Option<Tensor>| sum.map(|sum| sum.to_dtype(self.dtype)).transpose();
+        Ok([narrow(dq)?, narrow(dk)?, narrow(dv)?])
+    }
+
+    /// Of each row of `out` and `dy`, (B, T, H·d), the sum of the products of both: (B, H, T).
+    fn attention_dots(
+        &self,
+        nodes: &Nodes,
+        [out, dy]: [&Tensor; 2],
+        [batch, heads, seq, d]: [usize; 4],
+    ) -> Result<Tensor> {
+        let call = self.call(nodes, File::Attention, "attention_dots");
+        let (dots, rows) = (self.empty((batch, heads, seq), DType::F32)?, out.elem_count() / d);
+        let args = AttentionDots {
+            dots: call.writes(&dots)?,
+            out: call.reads(out)?,
+            dy: call.reads(dy)?,
+            rows: rows as u64,
+            seq: call.size(seq)?,
+            heads: call.size(heads)?,
+        };
+        // SAFETY: both have rows of d, dots one element for each.
+        unsafe {
+            call.start(&[d as u32], blocks(rows * d / 8, ELEMENT_THREADS), ELEMENT_THREADS, &args)?;
+        }
+        Ok(dots)
     }
 }

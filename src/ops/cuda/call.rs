@@ -18,15 +18,23 @@ pub(super) enum File {
     Decode,
     /// Element-wise ops and layouts.
     Elements,
+    /// Sums of squares, and AdamW.
+    Optimizer,
     /// Products of few rows.
     Products,
     /// Row-wise ops.
     Rows,
+    /// Sums over rows.
+    Sums,
 }
 
 /// The element type of [`Kernels`].
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ops) enum Element {}
+
+/// bf16, whatever the type of [`Kernels`].
+#[derive(Debug, Clone, Copy)]
+pub(in crate::ops) enum Bf16 {}
 
 /// A type of elements as kernels are written for it.
 pub(super) trait Elements {
@@ -55,7 +63,7 @@ macro_rules! elements {
 }
 
 // candle has no u64.
-elements! { u8: U8, u32: U32, u64: I64, f32: F32, f64: F64, }
+elements! { u8: U8, u32: U32, u64: I64, f32: F32, f64: F64, Bf16: BF16, }
 
 /// Where elements begin that a kernel reads.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +79,7 @@ impl<E> Read<E> {
     /// Nothing to read.
     pub(super) const NULL: Self = Self(0, PhantomData);
 
-    /// As a library takes it.
+    /// Where that is.
     pub(super) fn address(self) -> u64 {
         self.0
     }
@@ -81,7 +89,7 @@ impl<E> Write<E> {
     /// Nowhere to write.
     pub(super) const NULL: Self = Self(0, PhantomData);
 
-    /// As a library takes it.
+    /// Where that is.
     pub(super) fn address(self) -> u64 {
         self.0
     }
@@ -186,17 +194,6 @@ impl Call<'_> {
         Ok(Write(self.address::<E>(tensor)?, PhantomData))
     }
 
-    /// The element at `index` of a dense tensor, to be written.
-    pub(super) fn writes_one<E: Elements>(
-        &self,
-        tensor: &Tensor,
-        index: usize,
-    ) -> Result<Write<E>> {
-        self.check(tensor.is_contiguous() && index < tensor.elem_count(), &[tensor])?;
-        let after = (index * tensor.dtype().size_in_bytes()) as u64;
-        Ok(Write(self.address::<E>(tensor)? + after, PhantomData))
-    }
-
     fn address<E: Elements>(&self, tensor: &Tensor) -> Result<u64> {
         let Self { kernels: Kernels { device, dtype }, name, .. } = self;
         if !(E::are(tensor.dtype(), *dtype) && tensor.device().same_device(device)) {
@@ -218,6 +215,22 @@ impl Call<'_> {
         block: u32,
         args: &A,
     ) -> Result<()> {
+        // SAFETY: the caller's.
+        unsafe { self.start_sharing(variant, grid, block, 0, args) }
+    }
+
+    /// The same with `shared` bytes of shared memory for each block, beside what the kernel declares.
+    ///
+    /// # Safety
+    /// As [`Self::start`]; and the kernel uses no more of it.
+    pub(super) unsafe fn start_sharing<A: Copy>(
+        &self,
+        variant: &[u32],
+        grid: [usize; 3],
+        block: u32,
+        shared: u32,
+        args: &A,
+    ) -> Result<()> {
         let Self { kernels, nodes, file, name } = self;
         let mut function = format!("{name}_{}", kernels.suffix());
         for number in variant {
@@ -228,10 +241,22 @@ impl Call<'_> {
         if !(most(y) && most(z) && i32::try_from(x).is_ok()) {
             bail!("kernel {name} does not take {x} x {y} x {z} blocks");
         }
-        let grid = grid.map(|n| n as u32);
+        let space = Space { grid: grid.map(|n| n as u32), block, shared };
         // SAFETY: the caller's.
-        unsafe { backend::launch(&kernels.device, nodes, *file, function, grid, block, args) }
+        unsafe { backend::launch(&kernels.device, nodes, *file, function, space, args) }
     }
+}
+
+/// What a kernel is started on.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(super) struct Space {
+    /// Blocks along each dimension.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Bytes of shared memory that a block gets beside what the kernel declares.
+    pub shared: u32,
 }
 
 /// Blocks of `block` threads that make up `n`.

@@ -2,8 +2,9 @@
 // cache and attention; o and residual; norm, gate and up with SiLU and product; down and residual.
 // Those with products are in products.cu; here are attention and the embedding.
 //
-// The number of tokens held is read from memory, so that one recorded graph serves every step.
-#include "common.cuh"
+// The number of tokens held is read from memory, so that one recorded graph serves every step: that
+// of the longest sequence, and how many fewer each of them holds.
+#include "tensor_cores.cuh"
 
 // out (batch, width) = rows `ids` of the table, times `scale` where it is given
 template <typename T> __device__ void embed(const Embed<T> &a) {
@@ -16,43 +17,11 @@ template <typename T> __device__ void embed(const Embed<T> &a) {
     a.out[(u64)blockIdx.y * a.width + i] = a.scale ? narrow<T>(widen(x) * widen(a.scale[0])) : x;
 }
 
-// Attention of one query token over `*held` tokens before it and itself, as far as its window
-// reaches: block (split, heads, sequence) takes query heads of one key head, MOST at most, and one
-// share of the keys of as many as the grid is wide. q, k, v are the new token's, before their norms
-// and RoPE; k after these and v go into the caches (batch, K, capacity, D). The block that finishes
-// last of its heads' adds the shares up.
-//
-// A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
-// groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
-#define KEYS 2 // that a group looks at together
-template <typename T, int D, int MOST, bool NORMED>
-__device__ void attend(const Attend<T> &a) {
-    constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES, WARPS = LOOKERS / 32;
-    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
-    u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
-    u32 each = heads / a.kv_heads, head = first / each;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
-    // What was held before this step is there: whoever wrote it has ended.
-    u32 past = *a.held;
-    T *keys = a.keys + ((u64)b * a.kv_heads + head) * a.capacity * D + lane * 8;
-    T *values = a.values + (keys - a.keys);
-    u32 hidden = Seen(past + 1, a.window).first, seen = past - hidden;
-    u32 start = hidden + seen * split / splits, end = hidden + seen * (split + 1) / splits;
-    Raw<T> next_key[KEYS], next_value[KEYS];
-    auto fetch = [&](u32 from) {
-#pragma unroll
-        for (int i = 0; i < KEYS; i++) {
-            u32 t = from + i * GROUPS + group;
-            if (t >= end) continue;
-            next_key[i].fetch(keys + (u64)t * D);
-            next_value[i].fetch(values + (u64)t * D);
-        }
-    };
-    fetch(start);
-    wait_for_inputs();
-    let_next_start();
-
-    // The queries' heads, and after them the new key's.
+// Query heads `first` and on, `g_count` of them, and the new key of head `head`, of sequence b: normed
+// where there are norms, turned by position `past`, the queries scaled.
+template <typename T, int D, int MOST, bool NORMED, int THREADS>
+__device__ __forceinline__ void turn(const Attend<T> &a, u32 b, u32 first, u32 g_count, u32 head,
+                                     u32 past, float (&query)[MOST][D], float (&new_key)[D]) {
     auto vector = [&](u32 g) {
         return g < g_count ? a.q + (u64)b * a.q_stride + (first + g) * D
                            : a.k + (u64)b * a.kv_stride + head * D;
@@ -60,7 +29,7 @@ __device__ void attend(const Attend<T> &a) {
     auto norm_of = [&](u32 g) -> const Normed<T> & { return g < g_count ? a.q_norm : a.k_norm; };
     __shared__ float inverse[NORMED ? MOST + 1 : 1]; // 1 / root of the mean square
     if constexpr (NORMED) {
-        for (u32 g = warp; g <= g_count; g += WARPS) {
+        for (u32 g = threadIdx.x / 32; g <= g_count; g += THREADS / 32) {
             const T *from = vector(g);
             float sum = 0.0f;
             for (int j = threadIdx.x % 32; j < D; j += 32) sum += widen(from[j]) * widen(from[j]);
@@ -69,10 +38,8 @@ __device__ void attend(const Attend<T> &a) {
         }
         __syncthreads();
     }
-    // RoPE of them.
-    __shared__ float query[MOST][D], new_key[D];
     const T *co = a.cos + (u64)past * (D / 2), *si = a.sin + (u64)past * (D / 2);
-    for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += LOOKERS) {
+    for (u32 i = threadIdx.x; i < (g_count + 1) * (D / 2); i += THREADS) {
         u32 g = i / (D / 2), j = i % (D / 2);
         const T *from = vector(g);
         float first = widen(from[j]), second = widen(from[j + D / 2]);
@@ -92,8 +59,111 @@ __device__ void attend(const Attend<T> &a) {
         }
     }
     __syncthreads();
-    // Below any score, yet a number: a group without keys weighs exp(NONE − max) = 0.
-    constexpr float NONE = -1e30f;
+}
+
+// Below any score, yet a number: a share without keys weighs exp(NONE − max) = 0.
+constexpr float NONE = -1e30f;
+
+// The parts of a block's share of the keys become one, (max, sum, D values) for each query head;
+// and whichever block is last of these heads adds up the shares of all.
+template <typename T, int D, int MOST, int THREADS, int PARTS>
+__device__ __forceinline__ void add_up(const Attend<T> &a, u32 b, u32 first, u32 g_count,
+                                       const float (&maxes)[PARTS][MOST],
+                                       const float (&sums)[PARTS][MOST],
+                                       const float (&part)[PARTS][MOST][D]) {
+    u32 split = blockIdx.x, splits = gridDim.x;
+    __syncthreads();
+    u64 row = (u64)b * a.heads + first;
+    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+        u32 g = i / D, j = i % D;
+        float top = NONE, total = 0.0f, v = 0.0f;
+#pragma unroll
+        for (int w = 0; w < PARTS; w++) top = fmaxf(top, maxes[w][g]);
+#pragma unroll
+        for (int w = 0; w < PARTS; w++) {
+            float weight = __expf(maxes[w][g] - top);
+            total += weight * sums[w][g];
+            v += weight * part[w][g][j];
+        }
+        if (splits == 1) {
+            a.out[(row + g) * D + j] = narrow<T>(v / total);
+        } else {
+            float *share = a.shares + ((row + g) * splits + split) * (D + 2);
+            share[2 + j] = v;
+            if (j == 0) share[0] = top, share[1] = total;
+        }
+    }
+    if (splits == 1) return;
+
+    // Whoever is last of this head adds the shares up.
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    u32 *done = a.done + b * gridDim.y + blockIdx.y;
+    if (threadIdx.x == 0) last = atomicInc(done, splits - 1) == splits - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    __shared__ float tops[MOST][MOST_SPLITS], totals[MOST][MOST_SPLITS];
+    for (u32 i = threadIdx.x; i < g_count * splits; i += THREADS) {
+        const float *share = a.shares + (row * splits + i) * (D + 2);
+        tops[i / splits][i % splits] = __ldcg(share);
+        totals[i / splits][i % splits] = __ldcg(share + 1);
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < g_count * D; i += THREADS) {
+        u32 g = i / D, j = i % D;
+        const float *share = a.shares + (row + g) * splits * (D + 2) + 2 + j;
+        float top = NONE, total = 0.0f, v = 0.0f;
+        for (u32 s = 0; s < splits; s++) top = fmaxf(top, tops[g][s]);
+#pragma unroll 8
+        for (u32 s = 0; s < splits; s++) {
+            float weight = __expf(tops[g][s] - top);
+            total += weight * totals[g][s];
+            v += weight * __ldcg(share + s * (D + 2));
+        }
+        a.out[(row + g) * D + j] = narrow<T>(v / total);
+    }
+}
+
+// Attention of one query token over the tokens held before it, `*held` less `behind`, and itself, as far as its window
+// reaches: block (split, heads, sequence) takes query heads of one key head, MOST at most, and one
+// share of the keys of as many as the grid is wide. q, k, v are the new token's, before their norms
+// and RoPE; k after these and v go into the caches (batch, K, capacity, D). The block that finishes
+// last of its heads' adds the shares up.
+//
+// A key's D elements lie in D / 8 lanes, so a warp looks at 256 / D keys at once, and each of these
+// groups of lanes keeps a running maximum, sum and weighted value of its own for every query head.
+#define KEYS 2 // that a group looks at together
+template <typename T, int D, int MOST, bool NORMED>
+__device__ void attend(const Attend<T> &a) {
+    constexpr int LANES = D / 8, GROUPS = LOOKERS / LANES, WARPS = LOOKERS / 32;
+    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
+    u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
+    u32 each = heads / a.kv_heads, head = first / each;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+    let_next_start();
+    // What was held before this step is there: whoever wrote it has ended.
+    u32 past = *a.held - (a.behind ? a.behind[b] : 0);
+    T *keys = a.keys + ((u64)b * a.kv_heads + head) * a.capacity * D + lane * 8;
+    T *values = a.values + (keys - a.keys);
+    u32 hidden = Seen(past + 1, a.window).first, seen = past - hidden;
+    u32 start = hidden + seen * split / splits, end = hidden + seen * (split + 1) / splits;
+    Raw<T> next_key[KEYS], next_value[KEYS];
+    auto fetch = [&](u32 from) {
+#pragma unroll
+        for (int i = 0; i < KEYS; i++) {
+            u32 t = from + i * GROUPS + group;
+            if (t >= end) continue;
+            next_key[i].fetch(keys + (u64)t * D);
+            next_value[i].fetch(values + (u64)t * D);
+        }
+    };
+    fetch(start);
+    wait_for_inputs();
+
+    __shared__ float query[MOST][D], new_key[D];
+    turn<T, D, MOST, NORMED, LOOKERS>(a, b, first, g_count, head, past, query, new_key);
     float qs[MOST][8], max[MOST], sum[MOST], mixed[MOST][8];
 #pragma unroll
     for (int g = 0; g < MOST; g++) {
@@ -196,58 +266,142 @@ __device__ void attend(const Attend<T> &a) {
             }
         }
     }
-    __syncthreads();
-    u64 row = (u64)b * heads + first;
-    for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
-        u32 g = i / D, j = i % D;
-        float top = NONE, total = 0.0f, v = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, maxes[w][g]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float weight = __expf(maxes[w][g] - top);
-            total += weight * sums[w][g];
-            v += weight * part[w][g][j];
-        }
-        if (splits == 1) {
-            a.out[(row + g) * D + j] = narrow<T>(v / total);
-        } else {
-            float *share = a.shares + ((row + g) * splits + split) * (D + 2);
-            share[2 + j] = v;
-            if (j == 0) share[0] = top, share[1] = total;
-        }
-    }
-    if (splits == 1) return;
+    add_up<T, D, MOST, LOOKERS, WARPS>(a, b, first, g_count, maxes, sums, part);
+}
 
-    // Whoever is last of this head adds the shares up.
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    u32 *done = a.done + b * gridDim.y + blockIdx.y;
-    if (threadIdx.x == 0) last = atomicInc(done, splits - 1) == splits - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    __shared__ float tops[MOST][MOST_SPLITS], totals[MOST][MOST_SPLITS];
-    for (u32 i = threadIdx.x; i < g_count * splits; i += LOOKERS) {
-        const float *share = a.shares + (row * splits + i) * (D + 2);
-        tops[i / splits][i % splits] = __ldcg(share);
-        totals[i / splits][i % splits] = __ldcg(share + 1);
-    }
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < g_count * D; i += LOOKERS) {
-        u32 g = i / D, j = i % D;
-        const float *share = a.shares + (row + g) * splits * (D + 2) + 2 + j;
-        float top = NONE, total = 0.0f, v = 0.0f;
-        for (u32 s = 0; s < splits; s++) top = fmaxf(top, tops[g][s]);
-#pragma unroll 8
-        for (u32 s = 0; s < splits; s++) {
-            float weight = __expf(tops[g][s] - top);
-            total += weight * totals[g][s];
-            v += weight * __ldcg(share + s * (D + 2));
+// The same in bf16 by the tensor cores, for up to eight query heads of a key head, which are rows of
+// the instruction's sixteen: every key is read once for all of them. A warp takes 16 keys at a time,
+// and has STAGES tiles of keys and values under way to its own part of shared memory.
+template <int D, bool NORMED> __device__ void attend_tiles(const Attend<bf16> &a) {
+    constexpr int MOST = 8, WARPS = TILE_LOOKERS / 32, TILE = 16 * D;
+    constexpr int STAGES = ATTEND_TILE_BYTES / (WARPS * 2 * TILE * 2);
+    constexpr int CHUNKS = D / 8; // of 16 bytes in a row
+    u32 split = blockIdx.x, splits = gridDim.x, b = blockIdx.z, heads = a.heads;
+    u32 g_count = heads / gridDim.y, first = blockIdx.y * g_count; // of query heads
+    u32 each = heads / a.kv_heads, head = first / each;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    let_next_start();
+    // What was held before this step is there: whoever wrote it has ended.
+    u32 past = *a.held - (a.behind ? a.behind[b] : 0);
+    bf16 *keys = a.keys + ((u64)b * a.kv_heads + head) * a.capacity * D;
+    bf16 *values = a.values + (keys - a.keys);
+    u32 hidden = Seen(past + 1, a.window).first, seen = past - hidden;
+    u32 start = hidden + seen * split / splits, end = hidden + seen * (split + 1) / splits;
+    extern __shared__ __align__(128) bf16 rings[];
+    bf16 *ring = rings + warp * STAGES * 2 * TILE;
+    auto place = [&](const bf16 *tile, u32 row, u32 chunk) {
+        return (u32)__cvta_generic_to_shared(tile + row * D + (chunk ^ (row & 7)) * 8);
+    };
+    // This warp's tile number i, of its keys and its values.
+    auto fetch = [&](u32 i) {
+        u32 from = start + (i * WARPS + warp) * 16;
+        bf16 *tile = ring + i % STAGES * 2 * TILE;
+#pragma unroll
+        for (int j = lane; j < 16 * CHUNKS; j += 32) {
+            u32 row = j / CHUNKS, chunk = j % CHUNKS;
+            bool there = from + row < end;
+            u64 at = there ? (u64)(from + row) * D + chunk * 8 : 0;
+            copy_async(place(tile, row, chunk), keys + at, there);
+            copy_async(place(tile + TILE, row, chunk), values + at, there);
         }
-        a.out[(row + g) * D + j] = narrow<T>(v / total);
+    };
+    u32 tiles = (end - start + 15) / 16, own = tiles > warp ? (tiles - warp + WARPS - 1) / WARPS : 0;
+#pragma unroll
+    for (u32 i = 0; i < STAGES - 1; i++) {
+        if (i < own) fetch(i);
+        asm volatile("cp.async.commit_group;");
     }
+    wait_for_inputs();
+
+    __shared__ float query[MOST][D], new_key[D];
+    turn<bf16, D, MOST, NORMED, TILE_LOOKERS>(a, b, first, g_count, head, past, query, new_key);
+    u32 q[D / 16][4] = {};
+    if (g < g_count) {
+#pragma unroll
+        for (int s = 0; s < D / 16; s++) {
+            const float *p = &query[g][s * 16 + 2 * t];
+            q[s][0] = packed(p[0], p[1]), q[s][2] = packed(p[8], p[9]);
+        }
+    }
+    float max = NONE, sum = 0.0f, mixed[D / 8][4] = {};
+    for (u32 i = 0; i < own; i++) {
+        if (i + STAGES - 1 < own) fetch(i + STAGES - 1);
+        asm volatile("cp.async.commit_group;");
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
+        __syncwarp();
+        const bf16 *tile = ring + i % STAGES * 2 * TILE;
+        float scores[2][4] = {};
+#pragma unroll
+        for (int s = 0; s < D / 32; s++) {
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                u32 r[4];
+                ldmatrix(r, place(tile, n * 8 + lane % 8, s * 4 + lane / 8));
+                mma(scores[n], q[2 * s], r[0], r[1]);
+                mma(scores[n], q[2 * s + 1], r[2], r[3]);
+            }
+        }
+        u32 from = start + (i * WARPS + warp) * 16;
+        float top = max;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float &x = scores[n][j];
+                x = from + n * 8 + 2 * t + j < end ? x : -INFINITY;
+                top = fmaxf(top, x);
+            }
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        float shrink = __expf(max - top);
+        max = top, sum *= shrink;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int j = 0; j < 2; j++) sum += scores[n][j] = __expf(scores[n][j] - top);
+        }
+        u32 weights[4] = {packed(scores[0][0], scores[0][1]), 0,
+                          packed(scores[1][0], scores[1][1]), 0};
+#pragma unroll
+        for (int d = 0; d < D / 16; d++) {
+            u32 r[4];
+            ldmatrix_transposed(r, place(tile + TILE, lane % 16, d * 2 + lane / 16));
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float(&m)[4] = mixed[2 * d + half];
+                m[0] *= shrink, m[1] *= shrink;
+                mma(m, weights, r[2 * half], r[2 * half + 1]);
+            }
+        }
+        __syncwarp(); // before this tile is filled anew
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+
+    // Each warp's part, and after them the new token's, which is in the first share.
+    __shared__ float maxes[WARPS + 1][MOST], sums[WARPS + 1][MOST], part[WARPS + 1][MOST][D];
+    if (t == 0) maxes[warp][g] = max, sums[warp][g] = sum;
+#pragma unroll
+    for (int d = 0; d < D / 8; d++) {
+        part[warp][g][d * 8 + 2 * t] = mixed[d][0];
+        part[warp][g][d * 8 + 2 * t + 1] = mixed[d][1];
+    }
+    const bf16 *value = a.v + (u64)b * a.kv_stride + head * D;
+    for (u32 h = warp; h < g_count; h += WARPS) {
+        float score = 0.0f;
+        for (int j = lane; j < D; j += 32) {
+            score += query[h][j] * new_key[j];
+            part[WARPS][h][j] = split == 0 ? widen(value[j]) : 0.0f;
+        }
+        score = reduce<Sum, 32>(score);
+        if (lane == 0) maxes[WARPS][h] = split == 0 ? score : NONE, sums[WARPS][h] = split == 0;
+    }
+    if (split == 0 && first % each == 0 && threadIdx.x < D) {
+        keys[(u64)past * D + threadIdx.x] = narrow<bf16>(new_key[threadIdx.x]);
+        values[(u64)past * D + threadIdx.x] = value[threadIdx.x];
+    }
+    add_up<bf16, D, MOST, TILE_LOOKERS, WARPS + 1>(a, b, first, g_count, maxes, sums, part);
 }
 
 // ---- what the host calls ------------------------------------------------------------------------
@@ -267,5 +421,13 @@ __device__ void attend(const Attend<T> &a) {
     ATTEND_SHAPES(ATTEND, attend_normed, true, T, t)                                               \
     extern "C" __global__ void embed_##t(Embed<T> a) { embed<T>(a); }
 
+#define ATTEND_TILES(NAME, NORMED, D)                                                              \
+    extern "C" __global__ void __launch_bounds__(TILE_LOOKERS, 2) NAME##_bf16_##D(                 \
+        Attend<bf16> a) {                                                                          \
+        attend_tiles<D, NORMED>(a);                                                                \
+    }
+
 ALL(float, f32)
 ALL(bf16, bf16)
+ATTEND_TILE_WIDTHS(ATTEND_TILES, attend_tiles, false)
+ATTEND_TILE_WIDTHS(ATTEND_TILES, attend_tiles_normed, true)

@@ -2,14 +2,17 @@
 //! tensors that are there already, and the number of tokens held is read on the device, so that
 //! one recording serves every step.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::{
     Kernels, Norm,
     args::{self, Embed},
     call::{Element, File, blocks},
     rows::window,
-    tiles::{ATTEND_SHAPES, ELEMENT_THREADS, LOOKERS, MOST_SPLITS},
+    tiles::{
+        ATTEND_SHAPES, ATTEND_TILE_BYTES, ATTEND_TILE_WIDTHS, ELEMENT_THREADS, LOOKERS,
+        MOST_SPLITS, TILE_LOOKERS,
+    },
 };
 use crate::ops::launch::Nodes;
 
@@ -40,8 +43,10 @@ pub(in crate::ops) struct Attend<'a> {
     pub q_norm: Option<Norm<'a>>,
     /// Gain of d.
     pub k_norm: Option<Norm<'a>>,
-    /// One u32: tokens held before this one.
+    /// One u32: tokens that the longest sequence holds before this one.
     pub held: &'a Tensor,
+    /// (1, B) in u32: how many fewer each sequence holds; none where all hold as many.
+    pub behind: Option<&'a Tensor>,
     /// The most tokens that are seen, this one among them.
     pub window: Option<usize>,
     /// (B·H, splits·(d + 2)) in f32: what each share of the keys comes to.
@@ -56,6 +61,11 @@ fn most_heads(d: usize) -> Option<usize> {
     shapes.map(|[_, most]| most as usize).max()
 }
 
+/// Whether the tensor cores attend for several query heads of width `d` at once.
+fn by_tiles(dtype: DType, d: usize) -> bool {
+    dtype == DType::BF16 && ATTEND_TILE_WIDTHS.iter().any(|&[width]| width as usize == d)
+}
+
 /// Most blocks of a grid's second and third dimension.
 const MOST_BLOCKS: usize = 65_535;
 
@@ -63,6 +73,7 @@ const MOST_BLOCKS: usize = 65_535;
 /// are split over, and shares of the keys. None where no kernel serves. The bounds are those that
 /// were fastest on an H100.
 pub(in crate::ops) fn attend_space(
+    dtype: DType,
     batch: usize,
     heads: usize,
     kv_heads: usize,
@@ -78,7 +89,8 @@ pub(in crate::ops) fn attend_space(
     }
     // A block a query head has less to add up than one for several of a key head, and what it
     // reads again is near; until keys are so many that reading them is what takes the time.
-    if batch * capacity <= 1 << 18 {
+    let few = if by_tiles(dtype, head_dim) { 1 << 14 } else { 1 << 18 };
+    if batch * capacity <= few {
         let room = (2 * MANY / (batch * heads)).max(1);
         let shares = if capacity <= 256 { 1 } else { capacity.div_ceil(128).clamp(8, 24) };
         return Some((heads, shares.min(room)));
@@ -127,7 +139,16 @@ impl Kernels {
     /// Shapes that do not fit one another; the device's.
     pub(in crate::ops) fn attend(&self, nodes: &Nodes, a: Attend) -> Result<()> {
         let normed = a.q_norm.is_some();
-        let name = if normed { "attend_normed" } else { "attend" };
+        let lookers = a.done.elem_count() / a.out.dim(0)?.max(1);
+        let tiles = a.keys.dims().last().is_some_and(|&d| {
+            by_tiles(self.dtype, d) && a.out.elem_count() > a.done.elem_count() * d
+        });
+        let name = match (tiles, normed) {
+            (false, false) => "attend",
+            (false, true) => "attend_normed",
+            (true, false) => "attend_tiles",
+            (true, true) => "attend_tiles_normed",
+        };
         let call = self.call(nodes, File::Decode, name);
         call.check(a.k_norm.is_some() == normed, &[a.q, a.k])?;
         let [batch, kv_heads, capacity, d] = call.dims(a.keys)?;
@@ -147,12 +168,12 @@ impl Kernels {
         let turned = half * 2 == d && positions >= capacity && a.sin.dims() == a.cos.dims();
         call.check(turned, &[a.cos, a.sin, a.keys])?;
         call.check([a.scale, a.held].iter().all(|t| t.elem_count() == 1), &[a.scale, a.held])?;
+        call.check(a.behind.is_none_or(|behind| behind.elem_count() == batch), &[a.q, a.held])?;
         // Rows begin where 16 bytes do.
         let packed = |stride: usize| (stride * self.dtype.size_in_bytes()).is_multiple_of(16);
         call.check(packed(q_stride) && packed(kv_stride), &[a.q, a.k])?;
 
         // Heads of one block, all of one key head, and shares of the keys.
-        let lookers = a.done.elem_count() / batch;
         let together = heads.checked_div(lookers).unwrap_or(0);
         let splits = share / (d + 2);
         let most = most_heads(d).unwrap_or(0);
@@ -178,6 +199,7 @@ impl Kernels {
             q_norm: call.norm(a.q_norm, d)?,
             k_norm: call.norm(a.k_norm, d)?,
             held: call.reads(a.held)?,
+            behind: call.reads_any(a.behind)?,
             shares: call.writes(a.shares)?,
             done: call.writes(a.done)?,
             heads: call.size(heads)?,
@@ -189,10 +211,19 @@ impl Kernels {
         };
         // The kernel multiplies the two.
         call.size(capacity * splits)?;
-        let variant = [d, if together == 1 { 1 } else { most }].map(|n| n as u32);
+        let (grid, width) = ([splits, lookers, batch], d as u32);
         // SAFETY: the tensors have these dimensions, and the caches room for one more token than
-        // are held: whoever counts them stops at their capacity.
-        unsafe { call.start(&variant, [splits, lookers, batch], LOOKERS, &args) }
+        // are held: whoever counts them stops at their capacity, and none holds fewer than it is
+        // behind.
+        unsafe {
+            match tiles {
+                true => call.start_sharing(&[width], grid, TILE_LOOKERS, ATTEND_TILE_BYTES, &args),
+                false => {
+                    let most = if together == 1 { 1 } else { most as u32 };
+                    call.start(&[width, most], grid, LOOKERS, &args)
+                }
+            }
+        }
     }
 }
 
@@ -216,7 +247,13 @@ mod tests {
             (1, 14, 4, 64, 200, None),
             (70_000, 14, 2, 64, 200, None),
         ] {
-            assert_eq!(attend_space(batch, heads, kv_heads, d, capacity), cut, "{heads} of {d}");
+            let found = attend_space(DType::F32, batch, heads, kv_heads, d, capacity);
+            assert_eq!(found, cut, "{heads} of {d}");
         }
+        // The tensor cores are worth it for fewer keys.
+        let by_tiles = |batch, d| attend_space(DType::BF16, batch, 14, 2, d, 2081);
+        assert_eq!(by_tiles(1, 64), Some((14, 17)));
+        assert_eq!(by_tiles(8, 64), Some((2, 32)));
+        assert_eq!(by_tiles(8, 32), Some((14, 9)));
     }
 }

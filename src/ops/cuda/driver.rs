@@ -19,8 +19,14 @@ use candle_core::{
     },
 };
 
-use super::call::File;
+use super::{
+    call::{File, Space},
+    library::{Gemm, Side},
+};
 use crate::ops::launch::{Node, Nodes};
+
+/// Bytes of shared memory that a kernel gets without being allowed more.
+const SHARED_UNASKED: u32 = 48 * 1024;
 
 impl File {
     /// Whether its kernels wait, by themselves, for what the one before them writes: they may
@@ -28,7 +34,7 @@ impl File {
     fn overlaps(self) -> bool {
         let waits = env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90);
         match self {
-            Self::Attention | Self::Elements | Self::Rows => false,
+            Self::Attention | Self::Elements | Self::Optimizer | Self::Rows | Self::Sums => false,
             Self::Choose | Self::Decode | Self::Products => waits,
         }
     }
@@ -39,8 +45,10 @@ impl File {
             Self::Choose => include_bytes!(concat!(env!("OUT_DIR"), "/choose.fatbin")),
             Self::Decode => include_bytes!(concat!(env!("OUT_DIR"), "/decode.fatbin")),
             Self::Elements => include_bytes!(concat!(env!("OUT_DIR"), "/elements.fatbin")),
+            Self::Optimizer => include_bytes!(concat!(env!("OUT_DIR"), "/optimizer.fatbin")),
             Self::Products => include_bytes!(concat!(env!("OUT_DIR"), "/products.fatbin")),
             Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
+            Self::Sums => include_bytes!(concat!(env!("OUT_DIR"), "/sums.fatbin")),
         }
     }
 }
@@ -56,12 +64,16 @@ pub(super) unsafe fn launch<A: Copy>(
     nodes: &Nodes,
     file: File,
     function: String,
-    grid: [u32; 3],
-    block: u32,
+    space: Space,
     args: &A,
 ) -> Result<()> {
     let stream = device.as_cuda_device()?.cuda_stream();
+    let Space { grid, block, shared } = space;
     let loaded = loaded(&stream, file, &function)?;
+    if shared > SHARED_UNASKED {
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        loaded.set_attribute(most, shared.try_into()?).w()?;
+    }
     let mut overlap = sys::CUlaunchAttribute {
         id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
         pad: Default::default(),
@@ -75,7 +87,7 @@ pub(super) unsafe fn launch<A: Copy>(
         blockDimX: block,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: 0,
+        sharedMemBytes: shared,
         hStream: stream.cu_stream(),
         attrs: &raw mut overlap,
         numAttrs: u32::from(file.overlaps()),
@@ -92,31 +104,30 @@ pub(super) unsafe fn launch<A: Copy>(
     Ok(())
 }
 
-/// out = x · weightᵀ, plus what `out` held where `add` says so: the one place where a product is
-/// given to cuBLAS, and written to `nodes`. The matrices are weight, x and out, by columns; the
-/// sizes n, m, k, and the elements between two of out's.
+/// out = factor · a · b, plus what `out` held where `add` says so: the one place where a product is
+/// given to cuBLAS, and written to `nodes`.
 ///
 /// # Safety
-/// The matrices are of these sizes and of `dtype`, and live until the product is done.
+/// The matrices are of these sizes and of `dtype`, and live until the product is done; no two
+/// elements of `out` are in one place, nor in that of an element of the others.
 pub(super) unsafe fn product(
     device: &Device,
     dtype: DType,
     nodes: &Nodes,
-    [weight, x, out]: [u64; 3],
-    sizes: [usize; 4],
-    add: bool,
+    gemm: Gemm,
 ) -> Result<()> {
     let handle = device.as_cuda_device()?.cublas_handle();
-    let mut counted = [0; 4];
-    for (to, size) in counted.iter_mut().zip(sizes) {
-        *to = i32::try_from(size).map_err(candle_core::Error::wrap)?;
-    }
-    let [n, m, k, stride] = counted;
+    let Gemm { out, a, b, sizes: [batch, m, k, n], factor, add } = gemm;
     let kind = match dtype {
         DType::BF16 => blas::cudaDataType::CUDA_R_16BF,
         _ => blas::cudaDataType::CUDA_R_32F,
     };
-    let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
+    let beta = if add { 1f32 } else { 0f32 };
+    // By columns, as cuBLAS counts, each matrix is its own transpose: outᵀ = bᵀ · aᵀ.
+    let op = |side: Side| match side.transposed {
+        true => blas::cublasOperation_t::CUBLAS_OP_T,
+        false => blas::cublasOperation_t::CUBLAS_OP_N,
+    };
     let captured = || match nodes.are_kept() {
         true => captured_nodes(&device.as_cuda_device()?.cuda_stream()),
         false => Ok(0),
@@ -126,26 +137,26 @@ pub(super) unsafe fn product(
     unsafe {
         gemm_strided_batched_ex(
             *handle.handle(),
-            blas::cublasOperation_t::CUBLAS_OP_T,
-            blas::cublasOperation_t::CUBLAS_OP_N,
+            op(b),
+            op(a),
             n,
             m,
             k,
-            (&raw const one).cast(),
-            weight as *const c_void,
+            (&raw const factor).cast(),
+            b.at as *const c_void,
             kind,
-            k,
-            i64::from(n) * i64::from(k),
-            x as *const c_void,
+            b.leading,
+            b.stride,
+            a.at as *const c_void,
             kind,
-            k,
-            i64::from(m) * i64::from(k),
+            a.leading,
+            a.stride,
             (&raw const beta).cast(),
-            out as *mut c_void,
+            out.at as *mut c_void,
             kind,
-            stride,
-            i64::from(m) * i64::from(stride),
-            1,
+            out.leading,
+            out.stride,
+            batch,
             blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )

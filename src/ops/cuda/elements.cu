@@ -117,33 +117,6 @@ template <typename T, int N> __device__ void heads(const Heads<T> &a) {
     store<N>(to + half + i, y);
 }
 
-// ---- whole tensors ------------------------------------------------------------------------------
-
-// *sum += Σ x², in f64 between blocks.
-template <typename T> __device__ void sum_squares(const SumSquares<T> &a) {
-    float mine = 0.0f;
-    u64 step = (u64)gridDim.x * ELEMENT_THREADS;
-    for (u64 i = first_of_thread<1>(); i < a.n; i += step) {
-        float v = widen(a.x[i]);
-        mine += v * v;
-    }
-    mine = reduce<Sum, ELEMENT_THREADS>(mine);
-    if (threadIdx.x == 0) atomicAdd(a.sum, (double)mine);
-}
-
-// p ← decay·p − rate · m / (√v / correction + eps) over a state (3, n) of p, m and v.
-extern "C" __global__ void adamw_f32(AdamW<float> a) {
-    u64 i = first_of_thread<1>();
-    if (i >= a.n) return;
-    float g = a.gradient[i];
-    float m = a.by.b1 * a.state[a.n + i] + a.by.rest1 * g;
-    float v = a.by.b2 * a.state[2 * a.n + i] + a.by.rest2 * g * g;
-    float p = a.by.decay * a.state[i] - a.by.rate * m / (sqrtf(v) / a.by.correction + a.by.eps);
-    a.state[i] = p;
-    a.state[a.n + i] = m;
-    a.state[2 * a.n + i] = v;
-}
-
 // ---- what the host calls: NAME_TYPE, or NAME_TYPE_N ---------------------------------------------
 
 #define MAP(T, t, N, NAME, ...)                                                                    \
@@ -168,8 +141,7 @@ extern "C" __global__ void adamw_f32(AdamW<float> a) {
 
 #define ALL(T, t)                                                                                  \
     PACKS(PACKED, T, t)                                                                            \
-    extern "C" __global__ void add_bias_##t(AddBias<T> a) { add_bias<T>(a); }                      \
-    extern "C" __global__ void sum_squares_##t(SumSquares<T> a) { sum_squares<T>(a); }
+    extern "C" __global__ void add_bias_##t(AddBias<T> a) { add_bias<T>(a); }
 
 ALL(float, f32)
 ALL(bf16, bf16)

@@ -1,10 +1,9 @@
 //! What is done element by element, and layouts by heads.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::{
-    Kernels,
-    args::{self, AdamWFactors},
+    Kernels, args,
     call::{Call, File, blocks},
     tiles::{ELEMENT_THREADS, PACKS},
 };
@@ -80,7 +79,12 @@ impl Call<'_> {
     ///
     /// # Safety
     /// As [`Self::start`].
-    unsafe fn start_packed<A: Copy>(&self, n: usize, pack: usize, args: &A) -> Result<()> {
+    pub(super) unsafe fn start_packed<A: Copy>(
+        &self,
+        n: usize,
+        pack: usize,
+        args: &A,
+    ) -> Result<()> {
         let grid = blocks(n / pack, ELEMENT_THREADS);
         // SAFETY: the caller's.
         unsafe { self.start(&[pack as u32], grid, ELEMENT_THREADS, args) }
@@ -295,50 +299,5 @@ impl Kernels {
         // SAFETY: x and out have A vectors of B · C, the table has a row for each position.
         unsafe { call.start_packed(pairs * pack, pack, &args)? };
         Ok(out)
-    }
-
-    /// Adds Σ x² to the f64 at `index` of `sums`.
-    ///
-    /// # Errors
-    /// An index past the end; the device's.
-    pub(in crate::ops) fn sum_squares(
-        &self,
-        nodes: &Nodes,
-        x: &Tensor,
-        sums: &Tensor,
-        index: usize,
-    ) -> Result<()> {
-        let call = self.call(nodes, File::Elements, "sum_squares");
-        let n = x.elem_count();
-        let args =
-            args::SumSquares { sum: call.writes_one(sums, index)?, x: call.reads(x)?, n: n as u64 };
-        // Enough for every multiprocessor to have several; each then goes on in steps of all.
-        let [needed, ..] = blocks(n.div_ceil(8), ELEMENT_THREADS);
-        // SAFETY: x has n.
-        unsafe { call.start(&[], [needed.min(1024), 1, 1], ELEMENT_THREADS, &args) }
-    }
-
-    /// One step of AdamW on a state (3, n) in f32: a parameter and its moments.
-    ///
-    /// # Errors
-    /// A gradient of another size; the device's.
-    pub(in crate::ops) fn adamw(
-        &self,
-        nodes: &Nodes,
-        state: &Tensor,
-        gradient: &Tensor,
-        factors: AdamWFactors,
-    ) -> Result<()> {
-        let call = self.call(nodes, File::Elements, "adamw");
-        let n = gradient.elem_count();
-        call.check(self.dtype == DType::F32 && state.dims() == [3, n], &[state, gradient])?;
-        let args = args::AdamW {
-            state: call.writes(state)?,
-            gradient: call.reads(gradient)?,
-            n: n as u64,
-            by: factors,
-        };
-        // SAFETY: the state has three times the gradient's n.
-        unsafe { call.start(&[], blocks(n, ELEMENT_THREADS), ELEMENT_THREADS, &args) }
     }
 }

@@ -265,7 +265,8 @@ mod tests {
             let (nodes, Self { kernels, x, gain, weight, normed, y }) = (Nodes::kept(), self);
             let norm = Norm { gain, eps: 1e-6, shift: false };
             kernels.rms_norm_into(&nodes, normed, x, norm)?;
-            kernels.product(&nodes, y, normed, weight, false)?;
+            let [a, b] = [kernels.matrices(normed)?, kernels.matrices(weight)?.t()];
+            kernels.product_into(&nodes, y, a, b, None)?;
             kernels.add_bias(&nodes, y, gain)?;
             let products = &[(weight, None)];
             let project = Project { out: Out::Added(y), x, norm: None, products, ahead: &[] };

@@ -88,13 +88,24 @@ macro_rules! named {
     };
 }
 
-named! { u8: "unsigned char", u32: "u32", u64: "u64", f32: "float", f64: "double", Element: "T", }
+named! {
+    u8: "unsigned char",
+    u32: "u32",
+    u64: "u64",
+    f32: "float",
+    f64: "double",
+    Bf16: "bf16",
+    Element: "T",
+}
 
 impl<F: Field, const N: usize> Field for [F; N] {
     fn declared(name: &str) -> String {
         F::declared(&format!("{name}[{N}]"))
     }
 }
+
+/// As in `call.rs`.
+pub enum Bf16 {}
 
 /// As in `call.rs`.
 pub enum Element {}

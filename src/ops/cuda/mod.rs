@@ -38,8 +38,11 @@ mod call;
 mod choose;
 mod decode;
 mod elements;
+mod library;
+mod optimizer;
 mod products;
 mod rows;
+mod sums;
 mod tiles;
 mod witness;
 
@@ -60,6 +63,7 @@ pub(in crate::ops) use args::AdamWFactors;
 pub(in crate::ops) use choose::{Choose, How};
 pub(in crate::ops) use decode::{Attend, attend_space};
 pub(in crate::ops) use elements::{Gate, Map, Turn};
+pub(in crate::ops) use optimizer::{TENSORS, Updated};
 pub(in crate::ops) use products::{Adapt, Out, Project};
 pub(in crate::ops) use rows::{Causal, Norm};
 pub use witness::Fault;
@@ -71,7 +75,7 @@ pub(in crate::ops) use backend::Graph;
 pub(in crate::ops) use graph::Graph;
 
 // What `args` is written in.
-use call::{Element, Read, Write};
+use call::{Bf16, Element, Read, Write};
 
 /// Kernels for tensors of one element type on one device.
 #[derive(Debug, Clone)]

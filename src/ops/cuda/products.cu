@@ -106,6 +106,7 @@ __device__ void project(const Project<T> &a) {
             rows[r] = row_of(a.w, row, k);
         }
     }
+    let_next_start();
     float sums[SUMS] = {}, squares[B] = {};
     Raw<T> weights[AHEAD][SETS * R];
     auto fetch = [&](int c, u32 i) {
@@ -118,7 +119,6 @@ __device__ void project(const Project<T> &a) {
     for (int c = 0; c < AHEAD; c++) fetch(c, (c * THREADS + threadIdx.x) * 8);
     if (threadIdx.x == 0) fetch_ahead(a.ahead, blockIdx.x, gridDim.x);
     wait_for_inputs();
-    let_next_start();
     for (u32 start = threadIdx.x * 8; start < k; start += AHEAD * THREADS * 8) {
 #pragma unroll
         for (int c = 0; c < AHEAD; c++) {
@@ -226,6 +226,7 @@ template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a
             rows[0][half] = row_of(a.w, row, k);
         }
     }
+    let_next_start();
     uint4 weights[TURNS][SETS][2];
     auto fetch = [&](int turn, u32 i) {
 #pragma unroll
@@ -241,7 +242,6 @@ template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a
     for (int turn = 0; turn < TURNS; turn++) fetch(turn, start + turn * TILE_WARPS * 32);
     if (threadIdx.x == 0) fetch_ahead(a.ahead, blockIdx.x, gridDim.x);
     wait_for_inputs();
-    let_next_start();
 
     float sums[SETS][NT][4] = {}, squares[NT] = {};
     for (; start - t * 8 < k; start += TURNS * TILE_WARPS * 32) {

@@ -1,11 +1,10 @@
-//! Products of few rows by our own kernels, and of any number by cuBLAS.
+//! Products of few rows by our own kernels.
 
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
     Gate, Kernels, Norm,
     args::{self, Ahead, Weights},
-    backend,
     call::{Call, Element, File, Read, Write, blocks},
     tiles::{
         PROJECT_ADD_SHAPES, PROJECT_GATED_SHAPES, PROJECT_SHAPES, PROJECT_THREADS, TILE_COLUMNS,
@@ -230,32 +229,6 @@ impl Kernels {
         let [along, ..] = blocks(heights.iter().sum(), PROJECT_THREADS);
         // SAFETY: each out has `batch` rows of its B's n, and low has `rank` columns for each.
         unsafe { call.start(&[], [along, batch, 1], PROJECT_THREADS, &args) }
-    }
-
-    /// out (m, n), or such columns of a wider matrix, = x (m, k) · weightᵀ (n, k), plus what `out`
-    /// held where `add` says so; by cuBLAS.
-    ///
-    /// # Errors
-    /// Shapes that do not fit one another; the device's.
-    pub(in crate::ops) fn product(
-        &self,
-        nodes: &Nodes,
-        out: &Tensor,
-        x: &Tensor,
-        weight: &Tensor,
-        add: bool,
-    ) -> Result<()> {
-        let call = self.call(nodes, File::Products, "of cuBLAS");
-        let ([m, k], [n, width]) = (call.dims(x)?, call.dims(weight)?);
-        let [rows, columns, stride] = call.columns(out)?;
-        call.check(width == k && (rows, columns) == (m, n), &[out, x, weight])?;
-        let out = call.writes_from::<Element>(out)?.address();
-        let (x, weight) = (call.reads::<Element>(x)?, call.reads::<Element>(weight)?);
-        let matrices = [weight.address(), x.address(), out];
-        // cuBLAS counts by columns: the transpose of each, n × m. One row is as long as it may be.
-        let sizes = [n, m, k, stride.max(n)];
-        // SAFETY: the matrices are of these sizes, and rows of the product so far apart.
-        unsafe { backend::product(&self.device, self.dtype, nodes, matrices, sizes, add) }
     }
 }
 

@@ -29,6 +29,12 @@ tiles! {
     ATTENTION_WARPS: u32 = 4;
     /// (head width, tiles of 16 query rows a warp, keys of a tile)
     ATTENTION_SHAPES: [[u32; 3]; 2] = [[64, 2, 64], [128, 1, 32]];
+    /// Queries and keys of a block that blocked attention computes or leaves out.
+    ATTENTION_BLOCK: u32 = 64;
+    /// Warps of a block that computes it, each with 16 queries.
+    ATTENTION_BLOCKED_WARPS: u32 = 8;
+    /// (head width, query rows of a tile) of its gradients.
+    ATTENTION_GRAD_SHAPES: [[u32; 2]; 2] = [[64, 64], [128, 32]];
 
     /// Threads of a block that attends with one token.
     LOOKERS: u32 = 256;
@@ -47,6 +53,12 @@ tiles! {
         [256, 1],
         [256, 4],
     ];
+    /// Threads of a block that attends with one token by the tensor cores.
+    TILE_LOOKERS: u32 = 128;
+    /// Bytes of keys and values that such a block has under way.
+    ATTEND_TILE_BYTES: u32 = 65_536;
+    /// Head widths of such.
+    ATTEND_TILE_WIDTHS: [[u32; 1]; 2] = [[64], [128]];
     /// Shares that the keys of one head are split into at most.
     MOST_SPLITS: u32 = 32;
 
@@ -74,4 +86,29 @@ tiles! {
     DRAWERS: u32 = 1024;
     /// Blocks that draw a row's token together.
     PEERS: u32 = 8;
+
+    /// Elements of a tensor whose squares a block sums.
+    SQUARED: u32 = 16384;
+    /// Elements of a parameter that a block updates.
+    UPDATED: u32 = 2048;
+
+    /// Threads of a block that sums the rows of one id.
+    EMBED_GRAD_THREADS: u32 = 128;
+    /// Threads of a block that sums rows.
+    SUM_THREADS: u32 = 256;
+    /// (elements of a pack, packs a thread, threads a row), by the most elements that they hold.
+    SUM_SHAPES: [[u32; 3]; 10] = [
+        [1, 8, 32],
+        [1, 8, 256],
+        [8, 1, 8],
+        [8, 1, 16],
+        [8, 1, 32],
+        [8, 2, 32],
+        [8, 4, 32],
+        [8, 1, 256],
+        [8, 2, 256],
+        [8, 4, 256],
+    ];
+    /// Columns that a block sums of what other blocks have summed.
+    SUM_COLUMNS: u32 = 32;
 }

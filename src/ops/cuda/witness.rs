@@ -40,7 +40,7 @@ pub(in crate::ops) fn witness(launched: &[Node], listed: &[Listed]) -> Result<()
     let is_ours = |name: &String| {
         launched.iter().any(|n| matches!(n, Node::Ours { function, .. } if function == name))
     };
-    // A library starts kernels that are none of ours, and sets memory for them.
+    // A library starts kernels that are none of ours, and takes, sets and frees memory for them.
     let is_of = |launch: &Node, listed: &Listed| match (launch, listed) {
         (
             Node::Ours { function, grid, block },
@@ -48,7 +48,9 @@ pub(in crate::ops) fn witness(launched: &[Node], listed: &[Listed]) -> Result<()
         ) => (function, grid, block) == (f, g, b),
         (Node::Ours { .. }, Listed::Other(_)) => false,
         (Node::Library { .. }, Listed::Kernel { function, .. }) => !is_ours(function),
-        (Node::Library { .. }, Listed::Other(kind)) => kind == "memset",
+        (Node::Library { .. }, Listed::Other(kind)) => {
+            ["memset", "mem_alloc", "mem_free"].contains(&kind.as_str())
+        }
     };
     let mut rest = listed;
     for (i, node) in launched.iter().enumerate() {
@@ -144,6 +146,9 @@ mod tests {
             kernel("reduce"),
         ];
         assert_eq!(witness(&launched, &listed), Ok(()));
+        let memory = |kind: &str| Listed::Other(kind.into());
+        let listed = [memory("mem_alloc"), kernel("gemm"), kernel("reduce"), memory("mem_free")];
+        assert_eq!(witness(&[library(4)], &listed), Ok(()));
         assert_eq!(witness(&[], &[]), Ok(()));
     }
 

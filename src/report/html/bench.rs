@@ -9,6 +9,7 @@ use crate::{
     bench::{BenchReport, Bound, Curve, CurvePoint, Kind, Point},
     error::Result,
     report::{bytes, digits, figures::per_second, human, seconds},
+    workload::AttentionMode,
 };
 
 /// The page of a benchmark.
@@ -113,7 +114,8 @@ fn name(report: &BenchReport, p: &Point) -> String {
         0 => String::new(),
         rank => format!(", LoRA rank {rank}"),
     };
-    format!("{}, batch {}, {length}{lora}", p.workload.dtype.name(), p.batch)
+    let attention = if blocked(p) { ", blocked attention" } else { "" };
+    format!("{}, batch {}, {length}{lora}{attention}", p.workload.dtype.name(), p.batch)
 }
 
 fn figures(report: &BenchReport) -> Vec<Figure> {
@@ -205,6 +207,10 @@ fn decode_curve(curve: &Curve) -> Result<Chart> {
     Chart::plot(Words::new(&title, units, said), &plot)
 }
 
+fn blocked(p: &Point) -> bool {
+    p.workload.attention == AttentionMode::Blocked
+}
+
 /// Whether any point has adapters.
 fn adapted(report: &BenchReport) -> bool {
     report.points.iter().any(|p| p.workload.lora.rank > 0)
@@ -218,6 +224,8 @@ fn identity(report: &BenchReport, i: usize, p: &Point) -> Vec<Cell> {
     };
     let mut cells = vec![Cell::count(i as u128 + 1), Cell::word(p.workload.dtype.name())];
     cells.extend(adapted(report).then(|| Cell::count(p.workload.lora.rank as u128)));
+    let mode = Cell::word(p.workload.attention.name());
+    cells.extend(report.points.iter().any(blocked).then_some(mode));
     cells.extend([p.batch, length].map(|n| Cell::count(n.into())));
     cells
 }
@@ -229,7 +237,8 @@ fn heads(report: &BenchReport) -> Vec<&'static str> {
         Kind::Prefill | Kind::Train => "tokens",
     };
     let rank = adapted(report).then_some("rank");
-    ["point", "dtype"].into_iter().chain(rank).chain(["batch", length]).collect()
+    let mode = report.points.iter().any(blocked).then_some("attention");
+    ["point", "dtype"].into_iter().chain(rank).chain(mode).chain(["batch", length]).collect()
 }
 
 /// A column: its heading, and a point's cell.

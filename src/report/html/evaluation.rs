@@ -8,7 +8,7 @@ use crate::report::{EvaluationReport, digits, figures::per_second};
 
 /// Adds loss and speed to `section`.
 pub fn add(section: &mut Section, run: &Run, e: &EvaluationReport) {
-    let tokens = format!("{} tokens count", digits(e.tokens as u128));
+    let tokens = format!("{} tokens count", digits(e.tokens.scored.unwrap_or_default()));
     let seconds = format!("{:.2} s in all", e.seconds);
     section.figures.extend([
         Figure::new("Loss", format!("{:.4}", e.loss), "nats a token", tokens),

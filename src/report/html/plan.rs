@@ -8,6 +8,7 @@ use super::{
 use crate::{
     error::Result,
     report::{describe, digits, human, percent},
+    workload::Workload,
 };
 
 /// The page of a plan.
@@ -31,13 +32,17 @@ pub fn section(file: &str, plan: &Plan) -> Result<Section> {
     section.blocks.push(Block::Chart(shares(plan)?));
     section.blocks.push(Block::Table(costs(plan)));
     let notes: Vec<_> =
-        plan.experiments.iter().map(|e| (e.name.clone(), describe(&e.workload))).collect();
+        plan.experiments.iter().map(|e| (e.name.clone(), described(&e.workload))).collect();
     section.blocks.push(Block::Notes(Notes { title: "What each runs".into(), notes }));
     let notes = notes_of(plan);
     if !notes.is_empty() {
         section.blocks.push(Block::Notes(Notes { title: "Notes".into(), notes }));
     }
     Ok(section)
+}
+
+fn described(workloads: &[Workload]) -> String {
+    workloads.iter().map(describe).collect::<Vec<_>>().join(", and ")
 }
 
 fn verdict(plan: &Plan) -> Verdict {

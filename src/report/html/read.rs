@@ -9,12 +9,13 @@ use crate::{
     analytic::Structure,
     bench::{self, BenchReport, Ceiling},
     error::{Error, Result},
+    foreign,
     ledger::Phase,
     prices::Primitives,
     reconcile,
     report::{
         Difference, EvaluationReport, Memory, SCHEMA_VERSION, SequenceReport, Timings,
-        TrainingReport, run::one_or_many,
+        TokensReport, TrainingReport, run::one_or_many,
     },
     traffic::Traffic,
     workload::Workload,
@@ -39,7 +40,7 @@ pub enum Content {
     /// Of `plan`.
     Plan(Plan),
     /// Of `reconcile`.
-    Reconciliation(Reconciliation),
+    Reconciliation(Box<Reconciliation>),
     /// Of `bench`.
     Bench(Box<BenchReport>),
     /// Of `ceiling`.
@@ -85,7 +86,7 @@ impl Content {
         Ok(match command.as_str() {
             "generate" | "audit" | "count" | "eval" | "train" => Self::Run(typed(text)?),
             "sweep" => Self::Sweep(typed(text)?),
-            "plan" => Self::Plan(typed(text)?),
+            "plan" => Self::Plan(plan(text)?),
             "reconcile" => Self::Reconciliation(typed(text)?),
             "bench" => {
                 let report: Box<BenchReport> = typed(text)?;
@@ -99,6 +100,21 @@ impl Content {
             }
             other => return Err(format!("`command`: there is no page for `{other}`")),
         })
+    }
+}
+
+/// A plan, whose budget must be in FLOPs.
+fn plan(text: &str) -> Result<Plan, String> {
+    #[derive(Deserialize)]
+    struct Units {
+        #[serde(flatten)]
+        keys: std::collections::BTreeMap<String, serde::de::IgnoredAny>,
+    }
+    let Units { keys } = typed(text)?;
+    let other = ["budget_gpu_hours", "budget_dollars", "budget_tokens"];
+    match other.into_iter().find(|key| keys.contains_key(*key)) {
+        Some(key) => Err(format!("`{key}`: there are pages of budgets in FLOPs alone")),
+        None => typed(text),
     }
 }
 
@@ -136,6 +152,8 @@ pub struct Run {
     pub prices: PriceList,
     pub total_flops: u128,
     pub lora_flops: u128,
+    pub tokens: Option<TokensReport>,
+    pub flops_per_token: Option<f64>,
     pub primitives: Primitives,
     pub rows: Vec<Row>,
     pub notebook_table: Option<Vec<NotebookRow>>,
@@ -156,6 +174,35 @@ pub struct Run {
     pub bytes_per_decoded_token: Option<Traffic>,
     pub training: Option<TrainingReport>,
     pub evaluation: Option<EvaluationReport>,
+    // And a count's.
+    pub time: Option<Time>,
+    pub thresholds: Option<Thresholds>,
+}
+
+/// Hours, money and energy; see [`crate::rate::Time`].
+#[derive(Debug, Deserialize)]
+pub struct Time {
+    pub hours: f64,
+    pub gpu_hours: f64,
+    pub dollars: Option<f64>,
+    pub kwh: Option<f64>,
+}
+
+/// Amounts that laws name; see [`crate::threshold::Thresholds`].
+#[derive(Debug, Deserialize)]
+pub struct Thresholds {
+    pub lines: Vec<Threshold>,
+}
+
+/// One amount.
+#[derive(Debug, Deserialize)]
+pub struct Threshold {
+    pub name: String,
+    pub source: String,
+    pub limit_flops: f64,
+    pub flops: u128,
+    pub share: f64,
+    pub passed: bool,
 }
 
 /// One component in one phase; see [`crate::report::Row`].
@@ -225,7 +272,8 @@ pub struct Spent {
 #[derive(Debug, Deserialize)]
 pub struct Experiment {
     pub name: String,
-    pub workload: Workload,
+    #[serde(deserialize_with = "one_or_many")]
+    pub workload: Vec<Workload>,
     pub runs: u128,
     pub flops: u128,
     pub share: f64,
@@ -278,6 +326,7 @@ pub struct Total {
     pub prices: PriceList,
     pub total_flops: u128,
     pub run: Option<reconcile::Run>,
+    pub tool: Option<foreign::Tool>,
 }
 
 /// One step of the way.

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     error::Result,
+    foreign::{Agreement, Tool},
     report::{describe, digits, human, signed},
 };
 
@@ -40,6 +41,9 @@ pub fn section(file: &str, way: &Reconciliation) -> Result<Section> {
 }
 
 fn name(end: &Total) -> String {
+    if let Some(Tool { file, stated_flops: Some(_), .. }) = &end.tool {
+        return file.clone();
+    }
     format!("{} under {}", end.structure, end.prices.name)
 }
 
@@ -73,7 +77,20 @@ fn verdicts(way: &Reconciliation) -> Vec<Verdict> {
         let detail = format!("{} states {} FLOPs", run.file, digits(run.total_flops));
         Some(Verdict::of(run.agrees, text, detail))
     });
-    [Verdict::plain(text, exact)].into_iter().chain(runs).collect()
+    let tools = [from, to].into_iter().filter_map(|end| {
+        let tool = end.tool.as_ref()?;
+        let (agrees, verb) = match tool.agreement {
+            Agreement::Exact => (true, "states what its formula counts"),
+            Agreement::WithinRounding => (true, "states what its formula counts, rounded"),
+            Agreement::NoFigure => return None,
+            Agreement::Differs => (false, "differs from what its formula counts"),
+        };
+        let counted = digits(tool.counted_flops);
+        let (file, stated) = (&tool.file, digits(end.total_flops));
+        let detail = format!("{file}: {stated} FLOPs, {counted} by {}", end.structure);
+        Some(Verdict::of(agrees, format!("{} {verb}", tool.format), detail))
+    });
+    [Verdict::plain(text, exact)].into_iter().chain(runs).chain(tools).collect()
 }
 
 fn waterfall(way: &Reconciliation) -> Result<Chart> {

@@ -4,13 +4,16 @@ use super::{
     chart::{Bar, Bars, Chart, Entry, Ink, Words},
     evaluation, generation,
     page::{Block, Cell, Figure, Section, Table, Verdict, ratio, total},
-    read::{Row, Run},
+    read::{Row, Run, Thresholds, Time},
     training,
 };
 use crate::{
     error::Result,
     ledger::Phase,
-    report::{Memory, describe, digits, human},
+    report::{
+        Memory, describe, digits, human, percent,
+        time::{amount, dollars},
+    },
 };
 
 /// The page of a run, or of a count.
@@ -27,6 +30,8 @@ pub fn section(file: &str, run: &Run) -> Result<Section> {
         figures: vec![Figure::exact("Total", run.total_flops, "FLOPs")],
         blocks: vec![],
     };
+    section.figures.extend(tokens(run));
+    section.figures.extend(run.time.iter().flat_map(time));
     if let Some(timings) = &run.timings {
         generation::add(&mut section, run, timings);
     }
@@ -53,6 +58,7 @@ pub fn section(file: &str, run: &Run) -> Result<Section> {
         None => section.blocks.push(components(run)),
     }
     section.blocks.extend(run.timings.as_ref().map(generation::times));
+    section.blocks.extend(run.thresholds.as_ref().map(thresholds));
     section.blocks.push(primitives(run));
     section.blocks.push(memory(run));
     Ok(section)
@@ -124,6 +130,47 @@ fn verdict(run: &Run) -> Verdict {
             format!("exactly {}, counted and not run", digits(run.total_flops)),
         ),
     }
+}
+
+/// Tokens with what each costs, and padding where there is any.
+fn tokens(run: &Run) -> Vec<Figure> {
+    let Some(tokens) = run.tokens else { return vec![] };
+    let each = run.flops_per_token.map_or(String::new(), |n| format!("{} FLOPs each", human(n)));
+    let mut figures = vec![Figure::new("Tokens", digits(tokens.real), "", each)];
+    if tokens.padding > 0 {
+        let cost = tokens.padding_flops.map(|n| format!(", {} FLOPs", human(n as f64)));
+        let share = percent(ratio(tokens.padding, tokens.fed));
+        let note = format!("{share} of what is fed{}", cost.unwrap_or_default());
+        figures.push(Figure::new("Padding", digits(tokens.padding), "tokens", note));
+    }
+    figures
+}
+
+/// Hours, money and energy.
+fn time(time: &Time) -> Vec<Figure> {
+    let hours = format!("{} hours times devices", amount(time.gpu_hours));
+    let mut figures = vec![Figure::new("Time", amount(time.hours), "hours", hours)];
+    figures.extend(time.dollars.map(|cost| Figure::new("Cost", dollars(cost), "", "")));
+    let kwh = time.kwh.map(|kwh| Figure::new("Energy", amount(kwh), "kWh", "devices alone"));
+    figures.extend(kwh);
+    figures
+}
+
+/// The amounts that laws name.
+fn thresholds(all: &Thresholds) -> Block {
+    let mut table =
+        Table::new("Thresholds", 2, ["amount", "stated in", "FLOP", "counted", "share", "passed"]);
+    table.rows.extend(all.lines.iter().map(|line| {
+        vec![
+            Cell::word(&line.name),
+            Cell::word(&line.source),
+            Cell::figure(line.limit_flops, format!("{:.3e}", line.limit_flops), ""),
+            Cell::count(line.flops),
+            Cell::share(line.share),
+            Cell::word(if line.passed { "passed" } else { "" }),
+        ]
+    }));
+    Block::Table(table)
 }
 
 fn sizes(memory: &Memory) -> Vec<Figure> {

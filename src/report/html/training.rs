@@ -84,7 +84,7 @@ fn figures(run: &Run, t: &TrainingReport) -> Vec<Figure> {
         let note = format!("{:.3} s a step", t.seconds / t.steps as f64);
         figures.push(Figure::new("Speed", per_second(rate), "tokens/s", note));
     }
-    let trained = u128::from(t.steps).saturating_mul(t.budget.next_step);
+    let trained = t.budget.steps;
     if t.seconds > 0.0 && trained > 0 && run.prices.name == t.budget.prices {
         let note = format!("steps alone; prices {}", t.budget.prices);
         figures.push(Figure::large("Rate", trained as f64 / t.seconds, "FLOP/s", note));
@@ -180,14 +180,13 @@ fn spending(t: &TrainingReport) -> Result<Chart> {
     Chart::plot(Words::new("Spent", &units, said), &plot)
 }
 
-/// What was spent after each step, before and after its evaluation. Steps cost the same; what is
-/// beyond steps and evaluations is the check of gradients, at the second step.
+/// What was spent after each step, before and after its evaluation. Each step is drawn at what all
+/// cost on average; what is beyond steps and evaluations is the check of gradients, at the second.
 fn spent_by_step(t: &TrainingReport) -> Vec<(f64, f64)> {
-    let BudgetReport { spent, next_step, evaluation, .. } = t.budget;
+    let BudgetReport { spent, steps: trained, evaluation, .. } = t.budget;
     let evaluations = t.evaluations.len() as u128;
-    let known = u128::from(t.steps)
-        .saturating_mul(next_step)
-        .saturating_add(evaluations.saturating_mul(evaluation));
+    let known = trained.saturating_add(evaluations.saturating_mul(evaluation));
+    let mean = trained as f64 / t.steps.max(1) as f64;
     let check = (2, spent.saturating_sub(known));
     let marks = t.evaluations.iter().map(|point| point.step);
     let mut steps: Vec<u64> = marks.chain([0, 1, 2.min(t.steps), t.steps]).collect();
@@ -199,7 +198,7 @@ fn spent_by_step(t: &TrainingReport) -> Vec<(f64, f64)> {
             t.evaluations.iter().filter(|p| p.step < step || (past && p.step == step)).count()
         };
         for past in [false, true] {
-            let steps = step as f64 * next_step as f64;
+            let steps = step as f64 * mean;
             let evaluations = evaluated(past) as f64 * evaluation as f64;
             let check = if step >= check.0 { check.1 as f64 } else { 0.0 };
             points.push((step as f64, steps + evaluations + check));
@@ -258,7 +257,7 @@ fn slopes(t: &TrainingReport) -> Option<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::analytic::Structure;
+    use crate::{analytic::Structure, report::TokensReport};
 
     fn run_of_four_steps() -> TrainingReport {
         let at = |step| Point { step, loss: 2.0 };
@@ -269,6 +268,13 @@ mod tests {
             evaluations: vec![at(0), at(4)],
             seconds: 1.0,
             tokens_per_s: 1.0,
+            tokens: TokensReport {
+                scored: Some(1),
+                fed: 1,
+                real: 1,
+                padding: 0,
+                padding_flops: Some(0),
+            },
             out: "run".into(),
             step_seconds: vec![0.25; 4],
             tensors: 1,
@@ -282,7 +288,8 @@ mod tests {
                 prices: "unit".into(),
                 // Four steps, two evaluations, and a check of 7.
                 spent: 4 * 10 + 2 * 100 + 7,
-                next_step: 10,
+                steps: 4 * 10,
+                next_step: 12,
                 evaluation: 100,
             },
         }

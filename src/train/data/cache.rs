@@ -31,9 +31,9 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// The entry in `dir` for rows of `seq` and all else that they depend on.
-    pub(super) fn new(dir: &Path, seq: usize, source: impl Hash) -> Self {
-        let key = hash((MAGIC, seq, source));
+    /// The entry in `dir` for rows of `seq`, packed or not, and all else that they depend on.
+    pub(super) fn new(dir: &Path, (seq, packing): (usize, bool), source: impl Hash) -> Self {
+        let key = hash((MAGIC, seq, packing, source));
         Self { file: dir.join(format!("{key:016x}.tokens")), key, seq }
     }
 

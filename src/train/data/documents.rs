@@ -35,7 +35,7 @@ impl<'a> Found<'a> {
             let (at, line) = (e.valid_up_to(), line_of(bytes, e.valid_up_to()));
             format!("line {line}: is not UTF-8 (byte {at} of the file)")
         })?;
-        let empty = || "is empty: there is nothing to train on".to_string();
+        let empty = || "is empty: there is no text in it".to_string();
         if text.trim().is_empty() {
             return Err(empty());
         }

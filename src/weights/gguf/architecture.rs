@@ -183,6 +183,7 @@ impl Architecture {
             max_position_embeddings: context,
             rms_norm_eps: metadata.float(&epsilon)?.ok_or_else(|| metadata.missing(&epsilon))?,
             tie_word_embeddings: tensors.tied,
+            head_stored_apart: false,
             rope: Rope::default(),
             local_rope: None,
             window: None,

@@ -57,7 +57,9 @@ pub(super) fn open(path: &Path, pretokenizer: Option<&str>) -> Result<Checkpoint
         },
         factors: factors.as_deref(),
     };
-    let config = architecture.config(&metadata, &tensors)?;
+    let mut config = architecture.config(&metadata, &tensors)?;
+    // A GGUF does not say whether its model ties the two; that of the published model does.
+    config.head_stored_apart = !tensors.tied && config.published_ties() == Some(true);
     let text = Text::from_gguf(&metadata, pretokenizer, config.vocab_size)?;
     let name = path.display().to_string();
     let split = pretokenizer.map_or_else(String::new, |name| format!(", text split as {name}"));

@@ -10,6 +10,7 @@ use super::{List, Pass, training::Parameter};
 use crate::{
     config::{Activation, ModelConfig, Projection},
     ledger::{Lora, Module, Op, Phase},
+    workload::AttentionMode,
 };
 
 /// Which parameters get gradients.
@@ -27,7 +28,7 @@ impl Trained {
 }
 
 /// A tensor on its way.
-struct Tensor {
+pub(super) struct Tensor {
     /// Rows of tokens.
     rows: u64,
     /// Elements in a row.
@@ -35,7 +36,7 @@ struct Tensor {
     layer: Option<u32>,
     /// The module that made it.
     module: Module,
-    needs_gradient: bool,
+    pub(super) needs_gradient: bool,
     /// An op that gives it a gradient has read it.
     read: bool,
 }
@@ -77,8 +78,10 @@ impl<'l, 'w> Flow<'l, 'w> {
             x = self.layer(layer, x);
             self.behind.layers.extend(x.needs_gradient.then_some(layer));
         }
-        x.rows = self.pass.head_rows();
-        self.norm(Module::Norm, &mut x);
+        x.rows = self.pass.head_rows;
+        if x.rows > 0 {
+            self.norm(Module::Norm, &mut x);
+        }
         self.behind
     }
 
@@ -182,26 +185,46 @@ impl<'l, 'w> Flow<'l, 'w> {
         y
     }
 
-    fn attention(&mut self, layer: usize, q: Tensor, k: Tensor, mut v: Tensor) -> Tensor {
+    fn attention(&mut self, layer: usize, q: Tensor, k: Tensor, v: Tensor) -> Tensor {
         let model = self.model();
-        let [h, heads, d] =
-            [model.num_attention_heads, model.num_key_value_heads, model.head_dim()]
-                .map(|n| n as u64);
-        let held = self.pass.keys(model.window_of(layer));
-        let (t, rows, cached) = (self.pass.seq, self.pass.rows(), self.pass.cached);
+        let (width, cached) = (model.kv_width() as u64, self.pass.cached);
+        let window = model.window_of(layer);
+        let (rows, at) = (self.pass.rows(), Module::SelfAttn);
+
+        let q = self.rotated(Module::QNorm, q);
+        let q = self.scaled(at, q);
+        let k = self.rotated(Module::KNorm, k);
+        if cached {
+            for _ in ["keys", "values"] {
+                self.op(at, Op::CacheWrite { rows, width });
+            }
+        }
+        match self.list.workload.attention {
+            AttentionMode::Blocked if self.pass.seq > 1 => self.mixed_by_block(window, [q, k, v]),
+            AttentionMode::Blocked | AttentionMode::Dense => self.mixed(window, [q, k, v]),
+        }
+    }
+
+    /// H, K and d.
+    pub(super) fn heads(&self) -> [u64; 3] {
+        let model = self.model();
+        [model.num_attention_heads, model.num_key_value_heads, model.head_dim()].map(|n| n as u64)
+    }
+
+    /// Sequences, tokens fed to each, and keys before these that a layer of such a window reads.
+    pub(super) fn span(&self, window: Option<usize>) -> (u64, u64, u64) {
+        let Pass { batch, seq, .. } = self.pass;
+        (batch, seq, self.pass.keys(window) - seq)
+    }
+
+    /// The weighted values, every score being computed.
+    fn mixed(&mut self, window: Option<usize>, [mut q, mut k, mut v]: [Tensor; 3]) -> Tensor {
+        let [h, heads, d] = self.heads();
+        let (held, t) = (self.pass.keys(window), self.pass.seq);
         let (b, grouped, scores) =
             (self.pass.batch * heads, h / heads * t, self.pass.batch * h * t);
         let at = Module::SelfAttn;
         let product = |m, k, n| Op::Matmul { b, m, k, n };
-
-        let q = self.rotated(Module::QNorm, q);
-        let mut q = self.scaled(at, q);
-        let mut k = self.rotated(Module::KNorm, k);
-        if cached {
-            for _ in ["keys", "values"] {
-                self.op(at, Op::CacheWrite { rows, width: heads * d });
-            }
-        }
         self.op(at, product(grouped, d, held));
         self.towards(&mut q, at, [product(grouped, held, d)]);
         self.towards(&mut k, at, [product(d, grouped, held)]);
@@ -275,13 +298,18 @@ impl<'l, 'w> Flow<'l, 'w> {
         self.model().hidden_size as u64
     }
 
-    fn tensor(&self, module: Module, width: u64, needs_gradient: bool) -> Tensor {
+    pub(super) fn tensor(&self, module: Module, width: u64, needs_gradient: bool) -> Tensor {
         let (rows, layer) = (self.pass.rows(), self.layer);
         Tensor { rows, width, layer, module, needs_gradient, read: false }
     }
 
-    fn op(&mut self, module: Module, op: Op) {
+    pub(super) fn op(&mut self, module: Module, op: Op) {
         self.list.add(self.phase, self.layer, module, op, self.list.workload.dtype);
+    }
+
+    /// An op for the gradient of an activation.
+    pub(super) fn back(&mut self, module: Module, op: Op) {
+        self.list.add(Phase::BackwardX, self.layer, module, op, self.list.workload.dtype);
     }
 
     /// What an op at `module` runs for the gradient of its input `x`, if `x` needs one.
@@ -289,11 +317,11 @@ impl<'l, 'w> Flow<'l, 'w> {
         if !x.needs_gradient {
             return;
         }
-        let dtype = self.list.workload.dtype;
         for op in ops {
-            self.list.add(Phase::BackwardX, self.layer, module, op, dtype);
+            self.back(module, op);
         }
         if x.read {
+            let dtype = self.list.workload.dtype;
             self.list.add(Phase::BackwardX, x.layer, x.module, Op::Add { n: x.n() }, dtype);
         }
         x.read = true;

@@ -19,7 +19,7 @@ impl Pass<'_> {
     pub(super) fn parameters(&self) -> Vec<Term> {
         let [_, d, _, v, ..] = self.sizes();
         let mut terms = vec![self.vectors(), self.all_logits()];
-        if !self.workload.model.tie_word_embeddings {
+        if !self.workload.model.nominally_tied() {
             terms.push(Term::more(Cause::Embedding, macs(self.m.rows * d * v)));
         }
         terms
@@ -37,7 +37,7 @@ impl Pass<'_> {
     }
 
     /// Elements of a layer's biases.
-    fn biases(&self) -> u128 {
+    pub(super) fn biases(&self) -> u128 {
         let model = &self.workload.model;
         let biased = Projection::ALL.into_iter().filter(|p| model.has_bias(*p));
         biased.map(|p| p.widths(model).1 as u128).sum()
@@ -130,7 +130,8 @@ impl Pass<'_> {
     /// Norms beside the two of a layer and the last, and the ones added to gains.
     pub(super) fn no_further_norms(&self) -> Vec<Term> {
         let ([layers, d, ..], m, model) = (self.sizes(), &self.m, &self.workload.model);
-        let (mut terms, mut gains) = (vec![], (2 * layers + 1) * d);
+        // The last norm runs where there are logits.
+        let (mut terms, mut gains) = (vec![], 2 * layers * d);
         if model.sandwich_norms {
             gains += 2 * layers * d;
             terms.push(Term::none_of(Cause::OuterNorms, norm(2 * layers * m.rows, d)));
@@ -142,7 +143,8 @@ impl Pass<'_> {
             terms.push(Term::none_of(Cause::HeadNorms, norm(layers * m.rows * heads, width)));
         }
         if model.unit_offset_norms {
-            terms.push(Term::none_of(Cause::GainOffset, adds(m.passes * gains)));
+            let shifts = m.passes * gains + m.head_passes * d;
+            terms.push(Term::none_of(Cause::GainOffset, adds(shifts)));
         }
         terms
     }

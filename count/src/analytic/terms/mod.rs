@@ -1,11 +1,14 @@
 //! Every structure as a common reference plus named terms, each computed from its own meaning.
 //!
-//! The reference is what this program executes for a forward pass or a generation; for an
-//! evaluation, its forward passes; for training, three of them a micro-step. A test checks that
-//! reference + terms is what [`super::count`] states independently, primitive by primitive.
+//! The reference is what this program executes for a forward pass or a generation where attention
+//! is dense; for an evaluation, its forward passes; for training, three of them a micro-step. A test
+//! checks that reference + terms is what [`super::count`] states independently, primitive by
+//! primitive.
 
+mod blocked;
 mod formulas;
 mod notebook;
+mod tools;
 mod training;
 
 use std::ops::Range;
@@ -13,10 +16,11 @@ use std::ops::Range;
 use super::{
     Structure,
     causes::{Cause, Term},
-    closed_form::{closed_form, draws, passes, setup},
+    closed_form::{choices, closed_form, draws, padding, passes, setup},
     moments::{Moments, Scores},
     notebook as notebooks,
-    pieces::{micro_steps, times, zero},
+    pieces::{times, zero},
+    profilers::Profiler,
 };
 use crate::{
     config::{Adapted, Projection},
@@ -24,7 +28,7 @@ use crate::{
     ledger::Phase,
     prices::{Cost, Primitives},
     tally::Tally,
-    workload::{Task, Workload},
+    workload::{AttentionMode, Task, Workload},
 };
 
 /// What the terms of [`terms()`] are relative to.
@@ -32,12 +36,15 @@ use crate::{
 /// # Errors
 /// A workload that [`Workload::validate`] refuses, or a sum past 128 bits.
 pub fn reference(workload: &Workload) -> Result<Cost> {
+    let workload = workload.dense();
     workload.validate()?;
     match workload.task {
-        Task::Forward { .. } | Task::Generate { .. } => closed_form(workload)?.sum(|_, _| true),
+        Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
+            closed_form(&workload)?.sum(|_, _| true)
+        }
         Task::Train { .. } | Task::Evaluate { .. } => times(
             runs(&workload.task),
-            executed(workload, &total(Moments::of(&workload.task, &workload.model)))?,
+            executed(&workload, &total(Moments::of(&workload.task, &workload.model)))?,
         ),
     }
 }
@@ -48,11 +55,13 @@ pub fn reference(workload: &Workload) -> Result<Cost> {
 /// As [`super::count`].
 pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
     workload.validate()?;
-    let pass = Pass { workload, m: total(Moments::of(&workload.task, &workload.model)) };
+    structure.covers(&workload.task)?;
+    let m = total(Moments::of(&workload.task, &workload.model));
+    let pass = Pass { workload: &workload.dense(), m };
     pass.m.check(&workload.model)?;
     let (task, model) = (&workload.task, &workload.model);
     let mut terms = match structure {
-        Structure::Exact => vec![],
+        Structure::Exact | Structure::Unpadded | Structure::ExactDense => vec![],
         Structure::Notebook => pass.notebook()?,
         Structure::SixNd => [pass.parameters(), vec![pass.scores(), pass.lora()]].concat(),
         Structure::Palm => [pass.parameters(), vec![pass.windows(), pass.lora()]].concat(),
@@ -60,7 +69,7 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
             vec![pass.vectors(), pass.head(), pass.scores(), pass.lora()]
         }
         // A tied head is the embedding, and goes with it.
-        Structure::HfTrainer if model.tie_word_embeddings => {
+        Structure::HfTrainer if model.nominally_tied() => {
             vec![pass.vectors(), pass.head(), pass.scores()]
         }
         Structure::HfTrainer => vec![pass.vectors(), pass.all_logits(), pass.scores()],
@@ -70,20 +79,38 @@ pub fn terms(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
         }
         Structure::Torch | Structure::TorchSdpa => vec![],
         Structure::TorchSdpaCpu => vec![pass.scores()],
+        Structure::DeepSpeed => pass.profiled(Profiler::DeepSpeed),
+        Structure::DeepSpeedSdpa => pass.profiled(Profiler::DeepSpeedSdpa),
+        Structure::CalflopsSdpa => pass.profiled(Profiler::CalflopsSdpa),
+        Structure::Ptflops => pass.profiled(Profiler::Ptflops),
+        // A tied table is the head; one of its own is not in N.
+        Structure::Torchtitan => {
+            vec![pass.vectors(), pass.all_logits(), pass.windows(), pass.lora()]
+        }
+        Structure::MaxText => [pass.maxtext_scores(), vec![pass.lora()]].concat(),
+        Structure::NemoLora => vec![pass.all_logits(), pass.windows(), pass.lora()],
+        Structure::Vllm => vec![pass.last_logits(), pass.vllm_windows(), pass.lora()],
     };
-    if !matches!(structure, Structure::Exact | Structure::Notebook) {
+    let as_executed =
+        matches!(structure, Structure::Exact | Structure::Unpadded | Structure::ExactDense);
+    if !as_executed && structure != Structure::Notebook {
         terms.extend(pass.no_arithmetic());
     }
     let runs = runs(task);
     let scaled = |term: Term| term.checked_mul(runs).ok_or_else(overflow);
     let mut terms = terms.into_iter().map(scaled).collect::<Result<Vec<_>, _>>()?;
-    let of_training = pass.gradients(structure)?.into_iter();
-    let scaled = |term: Term| term.checked_mul(micro_steps(task)).ok_or_else(overflow);
-    terms.extend(of_training.map(scaled).collect::<Result<Vec<_>, _>>()?);
-    match structure {
-        Structure::Exact => terms.extend(pass.beside_the_passes()?),
+    terms.extend(pass.gradients(structure)?);
+    if !as_executed {
         // What runs once, not once a pass.
-        _ => terms.extend(once(structure, workload)?),
+        terms.extend(once(structure, workload)?);
+        return Ok(terms);
+    }
+    terms.extend(pass.beside_the_passes()?);
+    if structure != Structure::ExactDense && workload.attention == AttentionMode::Blocked {
+        terms.extend(pass.blocked(&total(Moments::executed(workload))));
+    }
+    if structure == Structure::Unpadded {
+        terms.push(Term::less(Cause::Padding, padding(workload)?));
     }
     Ok(terms)
 }
@@ -92,12 +119,14 @@ fn overflow() -> Error {
     Error::Overflow("this workload's operations".into())
 }
 
-/// Forward passes, or thirds of training, per pass of [`Moments::of`].
+/// How many forward passes a pass counts as: in training, itself and twice for its gradients.
 fn runs(task: &Task) -> u128 {
     match task {
-        Task::Train { .. } => micro_steps(task).saturating_mul(3),
-        Task::Evaluate { .. } => micro_steps(task),
-        Task::Forward { .. } | Task::Generate { .. } => 1,
+        Task::Train { .. } => 3,
+        Task::Evaluate { .. }
+        | Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. } => 1,
     }
 }
 
@@ -120,13 +149,12 @@ fn once(structure: Structure, workload: &Workload) -> Result<Vec<Term>> {
         return Ok(vec![]);
     }
     let mut terms = vec![Term::less(Cause::RotaryTables, tables(workload)?)];
-    if let Task::Generate { batch, new_tokens, sampling, .. } = workload.task {
-        let rows = u128::from(batch) * u128::from(new_tokens);
+    if let Some((sampling, steps, rows)) = choices(&workload.task) {
         let counted = match structure {
             Structure::Notebook => notebooks::draws(model, sampling, rows),
             _ => Cost::default(),
         };
-        let chosen = draws(model, sampling, new_tokens.into(), rows).cost;
+        let chosen = draws(model, sampling, steps, rows).cost;
         terms.push(Term::swap(Cause::Sampling, counted, chosen));
     }
     Ok(terms)

@@ -6,7 +6,7 @@ use crate::{
         Structure,
         causes::{Cause, Term},
         closed_form::layers,
-        pieces::{macs, micro_steps, only, times},
+        pieces::{macs, only, times},
         training::Training,
     },
     config::{Projection, Site},
@@ -24,7 +24,7 @@ impl Pass<'_> {
         let Task::Train { full, recompute, .. } = self.workload.task else { return Ok(vec![]) };
         // The exact structure's recomputed layers are among what it executes beside the passes.
         let (attention, is_torch) = match structure {
-            Structure::Exact => (true, false),
+            Structure::Exact | Structure::Unpadded | Structure::ExactDense => (true, false),
             Structure::Torch | Structure::TorchSdpa => (true, true),
             Structure::TorchSdpaCpu => (false, true),
             Structure::Notebook
@@ -33,7 +33,15 @@ impl Pass<'_> {
             | Structure::Palm
             | Structure::Megatron
             | Structure::MegatronCausal
-            | Structure::HfTrainer => return Ok(vec![]),
+            | Structure::HfTrainer
+            | Structure::DeepSpeed
+            | Structure::DeepSpeedSdpa
+            | Structure::CalflopsSdpa
+            | Structure::Ptflops
+            | Structure::Torchtitan
+            | Structure::MaxText
+            | Structure::Vllm => return Ok(vec![]),
+            Structure::NemoLora => return Ok(vec![self.frozen_weights()]),
         };
         let mut terms = match full {
             true => vec![],
@@ -95,18 +103,19 @@ impl Pass<'_> {
     pub(super) fn beside_the_passes(&self) -> Result<Vec<Term>> {
         let Workload { model, lora, task, .. } = self.workload;
         let training = |full| Training::new(self.workload, full, self.m);
-        let runs = micro_steps(task);
         let all = |tally: Tally, n| times(n, tally.sum(|_, _| true)?);
         let is_loss = |phase, _| phase == Phase::Loss;
         let (trains, full) = match *task {
-            Task::Forward { .. } | Task::Generate { .. } => return Ok(vec![]),
+            Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
+                return Ok(vec![]);
+            }
             Task::Evaluate { .. } => (false, false),
             Task::Train { full, .. } => (true, full),
         };
         let head = training(full).head_and_loss(trains)?;
         let mut terms = vec![
             Term::more(Cause::RotaryTables, tables(self.workload)?),
-            Term::more(Cause::Loss, times(runs, head.sum(is_loss)?)?),
+            Term::more(Cause::Loss, head.sum(is_loss)?),
         ];
         let Task::Train { accumulate, steps, recompute, clip, .. } = *task else {
             return Ok(terms);
@@ -114,13 +123,12 @@ impl Pass<'_> {
         let towards = |phase, _| !matches!(phase, Phase::Loss | Phase::Forward);
         let backward = training(full).backward()?.sum(|_, _| true)?;
         let backward = backward.checked_add(head.sum(towards)?).ok_or_else(overflow)?;
-        let backward = times(runs, backward)?;
-        let twice = times(runs, times(2, executed(self.workload, &self.m)?)?)?;
+        let twice = times(2, executed(self.workload, &self.m)?)?;
         // The products themselves are those of the forward pass, less what is not needed.
         let outputs = |cost: &Cost| Cost { outputs: cost.outputs, ..Cost::default() };
         let sums = training(full).sum_of_gradients()?;
         let again = (u128::from(accumulate) - 1) * u128::from(steps);
-        let readers = all(training(full).sums_of_readers()?, runs)?;
+        let readers = all(training(full).sums_of_readers()?, 1)?;
         terms.extend([
             Term::swap(Cause::ShorterSums, outputs(&backward), outputs(&twice)),
             Term::swap(Cause::Derivatives, only(backward.other), only(twice.other)),
@@ -131,7 +139,7 @@ impl Pass<'_> {
         if recompute {
             let mut tally = Tally::default();
             layers(&mut tally, Phase::Recompute, model, lora, &self.m, training(full).reached())?;
-            terms.push(Term::more(Cause::Recompute, all(tally, runs)?));
+            terms.push(Term::more(Cause::Recompute, all(tally, 1)?));
         }
         Ok(terms)
     }

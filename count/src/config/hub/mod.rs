@@ -155,7 +155,9 @@ impl ModelConfig {
         window::write(self, &mut json);
         rope::write(self, &mut json);
         let origin = self.family.name();
-        match Self::from_value(&json, origin, None)?.0 == *self {
+        // Where a head is stored, no config.json says.
+        let stored = Self { head_stored_apart: false, ..self.clone() };
+        match Self::from_value(&json, origin, None)?.0 == stored {
             true => Ok(json),
             false => Err(bad(origin, "has no keys for what this model is".into())),
         }
@@ -170,18 +172,28 @@ fn number(value: Option<f64>) -> Value {
     }
 }
 
+/// What a `config.json` has no key for, in the JSON of a model beside its keys.
+const STORED_APART: &str = "head_stored_apart";
+
 impl Serialize for ModelConfig {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        self.to_hub().map_err(S::Error::custom)?.serialize(s)
+        let mut json = self.to_hub().map_err(S::Error::custom)?;
+        if self.head_stored_apart {
+            json[STORED_APART] = true.into();
+        }
+        json.serialize(s)
     }
 }
 
 impl<'de> Deserialize<'de> for ModelConfig {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         // What this program wrote before it knew of other families names none.
-        let json = Value::deserialize(d)?;
+        let mut json = Value::deserialize(d)?;
+        let apart = json.as_object_mut().and_then(|keys| keys.remove(STORED_APART));
         let read = Self::from_value(&json, "model", Some(Family::Qwen2));
-        Ok(read.map_err(D::Error::custom)?.0)
+        let config = read.map_err(D::Error::custom)?.0;
+        let head_stored_apart = apart == Some(Value::Bool(true));
+        Ok(Self { head_stored_apart, ..config })
     }
 }
 
@@ -231,6 +243,7 @@ fn config(keys: &Object, family: Family) -> Result<ModelConfig> {
             keys.flag("tie_word_embeddings")?,
             family == Family::Gemma3,
         )?,
+        head_stored_apart: false,
         rope: Default::default(),
         local_rope: None,
         window: None,

@@ -1,46 +1,176 @@
 //! Attention, of whole sequences and with one token.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     super::{Attend, Causal, Kernels, Norm, attend_space},
-    TYPES, check, dot, gpu, normed, one, random, softmax,
+    TYPES, check, dot, gpu, normed, one, random, softmax, values_of,
 };
 use crate::ops::launch::Nodes;
 
-#[test]
-fn attention_in_a_window() -> Result<()> {
-    let (device, nodes, dtype) = (gpu(), Nodes::kept(), DType::BF16);
-    let kernels = Kernels::on(&device, dtype).unwrap();
-    // (heads, key heads, d, queries, tokens before, window, keys of so many in the cache)
-    for (heads, kv_heads, d, seq, past, window, (keys, capacity)) in [
-        (4, 2, 64, 150, 0, Some(40), (150, 150)),
-        (2, 1, 128, 70, 33, Some(9), (103, 120)),
-        (3, 3, 64, 5, 200, Some(64), (68, 90)),
-        (2, 2, 64, 33, 7, None, (40, 64)),
-    ] {
-        let (q, qs) = random(&[2, heads, seq, d], dtype, 1, &device);
-        let ((k, ks), (v, vs)) = (
-            random(&[2, kv_heads, capacity, d], dtype, 2, &device),
-            random(&[2, kv_heads, capacity, d], dtype, 3, &device),
-        );
-        let (k, v) = (k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?);
-        assert!(Kernels::attention_serves(&q, &k, &v));
-        let ours = kernels.attention(&nodes, &q, &k, &v, Causal { seq, past, window })?;
-        let mut expected = vec![0.0; 2 * seq * heads * d];
-        for (b, h, t) in (0..2 * heads * seq).map(|i| (i / seq / heads, i / seq % heads, i % seq)) {
-            let own = keys - seq + t;
-            let first = window.map_or(0, |w: usize| (own + 1).saturating_sub(w));
-            let head = (b * kv_heads + h / (heads / kv_heads)) * capacity;
-            let row = |all: &[f32], i: usize| all[(head + i) * d..][..d].to_vec();
-            let query = &qs[((b * heads + h) * seq + t) * d..][..d];
-            let scores: Vec<f32> = (first..=own).map(|i| dot(query, &row(&ks, i))).collect();
-            let out = &mut expected[((b * seq + t) * heads + h) * d..][..d];
-            for (weight, i) in softmax(&scores).into_iter().zip(first..) {
-                out.iter_mut().zip(row(&vs, i)).for_each(|(o, v)| *o += weight * v);
+/// One case of attention of whole sequences.
+#[derive(Debug, Clone, Copy)]
+struct Whole {
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+    seq: usize,
+    past: usize,
+    window: Option<usize>,
+    /// Tokens of k and v, and those that there is room for.
+    keys: (usize, usize),
+}
+
+/// Attention on the host: its output (B, T, H, d), and the gradients of q, k and v for one of it.
+struct OnHost {
+    out: Vec<f32>,
+    gradients: [Vec<f32>; 3],
+}
+
+/// Of `batch` sequences, q (B, H, T, d), k and v (B, K, S, d) of which `room` tokens lie apart.
+fn on_host(batch: usize, case: Whole, [qs, ks, vs]: [&[f32]; 3], dy: &[f32]) -> OnHost {
+    let Whole { heads, kv_heads, d, seq, window, keys: (keys, room), .. } = case;
+    let mut out = vec![0.0; batch * seq * heads * d];
+    let mut dq = vec![0.0; qs.len()];
+    let [mut dk, mut dv] = [0; 2].map(|_| vec![0.0; batch * kv_heads * keys * d]);
+    for (b, h, t) in (0..batch * heads * seq).map(|i| (i / seq / heads, i / seq % heads, i % seq)) {
+        let own = keys - seq + t;
+        let first = window.map_or(0, |w: usize| (own + 1).saturating_sub(w));
+        let head = b * kv_heads + h / (heads / kv_heads);
+        let query = ((b * heads + h) * seq + t) * d;
+        let row = ((b * seq + t) * heads + h) * d;
+        let (q, dy) = (&qs[query..][..d], &dy[row..][..d]);
+        let scores: Vec<f32> =
+            (first..=own).map(|i| dot(q, &ks[(head * room + i) * d..][..d])).collect();
+        let weights = softmax(&scores);
+        for (weight, i) in weights.iter().zip(first..) {
+            let v = &vs[(head * room + i) * d..][..d];
+            out[row..][..d].iter_mut().zip(v).for_each(|(o, v)| *o += weight * v);
+        }
+        let mean = dot(&out[row..][..d], dy);
+        for (weight, i) in weights.iter().zip(first..) {
+            let (key, of) = ((head * room + i) * d, (head * keys + i) * d);
+            let slope = weight * (dot(&vs[key..][..d], dy) - mean);
+            for j in 0..d {
+                dv[of + j] += weight * dy[j];
+                dk[of + j] += slope * q[j];
+                dq[query + j] += slope * ks[key + j];
             }
         }
-        check(&format!("attention {heads} {d} {window:?}"), dtype, &ours, &expected);
+    }
+    OnHost { out, gradients: [dq, dk, dv] }
+}
+
+/// (q, k, v) and their values.
+type Qkv = ([Tensor; 3], [Vec<f32>; 3]);
+
+fn qkv(batch: usize, case: Whole, device: &Device) -> Result<Qkv> {
+    let Whole { heads, kv_heads, d, seq, keys: (keys, room), .. } = case;
+    let of = |shape: &[usize], seed| random(shape, DType::BF16, seed, device);
+    let (q, qs) = of(&[batch, heads, seq, d], 1);
+    let (k, ks) = of(&[batch, kv_heads, room, d], 2);
+    let (v, vs) = of(&[batch, kv_heads, room, d], 3);
+    Ok(([q, k.narrow(2, 0, keys)?, v.narrow(2, 0, keys)?], [qs, ks, vs]))
+}
+
+const PLAIN: Whole =
+    Whole { heads: 4, kv_heads: 2, d: 64, seq: 150, past: 0, window: None, keys: (150, 150) };
+
+#[test]
+fn attention_of_whole_sequences() -> Result<()> {
+    let (device, nodes) = (gpu(), Nodes::kept());
+    let kernels = Kernels::on(&device, DType::BF16).unwrap();
+    let long = Whole { d: 128, seq: 300, past: 100, keys: (400, 400), ..PLAIN };
+    for case in [
+        PLAIN,
+        long,
+        Whole { d: 64, ..long },
+        Whole { window: Some(40), ..PLAIN },
+        Whole { window: Some(128), keys: (400, 410), ..long },
+        Whole { d: 64, window: Some(65), keys: (364, 410), ..long },
+        Whole {
+            heads: 2,
+            kv_heads: 1,
+            d: 128,
+            seq: 70,
+            past: 33,
+            window: Some(9),
+            keys: (103, 120),
+        },
+        Whole {
+            heads: 3,
+            kv_heads: 3,
+            seq: 5,
+            past: 200,
+            window: Some(64),
+            keys: (68, 90),
+            ..PLAIN
+        },
+        Whole { heads: 2, kv_heads: 2, seq: 33, past: 7, keys: (40, 64), ..PLAIN },
+        Whole { seq: 1, past: 130, keys: (131, 140), ..PLAIN },
+        Whole { seq: 64, keys: (64, 64), ..PLAIN },
+        Whole { seq: 129, past: 63, keys: (192, 192), ..PLAIN },
+    ] {
+        let ([q, k, v], [qs, ks, vs]) = qkv(2, case, &device)?;
+        let Whole { seq, past, window, heads, d, .. } = case;
+        assert!(Kernels::attention_serves(&q, &k, &v));
+        let causal = Causal { seq, past, window };
+        let expected = on_host(2, case, [&qs, &ks, &vs], &vec![0.0; 2 * seq * heads * d]);
+        let dense = kernels.attention(&nodes, &q, &k, &v, causal)?;
+        check(&format!("dense {case:?}"), DType::BF16, &dense, &expected.out);
+        let (blocked, kept) = kernels.attention_blocked(&nodes, &q, &k, &v, causal, false)?;
+        check(&format!("blocked {case:?}"), DType::BF16, &blocked, &expected.out);
+        assert!(kept.is_none());
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_of_attention() -> Result<()> {
+    let (device, nodes) = (gpu(), Nodes::kept());
+    let kernels = Kernels::on(&device, DType::BF16).unwrap();
+    let all = [true; 3];
+    let long = Whole { seq: 330, keys: (330, 330), ..PLAIN };
+    for (case, wanted) in [
+        (PLAIN, all),
+        (Whole { d: 128, ..PLAIN }, all),
+        (long, all),
+        (Whole { d: 128, ..long }, all),
+        (long, [true, false, false]),
+        (long, [false, true, false]),
+        (long, [false, false, true]),
+        (Whole { d: 128, ..long }, [true, false, true]),
+        (Whole { window: Some(70), ..long }, all),
+        (Whole { d: 128, window: Some(64), ..long }, all),
+        (Whole { window: Some(1), ..long }, all),
+        (Whole { seq: 100, past: 70, keys: (170, 170), ..PLAIN }, all),
+        (Whole { seq: 1, keys: (1, 1), ..PLAIN }, all),
+        (Whole { heads: 3, kv_heads: 3, seq: 64, keys: (64, 64), ..PLAIN }, all),
+    ] {
+        let ([q, k, v], [qs, ks, vs]) = qkv(3, case, &device)?;
+        let Whole { seq, past, window, heads, d, .. } = case;
+        let (dy, dys) = random(&[3, seq, heads * d], DType::BF16, 4, &device);
+        let causal = Causal { seq, past, window };
+        let expected = on_host(3, case, [&qs, &ks, &vs], &dys);
+        let (out, kept) = kernels.attention_blocked(&nodes, &q, &k, &v, causal, true)?;
+        let ours = kernels.attention_gradients(
+            &nodes,
+            [&q, &k, &v],
+            [&out, &dy, &kept.unwrap()],
+            causal,
+            wanted,
+        )?;
+        for (index, (ours, theirs)) in ours.iter().zip(&expected.gradients).enumerate() {
+            assert_eq!(ours.is_some(), wanted[index], "{case:?}");
+            let Some(ours) = ours else { continue };
+            // Of a query that sees but itself, the weights are 1 and what they come from is 0.
+            if theirs.iter().all(|x| x.abs() < 1e-5) {
+                let most = values_of(ours).into_iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+                assert!(most < 0.1, "{case:?}: {most}");
+                continue;
+            }
+            check(&format!("{} of {case:?}", ["dq", "dk", "dv"][index]), DType::BF16, ours, theirs);
+        }
     }
     Ok(())
 }
@@ -53,6 +183,8 @@ struct One {
     kv_heads: usize,
     d: usize,
     held: usize,
+    /// How many fewer tokens the second sequence holds.
+    behind: usize,
     window: Option<usize>,
     norms: bool,
     /// (lookers, splits), where it is not what is fastest.
@@ -67,6 +199,7 @@ fn attention_with_one_token() -> Result<()> {
         kv_heads: 2,
         d: 64,
         held: 100,
+        behind: 0,
         window: None,
         norms: false,
         cut: None,
@@ -75,6 +208,12 @@ fn attention_with_one_token() -> Result<()> {
         for case in [
             plain,
             One { held: 0, ..plain },
+            One { held: 0, cut: Some((2, 2)), ..plain },
+            One { held: 700, behind: 150, cut: Some((2, 3)), ..plain },
+            One { d: 128, held: 500, window: Some(100), cut: Some((4, 3)), heads: 16, ..plain },
+            One { behind: 37, ..plain },
+            One { behind: 100, cut: Some((2, 5)), norms: true, ..plain },
+            One { behind: 90, window: Some(17), cut: Some((14, 4)), ..plain },
             One { cut: Some((2, 5)), ..plain },
             One { cut: Some((2, 1)), norms: true, ..plain },
             One { window: Some(17), cut: Some((14, 4)), ..plain },
@@ -96,11 +235,11 @@ fn attention_with_one_token() -> Result<()> {
 }
 
 fn attend_once(dtype: DType, case: One) -> Result<()> {
-    let One { batch, heads, kv_heads, d, held, window, norms, cut } = case;
+    let One { batch, heads, kv_heads, d, held, behind, window, norms, cut } = case;
     let (device, nodes, capacity) = (gpu(), Nodes::kept(), held + 9);
     let kernels = Kernels::on(&device, dtype).unwrap();
     let (lookers, splits) =
-        cut.or_else(|| attend_space(batch, heads, kv_heads, d, capacity)).unwrap();
+        cut.or_else(|| attend_space(dtype, batch, heads, kv_heads, d, capacity)).unwrap();
     let of = |shape: &[usize], seed| random(shape, dtype, seed, &device);
     let (all, qkv) = of(&[batch, (heads + 2 * kv_heads) * d], 1);
     let (keys, mut ks) = of(&[batch, kv_heads, capacity, d], 2);
@@ -112,6 +251,9 @@ fn attend_once(dtype: DType, case: One) -> Result<()> {
     let out = zeros((batch, heads * d), dtype)?;
     let done = zeros((1, batch * lookers), DType::U32)?;
     let counted = Tensor::from_vec(vec![held as u32], (1, 1), &device)?;
+    let fewer = [0, behind as u32].into_iter().cycle().take(batch).collect();
+    let fewer = Tensor::from_vec(fewer, (1, batch), &device)?;
+    let fewer = (behind > 0).then_some(fewer);
     kernels.attend(
         &nodes,
         Attend {
@@ -127,13 +269,14 @@ fn attend_once(dtype: DType, case: One) -> Result<()> {
             q_norm: norm(&q_gain, true),
             k_norm: norm(&k_gain, false),
             held: &counted,
+            behind: fewer.as_ref(),
             window,
             shares: &zeros((batch * heads, splits * (d + 2)), DType::F32)?,
             done: &done,
         },
     )?;
 
-    let turned = |x: &[f32], gain: &[f32], shift: f32| {
+    let turned = |x: &[f32], held: usize, gain: &[f32], shift: f32| {
         let x = if norms { normed(x, gain, 1e-6, shift) } else { x.to_vec() };
         let (half, mut y) = (d / 2, x.clone());
         for i in 0..half {
@@ -146,14 +289,15 @@ fn attend_once(dtype: DType, case: One) -> Result<()> {
     let mut expected = vec![];
     for (b, row) in qkv.chunks_exact((heads + 2 * kv_heads) * d).enumerate() {
         let vector = |i: usize| &row[i * d..][..d];
+        let held = held - behind * (b % 2);
         for h in 0..kv_heads {
             let place = ((b * kv_heads + h) * capacity + held) * d;
-            ks[place..][..d].copy_from_slice(&turned(vector(heads + h), &k_gains, 0.0));
+            ks[place..][..d].copy_from_slice(&turned(vector(heads + h), held, &k_gains, 0.0));
             vs[place..][..d].copy_from_slice(vector(heads + kv_heads + h));
         }
         for h in 0..heads {
             let query: Vec<f32> =
-                turned(vector(h), &q_gains, 1.0).iter().map(|x| 0.25 * x).collect();
+                turned(vector(h), held, &q_gains, 1.0).iter().map(|x| 0.25 * x).collect();
             let first = window.map_or(0, |w: usize| (held + 1).saturating_sub(w));
             let head = (b * kv_heads + h / (heads / kv_heads)) * capacity;
             let at = |all: &[f32], i: usize| all[(head + i) * d..][..d].to_vec();

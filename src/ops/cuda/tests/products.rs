@@ -83,7 +83,8 @@ fn products_into_columns() -> Result<()> {
             let ((a, a_s), (b, b_s)) = (of(&[20, rank], 5), of(&[13, rank], 6));
             let (wide, mut expected) = of(&[batch, 50], 7);
             let (first, second) = (wide.narrow(1, 3, 20)?, wide.narrow(1, 30, 13)?);
-            kernels.product(&nodes, &first, &x, &w, true)?;
+            let by = [kernels.matrices(&x)?, kernels.matrices(&w)?.t()];
+            kernels.product_into(&nodes, &first, by[0], by[1], Some(1.0))?;
             kernels.add_bias(&nodes, &first, &bias)?;
             let scaling = one(0.5, dtype, &device);
             let adapters = [(&first, &a), (&second, &b)];
