@@ -15,8 +15,8 @@ mod tiles;
 use header::{Bf16, Element, Read, Write};
 
 const FOLDER: &str = "src/ops/cuda";
-const KERNELS: [&str; 8] =
-    ["attention", "choose", "decode", "elements", "optimizer", "products", "rows", "sums"];
+const KERNELS: [&str; 9] =
+    ["attention", "choose", "decode", "elements", "optimizer", "products", "rows", "step", "sums"];
 
 fn main() {
     println!("cargo::rerun-if-changed={FOLDER}");

@@ -361,14 +361,14 @@ impl Attention {
 }
 
 impl Gain {
-    fn at<'a>(&'a self, meter: Meter<'a>) -> Norm<'a> {
+    pub(super) fn at<'a>(&'a self, meter: Meter<'a>) -> Norm<'a> {
         let Self { module, gain, eps, one } = self;
         Norm { at: meter.at(*module), gain, eps: *eps, one: one.as_ref() }
     }
 }
 
 impl Linear {
-    fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
+    pub(super) fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
         let at = meter.at(Module::Proj(self.projection));
         let adapter = self.adapter.as_ref().map(|adapter| adapter.at(meter));
         Product { at, weight: &self.weight, bias: self.bias.as_ref(), adapter }

@@ -7,6 +7,7 @@ mod gradients;
 mod load;
 mod lora;
 mod parameters;
+mod whole;
 
 pub use context::{Cache, Context, Positions};
 pub use decoder::Decoder;

@@ -7,6 +7,7 @@
 
 mod fused;
 mod launches;
+mod whole;
 
 use super::{
     LowRank, Tensor, Unshared, add,
@@ -21,6 +22,7 @@ use crate::{config::Activation, error::Result, meter::At};
 
 pub use fused::decodes;
 pub(super) use fused::{attend_one, embed_chosen};
+pub use whole::{WholeLayer, WholeModel, WholeStep};
 
 /// A norm's gain (w), and where it is accounted for.
 #[derive(Clone, Copy)]

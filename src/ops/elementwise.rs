@@ -279,14 +279,19 @@ pub(super) fn report_gate(
     activation: Activation,
     gate: &candle_core::Tensor,
 ) -> Result<()> {
-    let (n, dtype) = (gate.elem_count() as u64, dtype_of(gate)?);
+    let dtype = dtype_of(gate)?;
+    let all = ops_of_gate(activation, gate.elem_count() as u64);
+    all.into_iter().for_each(|op| ops.add(op, dtype));
+    Ok(())
+}
+
+/// The same of n elements each.
+pub(super) fn ops_of_gate(activation: Activation, n: u64) -> [Op; 2] {
     let activated = match activation {
         Activation::Silu => Op::Silu { n },
         Activation::GeluTanh => Op::Gelu { n },
     };
-    ops.add(activated, dtype);
-    ops.add(Op::Mul { n }, dtype);
-    Ok(())
+    [activated, Op::Mul { n }]
 }
 
 /// Towards gate and up at once: activation'(gate) · dy · up and dy · act.

@@ -68,13 +68,14 @@ impl<'a> Ops<'a> {
 
     /// One op that reaches over all `held` tokens, the newest one included: `op` says what it is
     /// over so many. While a recording is replayed, the device counts them.
-    pub(crate) fn over_held(
+    pub(crate) fn over_held_at(
         &mut self,
+        at: At<'a>,
         held: u64,
         op: impl Fn(u64) -> Op + Send + Sync + 'static,
         dtype: Dtype,
     ) {
-        self.all.push((self.at, Reported::OverHeld(held, Box::new(op)), dtype));
+        self.all.push((at, Reported::OverHeld(held, Box::new(op)), dtype));
     }
 }
 

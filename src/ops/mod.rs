@@ -85,7 +85,8 @@ mod portable;
 pub use attend::{Attention, Masks, Sequences, Span, attend};
 pub use attention::{attention, is_one_kernel};
 pub use block::{
-    Norm, Product, add_product, decodes, gated_products, normed_product, normed_products,
+    Norm, Product, WholeLayer, WholeModel, WholeStep, add_product, decodes, gated_products,
+    normed_product, normed_products,
 };
 pub use blocks::{Blocks, KeyBlock, QueryBlock, blocked_attention};
 pub use cache::KvCache;

@@ -27,13 +27,18 @@ impl<'a> From<Norm<'a>> for KernelNorm<'a> {
 
 /// The ops of a norm over rows of `x` as wide as its gain.
 fn report_norm<'a>(ops: &mut Ops<'a>, norm: Norm<'a>, x: &candle_core::Tensor) -> Result<()> {
-    let (width, dtype) = (norm.gain.elements() as u64, dtype_of(x)?);
-    let rows = x.elem_count() as u64 / width.max(1);
+    let rows = x.elem_count() / norm.gain.elements().max(1);
+    report_norm_of(ops, norm, rows as u64, dtype_of(x)?);
+    Ok(())
+}
+
+/// The same over so many rows.
+pub(super) fn report_norm_of<'a>(ops: &mut Ops<'a>, norm: Norm<'a>, rows: u64, dtype: Dtype) {
+    let width = norm.gain.elements() as u64;
     if norm.one.is_some() {
         ops.add_at(norm.at, Op::Shift { n: width }, dtype);
     }
     ops.add_at(norm.at, Op::RmsNorm { rows, width }, dtype);
-    Ok(())
 }
 
 /// The product of x (m, k) with a weight (n, k), at its own place.
@@ -43,9 +48,18 @@ fn report_product<'a>(
     x: &candle_core::Tensor,
     weight: &Tensor,
 ) -> Result<()> {
-    let ((m, k), (n, _)) = (x.dims2()?, weight.data.dims2()?);
-    let op = Op::Matmul { b: 1, m: m as u64, k: k as u64, n: n as u64 };
-    ops.add_at(at, op, dtype_of(x)?);
+    report_product_of(ops, at, x.dim(0)? as u64, weight)
+}
+
+/// The same of so many rows.
+pub(super) fn report_product_of<'a>(
+    ops: &mut Ops<'a>,
+    at: At<'a>,
+    m: u64,
+    weight: &Tensor,
+) -> Result<()> {
+    let (n, k) = weight.data.dims2()?;
+    ops.add_at(at, Op::Matmul { b: 1, m, k: k as u64, n: n as u64 }, weight.dtype()?);
     Ok(())
 }
 
@@ -365,10 +379,12 @@ impl Kernel for AttendOne<'_> {
             norm.map_or(Ok(()), |norm| report_norm(ops, norm, x))?;
         }
         match &self.behind {
-            None => self.report_sequences(ops, [b, h, kv, d], 0, dtype),
+            None => report_attention(ops, self.a, [b, h, kv, d], (self.held_now, 0), dtype),
             Some(behind) => {
                 let each = behind.iter().map(|behind| *behind as u64);
-                each.for_each(|less| self.report_sequences(ops, [1, h, kv, d], less, dtype));
+                each.for_each(|less| {
+                    report_attention(ops, self.a, [1, h, kv, d], (self.held_now, less), dtype);
+                });
             }
         }
         Ok(())
@@ -400,31 +416,28 @@ impl Kernel for AttendOne<'_> {
     }
 }
 
-impl AttendOne<'_> {
-    /// What is computed of b sequences that hold `less` tokens fewer than the longest: rotations,
-    /// the cache, and scores, softmax and values over the tokens held, or over the latest of a
-    /// window.
-    fn report_sequences<'a>(
-        &'a self,
-        ops: &mut Ops<'a>,
-        [b, h, kv, d]: [u64; 4],
-        less: u64,
-        dtype: Dtype,
-    ) {
-        let write = Op::CacheWrite { rows: b, width: kv * d };
-        let [q, k] = [b * h * d, b * kv * d];
-        for op in [Op::Rope { n: q }, Op::Scale { n: q }, Op::Rope { n: k }, write, write] {
-            ops.add(op, dtype);
-        }
-        let most = self.a.window.map_or(u64::MAX, |window| window as u64);
-        let (b_kv, group, rows) = (b * kv, h / kv, b * h);
-        let held = self.held_now;
-        let reached = move |held: u64| (held - less).min(most);
-        let scores = move |held| Op::Matmul { b: b_kv, m: group, k: d, n: reached(held) };
-        let softmax = move |held| Op::Softmax { rows, width: reached(held) };
-        let values = move |held| Op::Matmul { b: b_kv, m: group, k: reached(held), n: d };
-        ops.over_held(held, scores, dtype);
-        ops.over_held(held, softmax, dtype);
-        ops.over_held(held, values, dtype);
+/// What attention of one token computes of b sequences that hold `less` tokens fewer than the longest,
+/// which holds `held`: rotations, the cache, and scores, softmax and values over the tokens held, or over
+/// the latest of a window.
+pub(super) fn report_attention<'a>(
+    ops: &mut Ops<'a>,
+    a: &Attention<'a>,
+    [b, h, kv, d]: [u64; 4],
+    (held, less): (u64, u64),
+    dtype: Dtype,
+) {
+    let write = Op::CacheWrite { rows: b, width: kv * d };
+    let [q, k] = [b * h * d, b * kv * d];
+    for op in [Op::Rope { n: q }, Op::Scale { n: q }, Op::Rope { n: k }, write, write] {
+        ops.add_at(a.at, op, dtype);
     }
+    let most = a.window.map_or(u64::MAX, |window| window as u64);
+    let (b_kv, group, rows) = (b * kv, h / kv, b * h);
+    let reached = move |held: u64| (held - less).min(most);
+    let scores = move |held| Op::Matmul { b: b_kv, m: group, k: d, n: reached(held) };
+    let softmax = move |held| Op::Softmax { rows, width: reached(held) };
+    let values = move |held| Op::Matmul { b: b_kv, m: group, k: reached(held), n: d };
+    ops.over_held_at(a.at, held, scores, dtype);
+    ops.over_held_at(a.at, held, softmax, dtype);
+    ops.over_held_at(a.at, held, values, dtype);
 }

@@ -45,6 +45,14 @@ pub(super) unsafe fn product(_: &Device, _: DType, _: &Nodes, _: Gemm) -> Result
     bail!("this build has no cuBLAS")
 }
 
+pub(super) fn has_barriers() -> bool {
+    false
+}
+
+pub(super) fn multiprocessors(_: &Device) -> Result<usize> {
+    bail!("this build has no GPU")
+}
+
 pub(super) fn address(tensor: &Tensor) -> Result<u64> {
     bail!("this build has no GPU for {:?}", tensor.layout())
 }

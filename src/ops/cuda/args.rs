@@ -242,6 +242,57 @@ arguments! {
         rank: u32,
     }
 
+    // step.cu:
+
+    /// A layer. Weights and biases are those of q, k, v, o, gate, up and down.
+    struct StepLayer {
+        weights: [Read<Element>; 7],
+        biases: [Read<Element>; 7],
+        before_attention: Normed,
+        before_mlp: Normed,
+        q_norm: Normed,
+        k_norm: Normed,
+        keys: Write<Element>,
+        values: Write<Element>,
+        cos: Read<Element>,
+        sin: Read<Element>,
+        scale: Read<Element>,
+        window: u32,
+        unused: u32,
+    }
+
+    struct Step {
+        logits: Write<Element>,
+        /// As many [`StepLayer`]s as there are layers.
+        layers: Read<u8>,
+        /// What blocks tell one another, and what comes to it of shares of the keys.
+        mail: Write<u32>,
+        shares: Write<u64>,
+        /// Steps that were made.
+        epoch: Write<u32>,
+        table: Read<Element>,
+        ids: Read<u32>,
+        factor: Read<Element>,
+        head: Read<Element>,
+        norm: Normed,
+        held: Read<u32>,
+        depth: u32,
+        hidden: u32,
+        inner: u32,
+        vocab: u32,
+        heads: u32,
+        kv_heads: u32,
+        capacity: u32,
+        /// Shares of the keys.
+        splits: u32,
+        /// Blocks that attend, some query heads over one share each; the others multiply.
+        attending: u32,
+        /// Bytes of the ring.
+        ring: u32,
+        /// 1 where the activation is GELU.
+        gelu: u32,
+    }
+
     // choose.cu:
 
     /// Where choices go. `done` is 0 before and after.

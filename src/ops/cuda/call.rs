@@ -24,6 +24,8 @@ pub(super) enum File {
     Products,
     /// Row-wise ops.
     Rows,
+    /// All of a step.
+    Step,
     /// Sums over rows.
     Sums,
 }

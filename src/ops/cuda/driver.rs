@@ -28,15 +28,39 @@ use crate::ops::launch::{Node, Nodes};
 /// Bytes of shared memory that a kernel gets without being allowed more.
 const SHARED_UNASKED: u32 = 48 * 1024;
 
+/// Whether kernels were built for Hopper or later: those may wait by themselves for what another one
+/// writes, and for bytes on their way.
+fn waits() -> bool {
+    env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90)
+}
+
+/// Whether kernels have barriers for bytes on their way.
+pub(super) fn has_barriers() -> bool {
+    waits()
+}
+
+/// Multiprocessors of `device`.
+pub(super) fn multiprocessors(device: &Device) -> Result<usize> {
+    let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+    let context = device.as_cuda_device()?.cuda_stream().context().clone();
+    Ok(context.attribute(count).w()?.try_into()?)
+}
+
 impl File {
     /// Whether its kernels wait, by themselves, for what the one before them writes: they may
     /// start before that has ended. Before Hopper there is no such waiting.
     fn overlaps(self) -> bool {
-        let waits = env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90);
         match self {
             Self::Attention | Self::Elements | Self::Optimizer | Self::Rows | Self::Sums => false,
-            Self::Choose | Self::Decode | Self::Products => waits,
+            Self::Choose | Self::Decode | Self::Products => waits(),
+            // It runs together or not at all, and such a kernel waits for the one before it.
+            Self::Step => false,
         }
+    }
+
+    /// Whether the blocks of its kernels wait for one another, and so must all be there.
+    fn runs_together(self) -> bool {
+        self == Self::Step
     }
 
     fn image(self) -> &'static [u8] {
@@ -48,6 +72,7 @@ impl File {
             Self::Optimizer => include_bytes!(concat!(env!("OUT_DIR"), "/optimizer.fatbin")),
             Self::Products => include_bytes!(concat!(env!("OUT_DIR"), "/products.fatbin")),
             Self::Rows => include_bytes!(concat!(env!("OUT_DIR"), "/rows.fatbin")),
+            Self::Step => include_bytes!(concat!(env!("OUT_DIR"), "/step.fatbin")),
             Self::Sums => include_bytes!(concat!(env!("OUT_DIR"), "/sums.fatbin")),
         }
     }
@@ -74,11 +99,17 @@ pub(super) unsafe fn launch<A: Copy>(
         let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         loaded.set_attribute(most, shared.try_into()?).w()?;
     }
-    let mut overlap = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: Default::default(),
-        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    use sys::CUlaunchAttributeID as Id;
+    let (id, value) = match file.runs_together() {
+        true => {
+            (Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative: 1 })
+        }
+        false => (
+            Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        ),
     };
+    let mut attribute = sys::CUlaunchAttribute { id, pad: Default::default(), value };
     let [x, y, z] = grid;
     let config = sys::CUlaunchConfig {
         gridDimX: x,
@@ -89,8 +120,8 @@ pub(super) unsafe fn launch<A: Copy>(
         blockDimZ: 1,
         sharedMemBytes: shared,
         hStream: stream.cu_stream(),
-        attrs: &raw mut overlap,
-        numAttrs: u32::from(file.overlaps()),
+        attrs: &raw mut attribute,
+        numAttrs: u32::from(file.overlaps() || file.runs_together()),
     };
     stream.context().bind_to_thread().w()?;
     let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];

@@ -42,6 +42,7 @@ mod library;
 mod optimizer;
 mod products;
 mod rows;
+mod step;
 mod sums;
 mod tiles;
 mod witness;
@@ -66,6 +67,7 @@ pub(in crate::ops) use elements::{Gate, Map, Turn};
 pub(in crate::ops) use optimizer::{TENSORS, Updated};
 pub(in crate::ops) use products::{Adapt, Out, Project};
 pub(in crate::ops) use rows::{Causal, Norm};
+pub(in crate::ops) use step::{Layer as StepLayer, Model as StepModel, Plan as StepPlan};
 pub use witness::Fault;
 pub(in crate::ops) use witness::{Listed, witness};
 

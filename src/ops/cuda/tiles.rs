@@ -80,6 +80,21 @@ tiles! {
     /// Tiles of the input that such a kernel takes at most.
     TILES: [[u32; 1]; 3] = [[1], [2], [4]];
 
+    /// Warps of a block of a whole step that multiply or attend; another one fetches.
+    STEP_WARPS: u32 = 14;
+    /// Tiles of 16 rows that such a block sums up together.
+    STEP_TILES: u32 = 6;
+    /// Bytes of shared memory that it has beside weights and what they are multiplied by.
+    STEP_OWN: u32 = 4096;
+    /// Query heads that a block attends with at most.
+    STEP_HEADS: u32 = 8;
+    /// The widest hidden state.
+    STEP_HIDDEN: u32 = 2048;
+    /// The most rows of it that one block has.
+    STEP_ROWS: u32 = 256;
+    /// Head widths of such a step.
+    STEP_WIDTHS: [[u32; 1]; 2] = [[64], [128]];
+
     /// Threads of a block that looks for the largest logit.
     CHOOSERS: u32 = 256;
     /// Threads of a block that draws a token.
