@@ -243,7 +243,7 @@ mod tests {
             ("tiny", 64, 192, 2, 1, 64, 2),
             ("tiny-llama", 2048, 8192, 32, 8, 64, 2),
             ("tiny-qwen3", 1024, 3072, 16, 8, 128, 2),
-            ("tiny-mistral", 256, 640, 4, 2, 64, 2),
+            ("tiny-mistral", 256, 640, 4, 2, 64, 3),
         ] {
             let mut config = ModelConfig::preset(preset).unwrap();
             config.hidden_size = hidden;

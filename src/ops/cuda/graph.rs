@@ -128,6 +128,9 @@ impl Captured {
             unsafe { sys::cuGraphGetEdges_v2(self.graph, from, to, data, count).result() }
         };
         ask(null_mut(), null_mut(), null_mut(), &raw mut count)?;
+        if count == 0 {
+            return Ok(vec![]); // of a single node; with no room, the driver refuses
+        }
         let (mut from, mut to) = (vec![null_mut(); count], vec![null_mut(); count]);
         let plain = sys::CUgraphEdgeData { from_port: 0, to_port: 0, type_: 0, reserved: [0; 5] };
         let mut data = vec![plain; count];

@@ -106,8 +106,9 @@ fn cut(multiprocessors: usize, w: Widths) -> Option<Cut> {
     let together = (1..=STEP_HEADS as usize).rev().find(|n| each.is_multiple_of(*n))?;
     let groups = heads / together;
     let splits = match capacity {
-        ..=640 => 1,
-        ..=1536 => 2,
+        ..=896 => 1,
+        ..=1664 => 2,
+        ..=2560 => 3,
         _ => 4,
     };
     let splits = (1..=splits).rev().find(|n| groups * n * 3 <= multiprocessors)?;
@@ -322,7 +323,7 @@ mod tests {
         };
         let blocks = |w: Widths| cut(132, w).map(|cut| (cut.blocks, cut.splits));
         assert_eq!(blocks(qwen), Some(([2, 130], 1)));
-        assert_eq!(blocks(Widths { capacity: 2081, ..qwen }), Some(([8, 124], 4)));
+        assert_eq!(blocks(Widths { capacity: 2081, ..qwen }), Some(([6, 126], 3)));
         // Of more key heads, each has fewer shares; of too many, nothing is left for products.
         let many = Widths { heads: 32, kv_heads: 16, capacity: 2081, ..qwen };
         assert_eq!(blocks(many), Some(([32, 100], 2)));
