@@ -210,7 +210,7 @@ fn llama_bench_gives_a_rate() {
          (`generate --prompt-tokens 1 --new-tokens 128`)"
     );
     // Lines of objects are the same as a list of them.
-    let lines = "{\"n_prompt\": 5, \"n_gen\": 0, \"avg_ns\": 7, \"model_n_params\": 3, \"n_ubatch\": 4}\n\
+    let lines = "{\"n_prompt\": 5, \"n_gen\": 0, \"avg_ns\": 7, \"model_n_params\": 43936, \"n_ubatch\": 4}\n\
                  {\"n_prompt\": 5, \"n_gen\": 2, \"n_depth\": 9, \"avg_ns\": 7}\n";
     let forward =
         Task::Forward { batch: 1, seq: 5, past: 0, logits: Logits::Last, sequences: None };
@@ -218,7 +218,7 @@ fn llama_bench_gives_a_rate() {
     assert_eq!(
         tool.notes[1..],
         [
-            "its model has 3 parameters, the workload's 33696",
+            "its model has 43936 parameters, the workload's 33696",
             "it feeds the prompt 4 tokens at a time, which score fewer keys than counted"
         ]
     );

@@ -72,7 +72,7 @@ struct ThresholdArgs {
     #[arg(long, value_enum, value_name = "REGIME", conflicts_with = "axes")]
     threshold: Option<Regime>,
     /// Training compute of the model that is trained further: "3e24 FLOP"
-    #[arg(long, value_name = "AMOUNT", requires = "threshold", value_parser = Flops::parse)]
+    #[arg(long, value_name = "AMOUNT", requires = "threshold", conflicts_with = "axes", value_parser = Flops::parse)]
     base_compute: Option<Flops>,
 }
 

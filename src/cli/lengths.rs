@@ -30,10 +30,10 @@ pub struct LengthsArgs {
     #[command(flatten)]
     layout: LayoutArgs,
     /// Of conversations in --data, score the assistant's turns alone; of prompts, the completions
-    #[arg(long, requires = "data")]
+    #[arg(long, requires = "data", conflicts_with = "lengths")]
     mask_prompt: bool,
     /// Seed of the order in which a training visits the rows of --data [default: 0]
-    #[arg(long, requires = "data")]
+    #[arg(long, requires = "data", conflicts_with = "lengths")]
     seed: Option<u64>,
     #[command(flatten)]
     template: TemplateArg,
@@ -42,6 +42,11 @@ pub struct LengthsArgs {
 }
 
 impl LengthsArgs {
+    /// Whether rows have lengths of their own.
+    pub fn are_given(&self) -> bool {
+        self.lengths.is_some() || self.data.is_some()
+    }
+
     /// `task` with these lengths, as the tasks that it comes to, and the model of the data.
     pub fn tasks(&self, task: Task, model: &ModelArgs) -> Result<(Vec<Task>, Option<Described>)> {
         self.check(task.kind())?;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt::Display, str::FromStr};
 use clap::Args;
 
 use crate::{
-    config::{Layers, LoraConfig, ModelConfig, Modules, TargetModules},
+    config::{Layers, LoraConfig, ModelConfig, Modules, Projection, TargetModules},
     error::{Error, Result},
 };
 
@@ -16,12 +16,13 @@ pub struct LoraArgs {
     /// Rank of the adapters; 0 is none [default: 0; of `train` 8]
     #[arg(long, value_name = "R")]
     pub lora_rank: Option<usize>,
-    /// The adapters' output is scaled by alpha / rank
-    #[arg(long, value_name = "ALPHA", default_value_t = 16.0, allow_negative_numbers = true)]
-    pub lora_alpha: f64,
+    /// The adapters' output is scaled by alpha / rank [default: 16]
+    #[arg(long, value_name = "ALPHA", allow_negative_numbers = true)]
+    pub lora_alpha: Option<f64>,
     /// Adapted projections, all-linear for all seven; of one layer as layers.0.self_attn.q_proj
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "q_proj,v_proj")]
-    pub lora_targets: Vec<TargetModules>,
+    /// [default: q_proj,v_proj]
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub lora_targets: Option<Vec<TargetModules>>,
     /// Layers that carry adapters, as 0-3,7 [default: all]
     #[arg(long, value_name = "LIST")]
     pub lora_layers: Option<Layers>,
@@ -59,15 +60,28 @@ fn named<T: FromStr<Err: Display>>(text: &str) -> Result<(Modules, T), String> {
 impl LoraArgs {
     /// The adapters' config, checked against the model's.
     pub fn config(&self, model: &ModelConfig) -> Result<LoraConfig> {
-        self.unchecked()?.checked(model)
+        let lora = self.unchecked()?;
+        let given = [
+            ("--lora-alpha", self.lora_alpha.is_some()),
+            ("--lora-targets", self.lora_targets.is_some()),
+            ("--lora-layers", self.lora_layers.is_some()),
+        ];
+        let without_rank = lora.rank == 0 && lora.rank_pattern.is_empty();
+        match given.into_iter().find(|(_, given)| without_rank && *given) {
+            Some((flag, _)) => Err(Error::flag(flag, "needs --lora-rank").into()),
+            None => lora.checked(model),
+        }
     }
 
     /// The same as the flags say it.
     pub fn unchecked(&self) -> Result<LoraConfig> {
         Ok(LoraConfig {
             rank: self.lora_rank.unwrap_or(0),
-            alpha: self.lora_alpha,
-            targets: TargetModules::modules(&self.lora_targets),
+            alpha: self.lora_alpha.unwrap_or(16.0),
+            targets: match &self.lora_targets {
+                Some(targets) => TargetModules::modules(targets),
+                None => vec![Projection::QProj.into(), Projection::VProj.into()],
+            },
             layers: self.lora_layers.clone(),
             rank_pattern: once("--lora-rank-pattern", &self.lora_rank_pattern)?,
             alpha_pattern: once("--lora-alpha-pattern", &self.lora_alpha_pattern)?,

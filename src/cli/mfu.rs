@@ -75,7 +75,7 @@ struct SpeedArgs {
     #[arg(long, value_name = "N", group = "stated", requires = "by")]
     tflops_per_gpu: Option<Amount>,
     /// Whose formula --tflops-per-gpu is by
-    #[arg(long, value_enum, value_name = "STRUCTURE", requires = "tflops_per_gpu")]
+    #[arg(long, value_enum, value_name = "STRUCTURE", requires = "tflops_per_gpu", conflicts_with_all = ["tokens_per_second", "tokens_per_second_per_gpu", "step_seconds"])]
     by: Option<Structure>,
 }
 
@@ -132,12 +132,20 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-/// Of every weight where no adapter is asked for; of one step, for the speed is the same in all.
+/// Of every weight where no adapter is asked for. A step of equal rows is like any other; where rows
+/// have lengths of their own, all steps are taken together.
 fn train(args: &Mfu<TrainingArgs>) -> Result<()> {
     let mut task = args.workload.task.task();
     if let Task::Train { full, steps, .. } = &mut task {
         *full |= args.workload.lora.lora_rank.is_none();
-        *steps = 1;
+        let why = match (args.workload.lengths.are_given(), args.speed.step_seconds) {
+            (false, _) => "changes no speed where all rows are alike; leave it out",
+            (true, Some(_)) => "--step-seconds is of one step; leave it out",
+            (true, None) => "",
+        };
+        if *steps != 1 && !why.is_empty() {
+            return Err(Error::flag("--steps", why).into());
+        }
     }
     mfu(args, task)
 }

@@ -27,7 +27,7 @@ pub struct TimeReport {
     pub time: Time,
 }
 
-/// Four significant digits; none of a fraction from 1000 on.
+/// Four significant digits, three below 1; none of a fraction from 1000 on.
 pub(super) fn amount(x: f64) -> String {
     match x {
         0.0 => "0".into(),
@@ -36,7 +36,9 @@ pub(super) fn amount(x: f64) -> String {
         x if x >= 999.95 => digits(x.round() as u128),
         x if x >= 99.995 => format!("{x:.1}"),
         x if x >= 9.9995 => format!("{x:.2}"),
-        x if x >= 0.001 => format!("{x:.3}"),
+        x if x >= 0.09995 => format!("{x:.3}"),
+        x if x >= 0.009995 => format!("{x:.4}"),
+        x if x >= 0.001 => format!("{x:.5}"),
         x => format!("{x:.3e}"),
     }
 }
@@ -257,12 +259,14 @@ mod tests {
             (12.345, "12.35"),
             (1.2345, "1.234"),
             (0.5, "0.500"),
+            (0.0123, "0.0123"),
+            (0.001068, "0.00107"),
             (1.2345e-5, "1.234e-5"),
         ] {
             assert_eq!(amount(x), text);
         }
         assert_eq!((dollars(51.357), dollars(12345.6)), ("$51.36".into(), "$12,346".into()));
-        assert_eq!(dollars(0.0123), "$0.012");
+        assert_eq!(dollars(0.0123), "$0.0123");
         for (x, text) in
             [(307.81, "307.8"), (0.5, "0.500"), (0.00123, "0.00123"), (2e-7, "2.00e-7")]
         {

@@ -33,7 +33,7 @@ pub enum Speed {
     TokensPerSecond(f64),
     /// Tokens a second of one device.
     TokensPerSecondPerGpu(f64),
-    /// Seconds of one optimizer step, or of one pass or generation.
+    /// Seconds of all that the workloads do: one optimizer step, or one pass or generation.
     Seconds(f64),
     /// FLOP/s of one device as this structure counts.
     FlopsPerSecondPerGpu(f64, Structure),
@@ -63,7 +63,7 @@ pub struct Published {
     pub tokens_per_s: f64,
     /// Tokens of `step_s`: fed; of a generation, those that it chooses.
     pub tokens: u128,
-    /// Seconds of one optimizer step, pass or generation.
+    /// Seconds of one optimizer step (of all, where rows differ), pass or generation.
     pub step_s: f64,
     /// The devices.
     #[serde(flatten)]
@@ -105,7 +105,7 @@ fn stated_tokens(workloads: &[Workload]) -> u128 {
 }
 
 impl Published {
-    /// What `speed` comes to for `workloads`, which run in turn; a training is of one step.
+    /// What `speed` comes to for `workloads`, which run in turn.
     ///
     /// # Errors
     /// A workload that nothing counts, a convention of the speed that does not count it, or sums
@@ -123,8 +123,9 @@ impl Published {
             Speed::TokensPerSecond(rate) => tokens as f64 / rate,
             Speed::TokensPerSecondPerGpu(rate) => tokens as f64 / (rate * peak.gpus as f64),
             Speed::Seconds(seconds) => seconds,
+            // A structure counts layers that run again where its source does.
             Speed::FlopsPerSecondPerGpu(rate, by) => {
-                products(by)?.model as f64 / (rate * peak.gpus as f64)
+                products(by)?.counted(Utilization::Hfu)? as f64 / (rate * peak.gpus as f64)
             }
         };
         let exact = products(Structure::Exact)?;
@@ -237,6 +238,11 @@ mod tests {
             assert!(row(&again, structure, Utilization::Hfu).flops > mfu.flops);
         }
         assert_eq!((plain.tokens_per_s, plain.step_s), (32.0, 0.5));
+        // A figure by a structure that counts them has them in it.
+        let torch = row(&again, Structure::Torch, Utilization::Hfu);
+        let speed = Speed::FlopsPerSecondPerGpu(torch.flops_per_s_per_gpu, Structure::Torch);
+        let found = Published::new(&[training("tiny", 2, 8, true)], speed, peak(1)).unwrap();
+        assert!((found.tokens_per_s / 32.0 - 1.0).abs() < 1e-12);
     }
 
     proptest! {

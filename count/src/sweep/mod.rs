@@ -230,7 +230,7 @@ fn count(
     let total = tally.sum(|_, _| true)?;
     let lora = tally.sum(|_, component| matches!(component, Component::Lora(_)))?;
     let total_flops = prices.flops(&total)?;
-    let tokens: u128 = workloads.iter().map(|w| w.task.tokens().fed).sum();
+    let tokens: u128 = workloads.iter().map(|w| w.task.tokens().real).sum();
     Ok(Point {
         at: at.to_vec(),
         total_flops,

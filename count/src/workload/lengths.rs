@@ -105,8 +105,12 @@ fn parse_lengths(text: &str) -> std::result::Result<Vec<u64>, String> {
     for (index, line) in text.lines().enumerate() {
         let line = line.split('#').next().unwrap_or_default();
         let bad = |why: &str| format!("line {}: `{}` {why}", index + 1, line.trim());
-        let words = line.split([',', ' ', '\t', 'x']).filter(|word| !word.is_empty());
-        let numbers: std::result::Result<Vec<u64>, _> = words.map(str::parse).collect();
+        // `LENGTH`, `LENGTH COUNT`, `LENGTH,COUNT` or `LENGTH x COUNT`.
+        let words: Vec<&str> = match line.split_once([',', 'x']) {
+            Some((length, count)) => vec![length.trim(), count.trim()],
+            None => line.split_whitespace().collect(),
+        };
+        let numbers: std::result::Result<Vec<u64>, _> = words.into_iter().map(str::parse).collect();
         let (length, count) = match numbers.as_deref() {
             Ok([]) => continue,
             Ok([length]) => (*length, 1),
