@@ -107,8 +107,8 @@ fn cut(multiprocessors: usize, w: Widths) -> Option<Cut> {
     let groups = heads / together;
     let splits = match capacity {
         ..=896 => 1,
-        ..=1664 => 2,
-        ..=2560 => 3,
+        897..=1664 => 2,
+        1665..=2560 => 3,
         _ => 4,
     };
     let splits = (1..=splits).rev().find(|n| groups * n * 3 <= multiprocessors)?;
