@@ -296,14 +296,16 @@ fn logits_that_are_not_finite() {
     }
 }
 
-/// Parameters of `sizes` after three steps, as the model reads them and with their moments; sums of
-/// squares; and what ran.
+/// Each parameter as the model reads it and with its moments; sums of squares; and what ran.
+type Updated = (Vec<[Vec<f32>; 2]>, Vec<f64>, Ledger);
+
+/// Parameters of `sizes` after three steps.
 fn updated(
     sizes: &[usize],
     [gradient, parameter]: [Dtype; 2],
     clip: Option<f64>,
     device: &Device,
-) -> Result<(Vec<[Vec<f32>; 2]>, Vec<f64>, Ledger)> {
+) -> Result<Updated> {
     let ledger = RefCell::new(Ledger::default());
     let meter = Meter::new(&ledger, Phase::Optimizer);
     let step =
@@ -659,7 +661,8 @@ fn adapted_training(
         clip: true,
         rows: Rows::Whole,
     };
-    let workload = Workload { model: config.clone(), lora, dtype, task };
+    let workload =
+        Workload { model: config.clone(), lora, dtype, attention: Default::default(), task };
     let audit = Audit::new(&[workload], &ledger.into_inner()).unwrap();
     (loss, norms, audit)
 }
