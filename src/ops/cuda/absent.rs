@@ -49,7 +49,7 @@ pub(super) fn has_barriers() -> bool {
     false
 }
 
-pub(super) fn multiprocessors(_: &Device) -> Result<usize> {
+pub(super) fn multiprocessors(_: &Device) -> Result<[usize; 2]> {
     bail!("this build has no GPU")
 }
 

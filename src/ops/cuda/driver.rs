@@ -39,11 +39,15 @@ pub(super) fn has_barriers() -> bool {
     waits()
 }
 
-/// Multiprocessors of `device`.
-pub(super) fn multiprocessors(device: &Device) -> Result<usize> {
-    let count = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+/// Multiprocessors of `device`, and bytes of shared memory that a block may have.
+pub(super) fn multiprocessors(device: &Device) -> Result<[usize; 2]> {
+    use sys::CUdevice_attribute as Attribute;
     let context = device.as_cuda_device()?.cuda_stream().context().clone();
-    Ok(context.attribute(count).w()?.try_into()?)
+    let of = |attribute| -> Result<usize> { Ok(context.attribute(attribute).w()?.try_into()?) };
+    Ok([
+        of(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        of(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    ])
 }
 
 impl File {

@@ -147,9 +147,10 @@ impl Kernels {
         if self.dtype != DType::BF16 || !backend::has_barriers() {
             return Ok(None);
         }
-        let Some(cut) = cut(backend::multiprocessors(&self.device)?, widths) else {
-            return Ok(None);
-        };
+        // Newer GPUs may have less shared memory than Hopper.
+        let [multiprocessors, shared] = backend::multiprocessors(&self.device)?;
+        let cut = cut(multiprocessors, widths).filter(|_| shared >= SHARED);
+        let Some(cut) = cut else { return Ok(None) };
         let Widths { hidden, inner, heads, kv_heads, head_dim, capacity } = widths;
         let [vocab, width] = call.dims(model.table)?;
         let fits = width == hidden && model.head.dims() == [vocab, hidden];
