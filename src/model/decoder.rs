@@ -24,7 +24,9 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module},
     meter::Meter,
-    ops::{self, CausalMask, Ids, Masks, Norm, Product, Sequences, Span, Tensor, Unshared},
+    ops::{
+        self, CausalMask, Ids, Masks, Norm, Product, RopeTable, Sequences, Span, Tensor, Unshared,
+    },
     workload::{AttentionMode, Logits, Task, Workload},
 };
 
@@ -343,20 +345,25 @@ impl Attention {
         let products =
             [&self.q_proj, &self.k_proj, &self.v_proj].map(|linear| linear.product(meter));
         let [q, k, v] = ops::normed_products(norm, x, &products, &ahead)?;
+        let attention = self.at(meter, context.positions().of(layer)?);
+        let cache = context.kv().map(|kv| (kv, layer));
+        ops::attend(attention, [&q, &k, &v], sequences, cache)
+    }
+
+    /// What stands between the projections.
+    pub(super) fn at<'a>(&'a self, meter: Meter<'a>, rope: &'a RopeTable) -> ops::Attention<'a> {
         let (q_norm, k_norm) = self.norms.as_ref().map(|(q, k)| (q.at(meter), k.at(meter))).unzip();
-        let attention = ops::Attention {
+        ops::Attention {
             at: meter.at(Module::SelfAttn),
             heads: self.heads,
             kv_heads: self.kv_heads,
             scale: &self.scale,
             q_norm,
             k_norm,
-            rope: context.positions().of(layer)?,
+            rope,
             window: self.window,
             mode: self.mode,
-        };
-        let cache = context.kv().map(|kv| (kv, layer));
-        ops::attend(attention, [&q, &k, &v], sequences, cache)
+        }
     }
 }
 

@@ -125,7 +125,8 @@ impl Decoding<'_> {
             let decode = meter.phase(Phase::Decode).within(workspace);
             let context = Context::Held(cache);
             let at = meter.phase(Phase::Sampling).at(Module::Sampler);
-            let logits = match (whole, model.whole(decode, cache)?) {
+            let described = whole.map(|_| model.whole(decode, cache)).transpose()?.flatten();
+            let logits = match (whole, described) {
                 (Some(whole), Some(model)) => whole.run(&model, &cache.kv, choosing.ids())?.clone(),
                 _ => model.forward(decode, choosing.ids(), context, Logits::Last)?.share(),
             };

@@ -5,7 +5,7 @@ use crate::{
     error::Result,
     ledger::Module,
     meter::Meter,
-    ops::{Attention, Product, WholeLayer, WholeModel},
+    ops::{Product, WholeLayer, WholeModel},
 };
 
 impl Decoder {
@@ -43,21 +43,10 @@ impl Layer {
         cache: &'a Cache,
     ) -> Result<WholeLayer<'a>> {
         let (attn, mlp) = (&self.self_attn, &self.mlp);
-        let (q_norm, k_norm) = attn.norms.as_ref().map(|(q, k)| (q.at(meter), k.at(meter))).unzip();
         Ok(WholeLayer {
             before_attention: self.input_layernorm.at(meter),
             projections: [&attn.q_proj, &attn.k_proj, &attn.v_proj].map(|p| p.product(meter)),
-            attention: Attention {
-                at: meter.at(Module::SelfAttn),
-                heads: attn.heads,
-                kv_heads: attn.kv_heads,
-                scale: &attn.scale,
-                q_norm,
-                k_norm,
-                rope: cache.positions.of(index)?,
-                window: attn.window,
-                mode: attn.mode,
-            },
+            attention: attn.at(meter, cache.positions.of(index)?),
             output: attn.o_proj.product(meter),
             residual: meter.at(Module::Residual),
             before_mlp: self.post_attention_layernorm.at(meter),

@@ -45,11 +45,11 @@ pub(super) unsafe fn product(_: &Device, _: DType, _: &Nodes, _: Gemm) -> Result
     bail!("this build has no cuBLAS")
 }
 
-pub(super) fn has_barriers() -> bool {
+pub(super) fn are_for_hopper() -> bool {
     false
 }
 
-pub(super) fn multiprocessors(_: &Device) -> Result<[usize; 2]> {
+pub(super) fn room(_: &Device) -> Result<[usize; 2]> {
     bail!("this build has no GPU")
 }
 

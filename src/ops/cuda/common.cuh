@@ -146,6 +146,15 @@ struct Gelu {
     }
 };
 
+// A gate's activation, GELU or SiLU, told apart without a branch.
+__device__ __forceinline__ float activated(float x, bool gelu) {
+    float a = gelu ? Gelu::A : -1.0f, b = gelu ? Gelu::B : 0.0f;
+    return __fdividef(x, 1.0f + __expf(x * (a + b * x * x)));
+}
+
+// Below any score, yet a number: a share without keys weighs exp(NONE − max) = 0.
+constexpr float NONE = -1e30f;
+
 // The tokens that a query sees: of `all`, its own and those before it, the last that a window shows.
 struct Seen {
     u32 first, count;

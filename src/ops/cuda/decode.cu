@@ -4,7 +4,7 @@
 //
 // The number of tokens held is read from memory, so that one recorded graph serves every step: that
 // of the longest sequence, and how many fewer each of them holds.
-#include "tensor_cores.cuh"
+#include "attend_tile.cuh"
 
 // out (batch, width) = rows `ids` of the table, times `scale` where it is given
 template <typename T> __device__ void embed(const Embed<T> &a) {
@@ -60,9 +60,6 @@ __device__ __forceinline__ void turn(const Attend<T> &a, u32 b, u32 first, u32 g
     }
     __syncthreads();
 }
-
-// Below any score, yet a number: a share without keys weighs exp(NONE − max) = 0.
-constexpr float NONE = -1e30f;
 
 // The parts of a block's share of the keys become one, (max, sum, D values) for each query head;
 // and whichever block is last of these heads adds up the shares of all.
@@ -289,9 +286,6 @@ template <int D, bool NORMED> __device__ void attend_tiles(const Attend<bf16> &a
     u32 start = hidden + seen * split / splits, end = hidden + seen * (split + 1) / splits;
     extern __shared__ __align__(128) bf16 rings[];
     bf16 *ring = rings + warp * STAGES * 2 * TILE;
-    auto place = [&](const bf16 *tile, u32 row, u32 chunk) {
-        return (u32)__cvta_generic_to_shared(tile + row * D + (chunk ^ (row & 7)) * 8);
-    };
     // This warp's tile number i, of its keys and its values.
     auto fetch = [&](u32 i) {
         u32 from = start + (i * WARPS + warp) * 16;
@@ -301,8 +295,8 @@ template <int D, bool NORMED> __device__ void attend_tiles(const Attend<bf16> &a
             u32 row = j / CHUNKS, chunk = j % CHUNKS;
             bool there = from + row < end;
             u64 at = there ? (u64)(from + row) * D + chunk * 8 : 0;
-            copy_async(place(tile, row, chunk), keys + at, there);
-            copy_async(place(tile + TILE, row, chunk), values + at, there);
+            copy_async(chunk_of<D>(tile, row, chunk), keys + at, there);
+            copy_async(chunk_of<D>(tile + TILE, row, chunk), values + at, there);
         }
     };
     u32 tiles = (end - start + 15) / 16, own = tiles > warp ? (tiles - warp + WARPS - 1) / WARPS : 0;
@@ -315,77 +309,24 @@ template <int D, bool NORMED> __device__ void attend_tiles(const Attend<bf16> &a
 
     __shared__ float query[MOST][D], new_key[D];
     turn<bf16, D, MOST, NORMED, TILE_LOOKERS>(a, b, first, g_count, head, past, query, new_key);
-    u32 q[D / 16][4] = {};
-    if (g < g_count) {
-#pragma unroll
-        for (int s = 0; s < D / 16; s++) {
-            const float *p = &query[g][s * 16 + 2 * t];
-            q[s][0] = packed(p[0], p[1]), q[s][2] = packed(p[8], p[9]);
-        }
-    }
-    float max = NONE, sum = 0.0f, mixed[D / 8][4] = {};
+    TilePart<D> mine(query, g_count);
     for (u32 i = 0; i < own; i++) {
         if (i + STAGES - 1 < own) fetch(i + STAGES - 1);
         asm volatile("cp.async.commit_group;");
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1));
         __syncwarp();
-        const bf16 *tile = ring + i % STAGES * 2 * TILE;
-        float scores[2][4] = {};
-#pragma unroll
-        for (int s = 0; s < D / 32; s++) {
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                u32 r[4];
-                ldmatrix(r, place(tile, n * 8 + lane % 8, s * 4 + lane / 8));
-                mma(scores[n], q[2 * s], r[0], r[1]);
-                mma(scores[n], q[2 * s + 1], r[2], r[3]);
-            }
-        }
-        u32 from = start + (i * WARPS + warp) * 16;
-        float top = max;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float &x = scores[n][j];
-                x = from + n * 8 + 2 * t + j < end ? x : -INFINITY;
-                top = fmaxf(top, x);
-            }
-        }
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        float shrink = __expf(max - top);
-        max = top, sum *= shrink;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) sum += scores[n][j] = __expf(scores[n][j] - top);
-        }
-        u32 weights[4] = {packed(scores[0][0], scores[0][1]), 0,
-                          packed(scores[1][0], scores[1][1]), 0};
-#pragma unroll
-        for (int d = 0; d < D / 16; d++) {
-            u32 r[4];
-            ldmatrix_transposed(r, place(tile + TILE, lane % 16, d * 2 + lane / 16));
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float(&m)[4] = mixed[2 * d + half];
-                m[0] *= shrink, m[1] *= shrink;
-                mma(m, weights, r[2 * half], r[2 * half + 1]);
-            }
-        }
+        mine.look(ring + i % STAGES * 2 * TILE, start + (i * WARPS + warp) * 16, end);
         __syncwarp(); // before this tile is filled anew
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+    float sum = mine.whole_sum();
 
     // Each warp's part, and after them the new token's, which is in the first share.
     __shared__ float maxes[WARPS + 1][MOST], sums[WARPS + 1][MOST], part[WARPS + 1][MOST][D];
-    if (t == 0) maxes[warp][g] = max, sums[warp][g] = sum;
+    if (t == 0) maxes[warp][g] = mine.max, sums[warp][g] = sum;
 #pragma unroll
     for (int d = 0; d < D / 8; d++) {
-        part[warp][g][d * 8 + 2 * t] = mixed[d][0];
-        part[warp][g][d * 8 + 2 * t + 1] = mixed[d][1];
+        part[warp][g][d * 8 + 2 * t] = mine.mixed[d][0];
+        part[warp][g][d * 8 + 2 * t + 1] = mine.mixed[d][1];
     }
     const bf16 *value = a.v + (u64)b * a.kv_stride + head * D;
     for (u32 h = warp; h < g_count; h += WARPS) {

@@ -30,17 +30,12 @@ const SHARED_UNASKED: u32 = 48 * 1024;
 
 /// Whether kernels were built for Hopper or later: those may wait by themselves for what another one
 /// writes, and for bytes on their way.
-fn waits() -> bool {
+pub(super) fn are_for_hopper() -> bool {
     env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90)
 }
 
-/// Whether kernels have barriers for bytes on their way.
-pub(super) fn has_barriers() -> bool {
-    waits()
-}
-
 /// Multiprocessors of `device`, and bytes of shared memory that a block may have.
-pub(super) fn multiprocessors(device: &Device) -> Result<[usize; 2]> {
+pub(super) fn room(device: &Device) -> Result<[usize; 2]> {
     use sys::CUdevice_attribute as Attribute;
     let context = device.as_cuda_device()?.cuda_stream().context().clone();
     let of = |attribute| -> Result<usize> { Ok(context.attribute(attribute).w()?.try_into()?) };
@@ -56,7 +51,7 @@ impl File {
     fn overlaps(self) -> bool {
         match self {
             Self::Attention | Self::Elements | Self::Optimizer | Self::Rows | Self::Sums => false,
-            Self::Choose | Self::Decode | Self::Products => waits(),
+            Self::Choose | Self::Decode | Self::Products => are_for_hopper(),
             // It runs together or not at all, and such a kernel waits for the one before it.
             Self::Step => false,
         }

@@ -2,7 +2,7 @@
 // with many loads under way: a block takes R rows of the weight and all B rows of the input, its
 // threads split the summed dimension. What does not depend on the kernel before (the first weights)
 // is fetched before waiting for it.
-#include "common.cuh"
+#include "tensor_cores.cuh"
 
 #define THREADS PROJECT_THREADS
 
@@ -68,12 +68,6 @@ template <int S, int MASK, int M> __device__ __forceinline__ void halve(float (&
 template <int M> __device__ __forceinline__ float scatter_sums(float (&v)[M]) {
     halve<M / 2, 16>(v);
     return v[0];
-}
-
-// The gate's activation, GELU or SiLU, told apart without a branch.
-__device__ __forceinline__ float activated(float x, bool gelu) {
-    float a = gelu ? Gelu::A : -1.0f, b = gelu ? Gelu::B : 0.0f;
-    return __fdividef(x, 1.0f + __expf(x * (a + b * x * x)));
 }
 
 // What becomes of a column's sums, for one row of the input, where `old` is there.
@@ -196,13 +190,6 @@ __device__ void project(const Project<T> &a) {
     *to = finished<KIND, T>(all, biases, old, a.gelu);
 }
 
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // `project` for NT tiles of rows of the input at most, in bf16 by the tensor cores: the weight's
 // rows are the rows of a tile, the input's its columns. A block takes one tile of the weight (of
 // each, if gated); its warps take turns along the summed dimension, 32 elements at a time, of which a
@@ -274,8 +261,9 @@ template <int NT, int KIND> __device__ void project_tiles(const Project<bf16> &a
 #pragma unroll
                 for (int s = 0; s < SETS; s++) {
                     const uint4 &top = weights[turn][s][0], &low = weights[turn][s][1];
-                    mma(sums[s][n], top.x, low.x, top.y, low.y, pack.x, pack.y);
-                    mma(sums[s][n], top.z, low.z, top.w, low.w, pack.z, pack.w);
+                    const u32 one[4] = {top.x, low.x, top.y, low.y}, two[4] = {top.z, low.z, top.w, low.w};
+                    mma(sums[s][n], one, pack.x, pack.y);
+                    mma(sums[s][n], two, pack.z, pack.w);
                 }
             }
             fetch(turn, i + TURNS * TILE_WARPS * 32);

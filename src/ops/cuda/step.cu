@@ -13,7 +13,7 @@
 // Products are by the tensor cores: the weight's rows are the rows of a tile, the token its first
 // column. A warp issues an instruction in about five cycles at best, and a layer's chain of dependent
 // products has the time of some ten thousand: so what can be computed once is, and divisions are.
-#include "tensor_cores.cuh"
+#include "attend_tile.cuh"
 
 #if __CUDA_ARCH__ >= 900
 
@@ -24,7 +24,6 @@ constexpr u32 TILES = STEP_TILES;
 constexpr u32 CHUNKS = 16;   // of weights that a block has under way, or there, at once
 constexpr u32 PIECE = 16384; // bytes that it fetches at once,
 constexpr u32 IN_FLIGHT = 2; // and how often before the first of them have come
-constexpr float NONE = -1e30f; // below any score, yet a number
 
 __device__ __forceinline__ u32 address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -437,11 +436,6 @@ __device__ __forceinline__ void multiply(Multiplying &shared, u32 &turn, Reading
     }
 }
 
-__device__ __forceinline__ float activated(float x, bool gelu) {
-    float a = gelu ? Gelu::A : -1.0f, b = gelu ? Gelu::B : 0.0f;
-    return __fdividef(x, 1.0f + __expf(x * (a + b * x * x)));
-}
-
 // All products of this block's rows.
 __device__ void multiply_all(const Step<bf16> &a, const Ring &ring, u32 q, u32 kv, const Rows (&rows)[KINDS],
                              u32 x, Multiplying &shared) {
@@ -586,9 +580,6 @@ template <int D> struct Keys {
     const bf16 *keys, *values;
     u32 begin, end, own; // tokens that the block attends to; tiles of this warp
 
-    static __device__ u32 place(const bf16 *tile, u32 row, u32 chunk) {
-        return address(tile + row * D + (chunk ^ (row & 7)) * 8);
-    }
     __device__ const bf16 *tile(u32 i) const { return ring + i % STAGES<D> * 2 * TILE; }
     __device__ u32 first_of(u32 i) const { return begin + (i * WARPS + threadIdx.x / 32) * 16; }
     // Tile i, if there is one; where there is no token there are zeros.
@@ -599,8 +590,8 @@ template <int D> struct Keys {
                 u32 row = j / CHUNKS_OF_ROW, chunk = j % CHUNKS_OF_ROW, token = first_of(i) + row;
                 bool there = token < end;
                 u64 at = there ? (u64)token * D + chunk * 8 : 0;
-                copy_async(place(tile(i), row, chunk), keys + at, there);
-                copy_async(place(tile(i) + TILE, row, chunk), values + at, there);
+                copy_async(chunk_of<D>(tile(i), row, chunk), keys + at, there);
+                copy_async(chunk_of<D>(tile(i) + TILE, row, chunk), values + at, there);
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -624,72 +615,20 @@ template <int D> struct Keys {
 template <int D>
 __device__ __forceinline__ void attend_part(Attending<D> &shared, Keys<D> &keys, u32 heads) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 q[D / 16][4] = {};
-    if (g < heads) {
-#pragma unroll
-        for (int s = 0; s < D / 16; s++) {
-            const float *p = &shared.query[g][s * 16 + 2 * t];
-            q[s][0] = packed(p[0], p[1]), q[s][2] = packed(p[8], p[9]);
-        }
-    }
-    float max = NONE, sum = 0.0f, mixed[D / 8][4] = {};
+    TilePart<D> mine(shared.query, heads);
 #pragma unroll 1
     for (u32 i = 0; i < keys.own; i++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES<D> - 1) : "memory");
         __syncwarp();
-        const bf16 *tile = keys.tile(i);
-        float scores[2][4] = {};
-#pragma unroll
-        for (int s = 0; s < D / 32; s++) {
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                u32 r[4];
-                ldmatrix(r, keys.place(tile, n * 8 + lane % 8, s * 4 + lane / 8));
-                mma(scores[n], q[2 * s], r[0], r[1]);
-                mma(scores[n], q[2 * s + 1], r[2], r[3]);
-            }
-        }
-        u32 from = keys.first_of(i);
-        float top = max;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                float &x = scores[n][j];
-                x = from + n * 8 + 2 * t + j < keys.end ? x : -INFINITY;
-                top = fmaxf(top, x);
-            }
-        }
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        float shrink = __expf(max - top);
-        max = top, sum *= shrink;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) sum += scores[n][j] = __expf(scores[n][j] - top);
-        }
-        u32 weights[4] = {packed(scores[0][0], scores[0][1]), 0, packed(scores[1][0], scores[1][1]), 0};
-#pragma unroll
-        for (int d = 0; d < D / 16; d++) {
-            u32 r[4];
-            ldmatrix_transposed(r, keys.place(tile + Keys<D>::TILE, lane % 16, d * 2 + lane / 16));
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float(&m)[4] = mixed[2 * d + half];
-                m[0] *= shrink, m[1] *= shrink;
-                mma(m, weights, r[2 * half], r[2 * half + 1]);
-            }
-        }
+        mine.look(keys.tile(i), keys.first_of(i), keys.end);
         __syncwarp(); // before this tile is filled anew
         keys.fetch(i + STAGES<D>);
     }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (t == 0) shared.maxes[warp][g] = max, shared.weights[g][warp] = sum;
+    float sum = mine.whole_sum();
+    if (t == 0) shared.maxes[warp][g] = mine.max, shared.weights[g][warp] = sum;
 #pragma unroll
     for (int d = 0; d < D / 8; d++)
-        *reinterpret_cast<float2 *>(&shared.part[warp][g][d * 8 + 2 * t]) = make_float2(mixed[d][0], mixed[d][1]);
+        *reinterpret_cast<float2 *>(&shared.part[warp][g][d * 8 + 2 * t]) = make_float2(mine.mixed[d][0], mine.mixed[d][1]);
 }
 
 // Attention of an item, whose first keys are on their way; the first share adds up those of all.

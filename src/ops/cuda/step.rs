@@ -128,6 +128,7 @@ fn cut(multiprocessors: usize, w: Widths) -> Option<Cut> {
 pub(in crate::ops) struct Plan {
     args: args::Step,
     cut: Cut,
+    head_dim: u32,
     /// What `args` points to.
     #[allow(dead_code)]
     held: Vec<Tensor>,
@@ -144,11 +145,11 @@ impl Kernels {
         let call = self.call(&nodes, File::Step, "step");
         let Some(first) = model.layers.first() else { return Ok(None) };
         let widths = call.widths(first)?;
-        if self.dtype != DType::BF16 || !backend::has_barriers() {
+        if self.dtype != DType::BF16 || !backend::are_for_hopper() {
             return Ok(None);
         }
         // Newer GPUs may have less shared memory than Hopper.
-        let [multiprocessors, shared] = backend::multiprocessors(&self.device)?;
+        let [multiprocessors, shared] = backend::room(&self.device)?;
         let cut = cut(multiprocessors, widths).filter(|_| shared >= SHARED);
         let Some(cut) = cut else { return Ok(None) };
         let Widths { hidden, inner, heads, kv_heads, head_dim, capacity } = widths;
@@ -202,7 +203,7 @@ impl Kernels {
         held.extend(model.factor.cloned());
         held.push(model.norm.gain.clone());
         model.layers.iter().for_each(|layer| held.extend(layer.tensors().cloned()));
-        Ok(Some(Plan { args, cut, held }))
+        Ok(Some(Plan { args, cut, head_dim: call.size(head_dim)?, held }))
     }
 
     /// logits (1, V) of the token in `ids`, one u32, on top of the `held` tokens, one u32, that the
@@ -227,18 +228,12 @@ impl Kernels {
             ..plan.args
         };
         let [attending, multiplying] = plan.cut.blocks;
-        let d = call.size(plan.head_dim())?;
         let (grid, block) = ([attending + multiplying, 1, 1], (STEP_WARPS + 1) * 32);
         // SAFETY: the plan's tensors have the dimensions that it was made with, and the caches room
         // for one more token than are held.
-        unsafe { call.start_sharing(&[d], grid, block, plan.cut.bytes[1] as u32, &args) }
-    }
-}
-
-impl Plan {
-    fn head_dim(&self) -> usize {
-        // Of the first layer's keys, (1, K, capacity, d).
-        self.held.iter().find_map(|t| t.dims4().ok()).map_or(0, |(_, _, _, d)| d)
+        unsafe {
+            call.start_sharing(&[plan.head_dim], grid, block, plan.cut.bytes[1] as u32, &args)
+        }
     }
 }
 
