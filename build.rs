@@ -33,11 +33,13 @@ fn main() {
     println!("cargo::rustc-env=FLOPAUDIT_CUDA_CAPABILITY={capability}");
     let shared = ["#pragma once\n\n", &tiles::declared(), "\n", &args::declared()].concat();
     fs::write(format!("{out}/shared.cuh"), shared).expect("cargo's OUT_DIR can be written to");
+    // With the instructions that Hopper alone has.
+    let architecture = if capability == "90" { "90a" } else { &capability };
     for name in KERNELS {
         let source = format!("{FOLDER}/{name}.cu");
         let status = Command::new(nvcc())
             .args(["--fatbin", "-std=c++17", "-O3", &format!("-I{out}")])
-            .arg(format!("-gencode=arch=compute_{0},code=[sm_{0},compute_{0}]", capability))
+            .arg(format!("-gencode=arch=compute_{0},code=[sm_{0},compute_{0}]", architecture))
             .args(["-o", &format!("{out}/{name}.fatbin"), &source])
             .status();
         match status {

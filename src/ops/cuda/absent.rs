@@ -49,6 +49,10 @@ pub(super) fn are_for_hopper() -> bool {
     false
 }
 
+pub(super) fn have_warpgroups() -> bool {
+    false
+}
+
 pub(super) fn room(_: &Device) -> Result<[usize; 2]> {
     bail!("this build has no GPU")
 }

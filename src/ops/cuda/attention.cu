@@ -6,31 +6,7 @@
 // A block takes query rows of one head, a warp 16 · MT of them; keys and values come in
 // tiles of BN tokens, the next one fetched while this one is worked on. A row's maximum and sum run
 // along; what has been summed shrinks whenever the maximum grows.
-#include "tensor_cores.cuh"
-
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// What the queries of one block, ATTENTION_BLOCK of them at most, reach: keys from `begin` to before
-// `end`, of which those from `open` to before `closed` all of them see.
-struct Reach {
-    u32 begin, open, closed, end;
-
-    // Query `row` of `seq` and those of its block, of which the last has the last of `held` keys.
-    __device__ Reach(u32 row, u32 seq, u32 held, u32 window) {
-        constexpr u32 BLOCK = ATTENTION_BLOCK;
-        u32 first = row / BLOCK * BLOCK;
-        // How many keys the first and the last query of the block see, were there no window.
-        u32 least = held - seq + first + 1, most = held - seq + min(first + BLOCK, seq);
-        end = min(held, (most + BLOCK - 1) / BLOCK * BLOCK);
-        // What a tile has beyond the last key is no key, and hidden like one that is masked.
-        closed = least / BLOCK * BLOCK;
-        begin = least > window ? (least - window) / BLOCK * BLOCK : 0;
-        open = most > window ? (most - window + BLOCK - 1) / BLOCK * BLOCK : 0;
-    }
-    __device__ bool has(u32 token) const { return begin <= token && token < end; }
-    // Whether some query of the block does not see all keys of the block that `token` is in.
-    __device__ bool masks(u32 token) const { return token < open || token >= closed; }
-};
+#include "attention_wide.cuh"
 
 // out (batch, seq, heads · D) from q (batch, heads, seq, D), scaled already, and keys and values
 // (batch, kv_heads, …, D), of which each head has `held` tokens and begins `stride` elements after
@@ -457,3 +433,16 @@ ATTENTION_SHAPES(BLOCKED, attention_blocked_windowed, true, bf16, bf16)
     }
 
 ATTENTION_GRAD_SHAPES(GRADIENTS, bf16, bf16)
+
+#ifdef HAS_WARPGROUPS
+#define WIDE(NAME, WINDOWED, BLOCKED, T, t, D, GROUPS)                                             \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128, GROUPS == 2 ? 2 : 1)                \
+        NAME##_##t##_##D(Attention<T> a) {                                                         \
+        attention_wide<D, GROUPS, WINDOWED, BLOCKED>(a);                                           \
+    }
+
+ATTENTION_WIDE_SHAPES(WIDE, attention_wide, false, false, bf16, bf16)
+ATTENTION_WIDE_SHAPES(WIDE, attention_wide_windowed, true, false, bf16, bf16)
+ATTENTION_WIDE_SHAPES(WIDE, attention_wide_blocked, false, true, bf16, bf16)
+ATTENTION_WIDE_SHAPES(WIDE, attention_wide_blocked_windowed, true, true, bf16, bf16)
+#endif

@@ -1,33 +1,62 @@
 //! Attention of whole sequences in one kernel: scores are never held.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::{
     Causal, Kernels,
     args::{Attention, AttentionDots, AttentionGrad},
-    call::{Call, File, blocks},
+    backend,
+    call::{File, blocks},
     tiles::{
         ATTENTION_BLOCK, ATTENTION_BLOCKED_WARPS, ATTENTION_GRAD_SHAPES, ATTENTION_SHAPES,
-        ATTENTION_WARPS, ELEMENT_THREADS,
+        ATTENTION_WARPS, ATTENTION_WIDE_SHAPES, ELEMENT_THREADS,
     },
 };
 use crate::ops::launch::Nodes;
-
-/// Query rows of a block for heads of width `d`, where a kernel takes such.
-fn query_rows(d: usize) -> Option<u32> {
-    let [_, tiles, _] = ATTENTION_SHAPES.into_iter().find(|&[width, ..]| width as usize == d)?;
-    Some(ATTENTION_WARPS * 16 * tiles)
-}
 
 /// Queries and keys of a block, as tensors count.
 const BLOCK: usize = crate::workload::ATTENTION_BLOCK;
 const _: () = assert!(BLOCK == ATTENTION_BLOCK as usize, "the kernels' blocks are the ledger's");
 
-/// A block of threads that attends.
-struct Block {
-    /// Queries that it takes.
+/// A kernel of attention, and its blocks of threads.
+struct Way {
+    name: &'static str,
+    /// Queries of a block.
     rows: u32,
     warps: u32,
+    /// Bytes of shared memory that a block is given.
+    shared: u32,
+}
+
+impl Way {
+    /// That for heads of width `d`: by warpgroups where the GPU has their products.
+    fn of(d: usize, blocked: bool, windowed: bool) -> Option<Self> {
+        if let (true, Some([width, groups])) = (backend::have_warpgroups(), wide_shape(d)) {
+            let name = match (blocked, windowed) {
+                (false, false) => "attention_wide",
+                (false, true) => "attention_wide_windowed",
+                (true, false) => "attention_wide_blocked",
+                (true, true) => "attention_wide_blocked_windowed",
+            };
+            let rows = groups * ATTENTION_BLOCK;
+            // Queries, and two tiles of keys and of values, of two blocks each.
+            let shared = 2 * width * (rows + 2 * 2 * 2 * ATTENTION_BLOCK);
+            return Some(Self { name, rows, warps: 4 * groups, shared });
+        }
+        let [_, tiles, _] =
+            ATTENTION_SHAPES.into_iter().find(|&[width, ..]| width as usize == d)?;
+        let (name, tiles, warps) = match (blocked, windowed) {
+            (false, false) => ("attention", tiles, ATTENTION_WARPS),
+            (false, true) => ("attention_windowed", tiles, ATTENTION_WARPS),
+            (true, false) => ("attention_blocked", 1, ATTENTION_BLOCKED_WARPS),
+            (true, true) => ("attention_blocked_windowed", 1, ATTENTION_BLOCKED_WARPS),
+        };
+        Some(Self { name, rows: warps * 16 * tiles, warps, shared: 0 })
+    }
+}
+
+fn wide_shape(d: usize) -> Option<[u32; 2]> {
+    ATTENTION_WIDE_SHAPES.into_iter().find(|&[width, _]| width as usize == d)
 }
 
 /// Bytes of shared memory of a block of the gradients' kernel, for heads of width `d`: a tile of keys
@@ -60,7 +89,7 @@ impl Kernels {
         let start = |t: &Tensor| t.layout().start_offset() * t.dtype().size_in_bytes();
         let laid_out = |t| kernels.serves(t) && by_head(t) && start(t).is_multiple_of(16);
         kernels.dtype == DType::BF16
-            && query_rows(d).is_some()
+            && Way::of(d, false, false).is_some()
             && (batch, d) == (k_batch, width)
             && k.dims() == v.dims()
             && kv_heads > 0
@@ -87,11 +116,7 @@ impl Kernels {
         v: &Tensor,
         causal: Causal,
     ) -> Result<Tensor> {
-        let name = if causal.window.is_some() { "attention_windowed" } else { "attention" };
-        let call = self.call(nodes, File::Attention, name);
-        let d = q.dims().last().copied().unwrap_or(0);
-        let block = Block { rows: query_rows(d).unwrap_or(1), warps: ATTENTION_WARPS };
-        self.attend_all(&call, block, [q, k, v], causal, None)
+        self.attend_all(nodes, [q, k, v], causal, false, None)
     }
 
     /// The same without the blocks of [`ATTENTION_BLOCK`] queries and keys that are hidden whole,
@@ -109,26 +134,24 @@ impl Kernels {
         causal: Causal,
         keep: bool,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let name = match causal.window {
-            Some(_) => "attention_blocked_windowed",
-            None => "attention_blocked",
-        };
-        let call = self.call(nodes, File::Attention, name);
-        let [batch, heads, seq, _] = call.dims(q)?;
+        let &[batch, heads, seq, _] = q.dims() else { bail!("queries {:?}", q.dims()) };
         let kept = keep.then(|| self.empty((2, batch, heads, seq), DType::F32)).transpose()?;
-        let (rows, warps) = (ATTENTION_BLOCKED_WARPS * 16, ATTENTION_BLOCKED_WARPS);
-        let block = Block { rows, warps };
-        Ok((self.attend_all(&call, block, [q, k, v], causal, kept.as_ref())?, kept))
+        Ok((self.attend_all(nodes, [q, k, v], causal, true, kept.as_ref())?, kept))
     }
 
     fn attend_all(
         &self,
-        call: &Call,
-        Block { rows, warps }: Block,
+        nodes: &Nodes,
         [q, k, v]: [&Tensor; 3],
         causal: Causal,
+        blocked: bool,
         kept: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let d = q.dims().last().copied().unwrap_or(0);
+        let Some(way) = Way::of(d, blocked, causal.window.is_some()) else {
+            bail!("no kernel attends with heads of {d}");
+        };
+        let call = self.call(nodes, File::Attention, way.name);
         let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
         let fits = causal.seq == seq && causal.own(held).is_some();
         call.check(fits && Self::attention_serves(q, k, v), &[q, k, v])?;
@@ -149,9 +172,10 @@ impl Kernels {
             kv_heads: call.size(kv_heads)?,
             window: causal.window(),
         };
-        let grid = [seq.div_ceil(rows as usize), heads, batch];
+        let grid = [seq.div_ceil(way.rows as usize), heads, batch];
+        let block = way.warps * 32;
         // SAFETY: the tensors have these dimensions; heads of k and v are `stride` apart.
-        unsafe { call.start(&[d as u32], grid, warps * 32, &args)? };
+        unsafe { call.start_sharing(&[d as u32], grid, block, way.shared, &args)? };
         Ok(out)
     }
 

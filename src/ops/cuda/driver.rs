@@ -34,6 +34,11 @@ pub(super) fn are_for_hopper() -> bool {
     env!("FLOPAUDIT_CUDA_CAPABILITY").parse().is_ok_and(|built: u32| built >= 90)
 }
 
+/// Whether kernels were built with Hopper's products by warpgroups, which no other GPU has.
+pub(super) fn have_warpgroups() -> bool {
+    env!("FLOPAUDIT_CUDA_CAPABILITY") == "90"
+}
+
 /// Multiprocessors of `device`, and bytes of shared memory that a block may have.
 pub(super) fn room(device: &Device) -> Result<[usize; 2]> {
     use sys::CUdevice_attribute as Attribute;

@@ -33,6 +33,8 @@ tiles! {
     ATTENTION_BLOCK: u32 = 64;
     /// Warps of a block that computes it, each with 16 queries.
     ATTENTION_BLOCKED_WARPS: u32 = 8;
+    /// (head width, warpgroups of a block, each with 64 queries), where a GPU has their products.
+    ATTENTION_WIDE_SHAPES: [[u32; 2]; 2] = [[64, 2], [128, 3]];
     /// (head width, query rows of a tile) of its gradients.
     ATTENTION_GRAD_SHAPES: [[u32; 2]; 2] = [[64, 64], [128, 32]];
 
