@@ -58,7 +58,7 @@ impl Workload {
 
     /// Bytes that the largest pass needs at once beside weights and cache, about: scores before
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
-    /// logits with their f32 copy. In training, layer upon layer, what gradients will read; and of
+    /// logits with their f32 copy, of what is scored [`LOSS_ROWS`] at a time. In training, layer upon layer, what gradients will read; and of
     /// blocked attention, the weights of one layer, which come back with their gradients.
     pub fn activations_bytes(&self) -> u128 {
         let [batch, seq, _, head_rows] = self.largest_pass();

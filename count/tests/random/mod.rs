@@ -239,7 +239,7 @@ fn generations(length: Range<u64>) -> impl Strategy<Value = Task> {
 
 /// Lengths of text, also beyond one chunk of the loss.
 fn text(length: &Range<u64>) -> impl Strategy<Value = u64> + Clone + use<> {
-    prop_oneof![3 => length.clone(), 1 => 80u64..300]
+    prop_oneof![3 => length.clone(), 1 => 80u64..1200]
 }
 
 /// (batch, seq, passes, rows) of passes that are whole, padded or packed.
