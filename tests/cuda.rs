@@ -17,8 +17,8 @@ use flopaudit::{
     meter::{At, Meter, Observer},
     model::{AdapterSource, Decoder, How, Labelled, Trained},
     ops::{
-        self, AdamW, CausalMask, CrossEntropy, Fault, Ids, Losses, Moments, RopeTable, Tensor,
-        Update, backward, sums_of_squares,
+        self, AdamW, CausalMask, Fault, Ids, Losses, Moments, RopeTable, Tensor, Update, backward,
+        sums_of_squares,
     },
     train::{Hyper, Trainer},
     weights::{self, Named, PeftAdapter, adapter_name, save_adapter},
@@ -218,19 +218,37 @@ fn factor(x: &Tensor) -> Result<Tensor> {
 fn cross_entropy() {
     let observer = RefCell::new(());
     let at = Meter::new(&observer, Phase::Loss).at(Module::Loss);
-    for (rows, width) in [(3, 7), (5, 320), (4, 151_936)] {
-        let logits = random(rows * width, 1);
+    // Widths of packs and others; less than a block's threads, and more than once all of them.
+    for (rows, width) in [(1, 1), (3, 7), (5, 320), (2, 9001), (1030, 8200), (4, 151_936)] {
         let targets: Vec<u32> = (0..rows).map(|i| (i * 31 % width) as u32).collect();
-        let weights: Vec<f32> = (0..rows).map(|i| 0.1 * i as f32).collect();
-        let run = |device: &Device| {
-            let logits = Tensor::from_vec(logits.clone(), (rows, width), Dtype::F32, device)?;
-            let entropy = CrossEntropy::new(at, logits.copied()?, &targets, &weights)?;
-            let loss = Losses::sum(&[entropy.losses(&weights)])?;
-            Ok::<_, anyhow::Error>((loss, entropy.gradient(at, &targets, &weights)?.to_vec()?))
-        };
-        let (ours, theirs) = (run(&gpu()).unwrap(), run(&Device::Cpu).unwrap());
-        assert!((ours.0 - theirs.0).abs() < 1e-5 * theirs.0.abs(), "{} {}", ours.0, theirs.0);
-        assert!(distance(&ours.1, &theirs.1) < 1e-5);
+        // Nothing is to be learnt from the first row.
+        let weights: Vec<f32> = (0..rows).map(|i| 0.1 * (i % 7) as f32).collect();
+        for (dtype, most) in [(Dtype::F32, 1e-5), (Dtype::BF16, 1e-2)] {
+            // What bf16 holds, so that the CPU's f32 starts from the same.
+            let values = random(rows * width, 1).into_iter().map(|x| 8.0 * x).collect();
+            let logits = Tensor::from_vec(values, (rows, width), dtype, &Device::Cpu).unwrap();
+            let logits = logits.to_vec().unwrap();
+            let run = |dtype: Dtype, device: &Device| {
+                let of = || Tensor::from_vec(logits.clone(), (rows, width), dtype, device);
+                let (losses, gradient) =
+                    ops::cross_entropy_with_gradient(at, of()?.copied()?, &targets, &weights)?;
+                let alone = ops::cross_entropy(at, of()?.copied()?, &targets, &weights)?;
+                let [loss, alone] = [losses, alone].map(|losses| Losses::sum(&[losses]));
+                let (loss, alone) = (loss?, alone?);
+                anyhow::ensure!(loss == alone, "{loss}, alone {alone}");
+                Ok::<_, anyhow::Error>((loss, gradient.to_vec()?))
+            };
+            let (ours, theirs) =
+                (run(dtype, &gpu()).unwrap(), run(Dtype::F32, &Device::Cpu).unwrap());
+            let case = format!("{rows} x {width} {dtype:?}");
+            let apart = (ours.0 - theirs.0).abs();
+            assert!(apart <= 1e-5 * theirs.0.abs(), "{case}: {} and {}", ours.0, theirs.0);
+            assert!(ours.1[..width].iter().all(|x| *x == 0.0), "{case}: unlearnt");
+            if rows > 1 && width > 1 {
+                let apart = distance(&ours.1, &theirs.1);
+                assert!(apart < most, "{case}: {apart}");
+            }
+        }
     }
 }
 

@@ -97,7 +97,7 @@ pub use embed::{Ids, embed};
 pub(crate) use launch::Reported;
 pub(crate) use launch::{Kernel, Launched, Nodes, Ops};
 pub use linear::{bias, linear, matmul};
-pub use loss::{CrossEntropy, Losses};
+pub use loss::{Losses, cross_entropy, cross_entropy_with_gradient};
 pub use low_rank::LowRank;
 pub use mask::CausalMask;
 pub use norm::{rms_norm, shifted_rms_norm};

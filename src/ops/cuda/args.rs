@@ -116,16 +116,9 @@ arguments! {
     struct CrossEntropy {
         x: Write<Element>,
         targets: Read<u32>,
-        losses: Write<f32>,
-        sums: Write<f32>,
-        width: u32,
-    }
-
-    struct CrossEntropyGrad {
-        x: Write<Element>,
-        targets: Read<u32>,
+        /// Null where the gradient is not wanted.
         weights: Read<f32>,
-        sums: Read<f32>,
+        losses: Write<f32>,
         width: u32,
     }
 
