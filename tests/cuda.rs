@@ -13,12 +13,12 @@ use flopaudit::{
     config::{Activation, LoraConfig, ModelConfig, Projection, Rope, RopeScaling},
     error::Result,
     generate::{Generation, Request, Sequence, generate},
-    ledger::{Dtype, Key, Ledger, Lora, Module, Phase, Scope},
+    ledger::{Dtype, Key, Ledger, Lora, Module, MomentDtype, Phase, Scope},
     meter::{At, Meter, Observer},
     model::{AdapterSource, Decoder, How, Labelled, Trained},
     ops::{
-        self, AdamW, CausalMask, Fault, Ids, Losses, Moments, RopeTable, Tensor, Update, backward,
-        sums_of_squares,
+        self, AdamW, CausalMask, Draws, Fault, Ids, Losses, Moments, RopeTable, Tensor, Update,
+        backward, sums_of_squares,
     },
     train::{Hyper, Trainer},
     weights::{self, Named, PeftAdapter, adapter_name, save_adapter},
@@ -322,6 +322,7 @@ fn updated(
     sizes: &[usize],
     [gradient, parameter]: [Dtype; 2],
     clip: Option<f64>,
+    kept: MomentDtype,
     device: &Device,
 ) -> Result<Updated> {
     let ledger = RefCell::new(Ledger::default());
@@ -336,23 +337,25 @@ fn updated(
     let gradients = sizes.iter().enumerate().map(|(i, n)| of(1000 + i, *n, gradient));
     let (mut parameters, gradients) =
         (parameters.collect::<Result<Vec<_>>>()?, gradients.collect::<Result<Vec<_>>>()?);
-    let moments = parameters.iter().map(Moments::new).collect::<Result<Vec<_>>>()?;
+    let moments = parameters.iter().map(|p| Moments::new(p, kept));
+    let moments = moments.collect::<Result<Vec<_>>>()?;
     if parameter == Dtype::F32 {
         for (parameter, moments) in parameters.iter_mut().zip(&moments) {
             *parameter = moments.master(parameter)?;
         }
     }
     let at = |i: usize| meter.layer(i).at(Module::Mlp);
-    let updates: Vec<_> = (0..sizes.len())
-        .map(|i| Update {
-            clipping: meter.phase(Phase::Clipping).layer(i).at(Module::Mlp),
-            at: at(i),
-            moments: &moments[i],
-            gradient: &gradients[i],
-            parameter: &parameters[i],
-        })
-        .collect();
-    for _ in 0..3 {
+    for number in 0..3 {
+        let updates: Vec<_> = (0..sizes.len())
+            .map(|i| Update {
+                clipping: meter.phase(Phase::Clipping).layer(i).at(Module::Mlp),
+                at: at(i),
+                moments: &moments[i],
+                draws: Draws::new(1, number, i as u64),
+                gradient: &gradients[i],
+                parameter: &parameters[i],
+            })
+            .collect();
         step.step(&updates)?;
     }
     let squared: Vec<_> = gradients.iter().enumerate().map(|(i, g)| (at(i), g)).collect();
@@ -368,14 +371,22 @@ fn updates() {
     for sizes in [&[3][..], &[100_003, 1, 8, 40_000], &many] {
         for gradient in [Dtype::F32, Dtype::BF16, Dtype::F16] {
             for parameter in [Dtype::F32, Dtype::BF16, Dtype::F16] {
-                for clip in [None, Some(0.7)] {
-                    let on = |device| updated(sizes, [gradient, parameter], clip, device).unwrap();
+                for (clip, kept) in [
+                    (None, MomentDtype::F32),
+                    (Some(0.7), MomentDtype::F32),
+                    (None, MomentDtype::BF16),
+                    (Some(0.7), MomentDtype::BF16),
+                ] {
+                    let types = [gradient, parameter];
+                    let on = |device| updated(sizes, types, clip, kept, device).unwrap();
                     let ((ours, our_sums, our_ledger), (theirs, their_sums, their_ledger)) =
                         (on(&device), on(&Device::Cpu));
-                    let name = format!("{gradient:?} {parameter:?} {clip:?}");
+                    let name = format!("{gradient:?} {parameter:?} {clip:?} {kept:?}");
                     assert_eq!(our_ledger, their_ledger, "{name}");
                     for ([reads, state], [their_reads, their_state]) in ours.iter().zip(&theirs) {
-                        assert!(distance(state, their_state) < 1e-6, "{name}");
+                        // Of moments in bf16 one in some thousands may round the other way.
+                        let most = if kept == MomentDtype::F32 { 1e-6 } else { 2e-4 };
+                        assert!(distance(state, their_state) < most, "{name}");
                         // A narrow one may round the other way.
                         let most = if parameter == Dtype::F32 { 1e-6 } else { 5e-3 };
                         assert!(distance(reads, their_reads) < most, "{name}");
@@ -611,6 +622,7 @@ fn packed_training(preset: &str, dtype: Dtype, device: &Device) -> (f64, Vec<f64
         full: true,
         recompute: true,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Packed { passes: [ids.len() as u64].into_iter().collect(), documents },
     };
     let lora = adapters.lora().clone();
@@ -677,6 +689,7 @@ fn adapted_training(
         full: false,
         recompute,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload =

@@ -336,6 +336,7 @@ proptest! {
             full,
             recompute,
             clip,
+            moments: Default::default(),
             rows,
         };
         assert_balanced(&Workload { model, lora, dtype, attention: Default::default(), task }, &ledger.into_inner());

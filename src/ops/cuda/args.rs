@@ -349,7 +349,7 @@ arguments! {
 
     /// A parameter of several, with its moments.
     struct Updated {
-        /// (3, n)
+        /// (3, n), or (2, n) where both moments are one word.
         state: Write<f32>,
         gradient: Read<Element>,
         /// Where the parameter goes too, if anywhere.
@@ -359,6 +359,8 @@ arguments! {
         first: u32,
         /// 1 where it is taken in packs.
         packed: u32,
+        /// What the rounding of its moments is drawn from.
+        draws: [u32; 2],
     }
 
     /// One step of AdamW: p ← decay·p − rate · m / (√v / correction + eps), with
