@@ -39,7 +39,7 @@ fn ours(checkpoint: &Checkpoint, meter: Meter) -> Trainer {
     let source = AdapterSource::Fresh { lora, seed: 0 };
     let model =
         Decoder::load(config, weights, &source, Dtype::F32, &Device::Cpu, |_| Ok(())).unwrap();
-    let hyper = Hyper { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: None };
+    let hyper = Hyper { clip: None, ..Hyper::DEFAULT };
     Trainer::new(meter, model, Trained::Adapters, hyper, TOKENS, false).unwrap()
 }
 

@@ -119,8 +119,17 @@ fn flops_equal_pytorchs() {
         let Flops { forward, train } = golden.expected.flops;
         let (batch, seq) = (2, 12);
         let (accumulate, steps, full, recompute, clip) = (1, 1, false, false, false);
-        let step =
-            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        let step = Task::Train {
+            batch,
+            seq,
+            accumulate,
+            steps,
+            full,
+            recompute,
+            clip,
+            moments: Default::default(),
+            rows: Rows::Whole,
+        };
         for (task, expected) in [
             (Task::Forward { batch, seq, past: 0, logits: Logits::All, sequences: None }, forward),
             (step, train),

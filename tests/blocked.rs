@@ -252,6 +252,7 @@ fn train(model: Decoder, passes: &[Vec<usize>], packs: bool, full: bool, recompu
         full,
         recompute,
         clip: true,
+        moments: Default::default(),
         rows: fed.rows(seq as u64),
     };
     balances(&trainer.model, task, &ledger.into_inner());

@@ -260,6 +260,7 @@ fn flops_equal_pytorchs() {
                 full,
                 recompute,
                 clip,
+                moments: Default::default(),
                 rows: Rows::Whole,
             };
             assert_eq!(torch(&golden.workload(lora, task)), expected, "{name} {trained:?}");

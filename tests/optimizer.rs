@@ -8,7 +8,7 @@ use candle_core::Device;
 use flopaudit::{
     config::{ModelConfig, Projection},
     error::Error,
-    ledger::{Dtype, Key, Ledger, Op, Phase},
+    ledger::{Dtype, Key, Ledger, MomentDtype, Op, Phase},
     meter::Meter,
     model::Trained,
     ops::{Gradients, Tensor},
@@ -18,7 +18,13 @@ use rand::{Rng, SeedableRng, rngs::StdRng};
 use tiny::norm;
 
 const RATE: f64 = 0.03;
-const HYPER: Hyper = Hyper { betas: (0.8, 0.95), eps: 1e-4, weight_decay: 0.1, clip: None };
+const HYPER: Hyper = Hyper {
+    betas: (0.8, 0.95),
+    eps: 1e-4,
+    weight_decay: 0.1,
+    clip: None,
+    moments: MomentDtype::F32,
+};
 
 fn trainer(meter: Meter, config: &ModelConfig, trained: Trained, hyper: Hyper) -> Trainer {
     let model = tiny::model(config, &[Projection::QProj], trained);
@@ -257,6 +263,85 @@ fn passes_are_summed_in_f32() {
             let (a, b) = (first.to_vec().unwrap(), second.to_vec().unwrap());
             let sum: Vec<f32> = a.iter().zip(b).map(|(a, b)| a + b).collect();
             assert_eq!(both.to_vec().unwrap(), sum, "{name}");
+        }
+    }
+}
+
+/// The loss after some steps over one text, and every parameter with its moments.
+fn learnt(moments: MomentDtype, seed: u64, steps: usize) -> (f64, Vec<[Vec<f64>; 3]>) {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    let config = tiny::config(true);
+    // As trainings have it: a second moment moves by a thousandth of itself, which is less than half
+    // a step of bf16.
+    let hyper = Hyper { moments, ..Hyper::DEFAULT };
+    let mut trainer = trainer(meter, &config, Trained::All, hyper).seeded(seed);
+    let text = tiny::Text::new(&config, 2, 4);
+    for _ in 0..steps {
+        let found = trainer.gradients(meter, &[text.labelled()]).unwrap();
+        trainer.update(meter, found, 3e-3).unwrap();
+    }
+    let (loss, _) = trainer.gradients(meter, &[text.labelled()]).unwrap();
+    (loss, state(&trainer))
+}
+
+#[test]
+fn moments_in_bf16_learn_as_those_in_f32() {
+    let (start, _) = learnt(MomentDtype::F32, 0, 0);
+    for steps in [20, 60] {
+        let (wide, of_wide) = learnt(MomentDtype::F32, 0, steps);
+        let (narrow, of_narrow) = learnt(MomentDtype::BF16, 5, steps);
+        println!("{steps} steps: {start} to {wide}, {narrow} with moments in bf16");
+        assert!(wide < 0.9 * start, "{wide} of {start}");
+        assert!((narrow - wide).abs() < 0.02 * (start - wide), "{narrow}, not {wide}");
+        for ([_, m, v], [_, of_m, of_v]) in of_narrow.iter().zip(&of_wide) {
+            // bf16 holds what is kept.
+            let fits = |x: &f64| (*x as f32).to_bits().trailing_zeros() >= 16;
+            assert!(m.iter().chain(v).all(fits));
+            // Steps of two parts in a thousand add up to no drift.
+            let sum = |values: &[f64]| values.iter().sum::<f64>();
+            assert!((sum(v) / sum(of_v) - 1.0).abs() < 0.1, "{} for {}", sum(v), sum(of_v));
+            assert_eq!(m.len(), of_m.len());
+        }
+    }
+    // A run is its seed's.
+    let of_seed = |seed| learnt(MomentDtype::BF16, seed, 3);
+    assert_eq!(of_seed(1), of_seed(1));
+    assert_ne!(of_seed(1).1, of_seed(2).1);
+}
+
+#[test]
+fn moments_in_bf16_are_those_of_f32_rounded() {
+    let observer = RefCell::new(());
+    let meter = Meter::new(&observer, Phase::Setup);
+    let config = ModelConfig { vocab_size: 1500, ..tiny::config(true) };
+    let trainer = |moments| trainer(meter, &config, Trained::All, Hyper { moments, ..HYPER });
+    let (mut narrow, mut wide) = (trainer(MomentDtype::BF16), trainer(MomentDtype::F32));
+    let mut rng = StdRng::seed_from_u64(9);
+    for _ in 0..3 {
+        // From one state, by one gradient.
+        let kept = narrow.optimizer.state().unwrap();
+        let kept: Vec<(String, Vec<f32>)> =
+            kept.into_iter().map(|(name, values)| (name.into(), values)).collect();
+        let find = |name: &str| Ok(kept.iter().find(|(known, _)| known == name).unwrap().1.clone());
+        let steps = narrow.optimizer.steps();
+        wide.optimizer.restore(&mut wide.model, steps, find).unwrap();
+        let mut again = rng.clone();
+        let (gradients, _) = draw(meter, &mut narrow, &mut rng);
+        narrow.update(meter, (0.0, gradients), RATE).unwrap();
+        let (gradients, _) = draw(meter, &mut wide, &mut again);
+        wide.update(meter, (0.0, gradients), RATE).unwrap();
+        for ([p, moments @ ..], [of_p, exact @ ..]) in state(&narrow).iter().zip(&state(&wide)) {
+            assert_eq!(p, of_p);
+            let (mut up, mut down) = (0, 0);
+            for (found, exact) in moments.iter().flatten().zip(exact.iter().flatten()) {
+                let low = f64::from(f32::from_bits((*exact as f32).to_bits() & 0xffff_0000));
+                let high = f32::from_bits(((*exact as f32).to_bits() & 0xffff_0000) + 0x1_0000);
+                assert!(*found == low || *found == f64::from(high), "{found} for {exact}");
+                let is_up = u32::from(*found != low);
+                (up, down) = (up + is_up, down + 1 - is_up);
+            }
+            assert!(up > 0 && down > 0, "{up} up, {down} down");
         }
     }
 }

@@ -11,7 +11,7 @@ use flopaudit::{
     audit::Audit,
     config::{LoraConfig, ModelConfig},
     generate::{Request, generate},
-    ledger::{Dtype, Ledger, Phase},
+    ledger::{Dtype, Ledger, MomentDtype, Phase},
     meter::Meter,
     model::{AdapterSource, Context, Decoder, How, Labelled, Trained},
     ops::Ids,
@@ -47,6 +47,11 @@ fn assert_balanced(workload: &Workload, ledger: &Ledger) {
     let [closed, predicted, executed] =
         audit.totals(&flopaudit::prices::Prices::coursework()).unwrap();
     assert!(closed == executed && predicted == executed && executed > 0);
+}
+
+/// (batch, length) of texts: a few tokens, or about as many rows as one chunk of the loss takes.
+fn texts() -> impl Strategy<Value = (usize, usize)> {
+    prop_oneof![7 => (1usize..4, 1usize..9), 1 => (8usize..12, 100usize..128)]
 }
 
 proptest! {
@@ -101,8 +106,8 @@ proptest! {
 
     #[test]
     fn training_balances(
-        (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
-        accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, bf16] in any::<[bool; 4]>(),
+        (model, lora) in adapted(SMALL, 3), (batch, seq) in texts(),
+        accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, bf16, narrow] in any::<[bool; 5]>(),
     ) {
         let full = full || lora.rank == 0;
         let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
@@ -110,7 +115,8 @@ proptest! {
         let meter = Meter::new(&ledger, Phase::Setup);
         let trained = if full { Trained::All } else { Trained::Adapters };
         let clip_at = clip.then_some(0.1);
-        let hyper = Hyper { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, clip: clip_at };
+        let moments = if narrow { MomentDtype::BF16 } else { MomentDtype::F32 };
+        let hyper = Hyper { betas: (0.9, 0.99), eps: 1e-8, weight_decay: 0.1, clip: clip_at, moments };
         let qwen = load(&model, &lora, dtype);
         let mut trainer =
             Trainer::new(meter, qwen, trained, hyper, seq, recompute).unwrap();
@@ -122,13 +128,13 @@ proptest! {
             trainer.update(meter, found, 0.01).unwrap();
         }
         let [batch, seq, accumulate, steps] = [batch, seq, accumulate, steps].map(|n| n as u64);
-        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip, moments, rows: Rows::Whole };
         assert_balanced(&Workload { model, lora, dtype, attention: Default::default(), task }, &ledger.into_inner());
     }
 
     #[test]
     fn evaluation_balances(
-        (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in prop_oneof![1usize..9, 80usize..128],
+        (model, lora) in adapted(SMALL, 3), (batch, seq) in texts(),
         passes in 1usize..3,
     ) {
         let qwen = load(&model, &lora, Dtype::F32);

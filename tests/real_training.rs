@@ -27,7 +27,7 @@ fn numbers(value: &Value) -> Vec<f64> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-const HYPER: Hyper = Hyper { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: None };
+const HYPER: Hyper = Hyper { clip: None, ..Hyper::DEFAULT };
 
 #[test]
 fn losses_gradients_and_updates_equal_pefts() {
@@ -149,6 +149,7 @@ fn the_audit_balances_with_and_without_recomputing() {
             full: false,
             recompute,
             clip: true,
+            moments: Default::default(),
             rows: Rows::Whole,
         };
         let workload = Workload {

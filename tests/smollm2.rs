@@ -129,6 +129,7 @@ fn a_training_of_adapters_learns_and_balances() {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };

@@ -189,6 +189,40 @@ fn a_run_cut_short_goes_on_bit_for_bit() {
     }
 }
 
+#[test]
+fn moments_in_bf16_go_on_to_the_same_bits() {
+    let more = "--steps 40 --accumulate 2 --lr 0.02 --save-every 1 --moments bf16 --seed 4";
+    let whole = tmp();
+    let run = train(whole.path(), more);
+    assert_eq!(run["balanced"], true);
+    let workloads = run["workload"].as_array().unwrap();
+    assert!(workloads.iter().any(|workload| workload["moments"] == "bf16"), "{workloads:?}");
+    let dir = tmp();
+    cut_short(dir.path(), &line(more), "-KILL");
+    refused(
+        dir.path(),
+        &line(&more.replace("--moments bf16", "--resume")),
+        &["--moments \"bf16\", this command asks for \"f32\""],
+    );
+    let resumed = train(dir.path(), &format!("{more} --resume"));
+    assert_eq!(resumed["balanced"], true);
+    for file in ["metrics.jsonl", "adapter_model.safetensors"] {
+        let of = |dir: &Path| match file {
+            "metrics.jsonl" => format!("{:?}", losses(dir)).into_bytes(),
+            file => fs::read(dir.join("out").join(file)).unwrap(),
+        };
+        assert!(of(dir.path()) == of(whole.path()), "{file}");
+    }
+    let wide = tmp();
+    train(wide.path(), &more.replace("--moments bf16", "--moments f32"));
+    let (narrow, wide) = (losses(whole.path()), losses(wide.path()));
+    assert_eq!(narrow[0], wide[0]);
+    assert_ne!(narrow, wide);
+    for ((step, narrow), (_, wide)) in narrow.iter().zip(&wide) {
+        assert!((narrow - wide).abs() < 0.05 * wide, "step {step}: {narrow} and {wide}");
+    }
+}
+
 /// Runs `line` where files cannot grow past 32 blocks. With `told`, to write more is an error, as on
 /// a full disk; else the process is killed in the middle of it.
 #[cfg(unix)]

@@ -156,7 +156,17 @@ mod tests {
         let flops = |structure, recompute| {
             let (batch, seq, accumulate, steps) = (2, 5, 1, 3);
             let (full, clip, rows) = (true, true, Rows::Whole);
-            let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows };
+            let task = Task::Train {
+                batch,
+                seq,
+                accumulate,
+                steps,
+                full,
+                recompute,
+                clip,
+                moments: Default::default(),
+                rows,
+            };
             let (model, lora) = (model.clone(), LoraConfig::none());
             let workload =
                 Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };

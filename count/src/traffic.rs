@@ -86,7 +86,7 @@ impl Key {
     /// | argmax, draw, sum_squares | one in |
     /// | sum_rows; gradient of a gain | rows in (two), one row out |
     /// | clip_factor | the sums |
-    /// | adamw | the gradient; parameter and both moments read and written |
+    /// | adamw | the gradient; parameter and both moments, of their own type, read and written |
     pub fn traffic(&self) -> Traffic {
         let area = |rows: u64, width: u64| u128::from(rows) * u128::from(width);
         let activations = |n: u128| Traffic { activations: n, ..Traffic::default() };
@@ -152,8 +152,11 @@ impl Key {
             Op::SumRows { rows, width } => activations(area(rows, width) + u128::from(width)),
             Op::GainGrad { rows, width } => activations(2 * area(rows, width) + u128::from(width)),
             Op::SumSquares { n } | Op::ClipFactor { tensors: n } => activations(n.into()),
-            Op::AdamW { n } => {
-                Traffic { weights: 6 * u128::from(n), activations: n.into(), ..Traffic::default() }
+            // The parameter and its moments may be of different types.
+            Op::AdamW { n, moments } => {
+                let (n, own) = (u128::from(n), u128::from(self.dtype.bytes()));
+                let weights = 2 * n * (own + 2 * u128::from(moments.bytes()));
+                return Traffic { weights, activations: own * n, ..Traffic::default() };
             }
         };
         elements.times(self.dtype.bytes())
@@ -186,7 +189,7 @@ mod tests {
     use super::*;
     use crate::{
         config::Projection,
-        ledger::{Dtype, Lora, Scope},
+        ledger::{Dtype, Lora, MomentDtype, Scope},
     };
 
     /// (weights, cache, activations) in elements.
@@ -232,7 +235,18 @@ mod tests {
         assert_eq!(of(Module::SelfAttn, Op::RowDot { rows, width }), [0, 0, 48 + 3]);
         assert_eq!(of(Module::SelfAttn, Op::ScoresGrad { rows, width }), [0, 0, 72 + 3]);
         assert_eq!(of(Module::Sampler, Op::Argmax { rows, width }), [0, 0, 24]);
-        assert_eq!(of(Module::Optimizer, Op::AdamW { n: 5 }), [30, 0, 5]);
+    }
+
+    #[test]
+    fn moments_are_read_and_written_in_their_own_type() {
+        let scope = Scope { layer: None, module: Module::Optimizer };
+        let of = |moments| {
+            let op = Op::AdamW { n: 5, moments };
+            Key { phase: Phase::Optimizer, scope, op, dtype: Dtype::F32 }.traffic()
+        };
+        let bytes = |weights| Traffic { weights, activations: 20, ..Traffic::default() };
+        assert_eq!(of(MomentDtype::F32), bytes(5 * 24));
+        assert_eq!(of(MomentDtype::BF16), bytes(5 * 16));
     }
 
     #[test]

@@ -35,7 +35,17 @@ fn generate(prompt_tokens: u64, new_tokens: u64, kv_cache: bool) -> Task {
 
 fn train(full: bool) -> Task {
     let (batch, seq, accumulate, steps, clip) = (2, 3, 1, 1, false);
-    Task::Train { batch, seq, accumulate, steps, full, recompute: false, clip, rows: Rows::Whole }
+    Task::Train {
+        batch,
+        seq,
+        accumulate,
+        steps,
+        full,
+        recompute: false,
+        clip,
+        moments: Default::default(),
+        rows: Rows::Whole,
+    }
 }
 
 /// Calls of each op of a phase and module, over the layers that `of` picks.
@@ -300,6 +310,7 @@ fn blocked_gradients_compute_scores_again() {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload = workload("tiny", &[Projection::VProj], task);

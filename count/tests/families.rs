@@ -89,6 +89,7 @@ fn torch_saw_as_much_of_each_family() {
             full,
             recompute: false,
             clip: false,
+            moments: Default::default(),
             rows: Rows::Whole,
         };
         assert_eq!(flops(&model, &none, train(true)), total("train_full"), "{name}");
@@ -128,6 +129,7 @@ fn torch_saw_checkpointed_layers_and_fused_attention() {
                     full,
                     recompute,
                     clip,
+                    moments: Default::default(),
                     rows: Rows::Whole,
                 };
                 let (model, lora, dtype) = (model.clone(), lora.clone(), Dtype::F32);

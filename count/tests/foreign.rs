@@ -34,6 +34,7 @@ fn train(batch: u64, seq: u64, accumulate: u64, steps: u64, full: bool) -> Task 
         full,
         recompute: false,
         clip: false,
+        moments: Default::default(),
         rows: Rows::Whole,
     }
 }

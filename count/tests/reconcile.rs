@@ -138,6 +138,7 @@ fn training_the_adapters_takes_no_gradient_of_frozen_weights() {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };
@@ -173,6 +174,7 @@ fn a_layer_below_the_first_adapter_gets_no_gradient() {
         full,
         recompute,
         clip,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };
@@ -200,6 +202,7 @@ fn what_training_executes_is_named() {
         full: false,
         recompute: true,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload = Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task };

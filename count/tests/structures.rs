@@ -53,6 +53,7 @@ fn train(steps: u64) -> Task {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     }
 }
@@ -147,6 +148,7 @@ fn torchs_totals() {
             full,
             recompute: false,
             clip: true,
+            moments: Default::default(),
             rows: Rows::Whole,
         },
         forward(2, 64, 0, Logits::All),
@@ -219,6 +221,7 @@ fn formulas_by_hand() {
             full: true,
             recompute: false,
             clip: true,
+            moments: Default::default(),
             rows: Rows::Whole,
         };
         assert_eq!(flops(structure, tied, false, task), 6 * 6 * 35 * n, "{structure}");
@@ -235,6 +238,7 @@ fn formulas_by_hand() {
         full: true,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     assert_eq!(flops(Palm, true, true, train), 3 * (2 * 6 * (layers + table) + scores(3)));
@@ -276,6 +280,7 @@ fn torchs_attention_is_its_bmm() {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let tally = count(Structure::Torch, &workload(8, task)).unwrap();
@@ -357,6 +362,7 @@ fn sums_past_128_bits_are_refused() {
         full: true,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     for task in [generate, train] {
@@ -386,8 +392,17 @@ fn torchs_totals_of_7b_by_attention() {
     let model = ModelConfig::preset("qwen2.5-7b").unwrap();
     let total = |structure, recompute| {
         let (batch, seq, accumulate, steps, full, clip) = (1, 4096, 1, 1, true, true);
-        let task =
-            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        let task = Task::Train {
+            batch,
+            seq,
+            accumulate,
+            steps,
+            full,
+            recompute,
+            clip,
+            moments: Default::default(),
+            rows: Rows::Whole,
+        };
         let lora = LoraConfig::none();
         let workload = Workload {
             model: model.clone(),

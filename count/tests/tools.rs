@@ -69,6 +69,7 @@ fn train(full: bool) -> Task {
         full,
         recompute: false,
         clip: false,
+        moments: Default::default(),
         rows: Rows::Whole,
     }
 }
@@ -203,6 +204,7 @@ fn nemos_lora_is_two_thirds_of_the_base() {
         full: false,
         recompute: false,
         clip: true,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     let workload =

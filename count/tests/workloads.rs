@@ -304,6 +304,7 @@ fn any_tasks() -> impl Strategy<Value = Task> {
                 full,
                 recompute,
                 clip,
+                moments: Default::default(),
                 rows
             }
         ),
@@ -373,6 +374,7 @@ fn too_many_passes_are_refused_by_flag() {
         full,
         recompute,
         clip,
+        moments: Default::default(),
         rows: Rows::Whole,
     };
     assert!(refused(train(2, u64::MAX)).contains("--steps: --steps × --accumulate is above"));

@@ -296,8 +296,17 @@ mod tests {
         }
         let (batch, seq, accumulate, steps) = (1, 7, 1, 2);
         let (full, recompute, clip) = (true, true, false);
-        let task =
-            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: Rows::Whole };
+        let task = Task::Train {
+            batch,
+            seq,
+            accumulate,
+            steps,
+            full,
+            recompute,
+            clip,
+            moments: Default::default(),
+            rows: Rows::Whole,
+        };
         let audit = Audit::compare(ledger.tally().unwrap(), &ledger, &ledger).unwrap();
         let Measured { workload, .. } = measured();
         let workload = Workload { task, ..workload };

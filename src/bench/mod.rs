@@ -32,7 +32,7 @@ pub use point::{
     Seconds,
 };
 pub use probe::Probe;
-pub use run::{Measured, Runner};
+pub use run::{Measured, Runner, Training};
 
 /// The time, in UTC: `2026-01-31T12:00:00Z`.
 pub fn now() -> String {

@@ -10,7 +10,7 @@ use crate::{
     audit::Audit,
     error::Result,
     generate::{Request, generate},
-    ledger::{Ledger, Phase},
+    ledger::{Ledger, MomentDtype, Phase},
     meter::Meter,
     model::{Context, Decoder, How, Labelled, Trained},
     ops::Ids,
@@ -33,6 +33,17 @@ pub struct Runner<'a> {
     pub energy: Option<&'a EnergyCounter>,
     /// Hears of each unit done, and may end the work with an error.
     pub tick: &'a dyn Fn() -> Result<()>,
+}
+
+/// How a step trains.
+#[derive(Debug, Clone, Copy)]
+pub struct Training {
+    /// Every weight, not the adapters alone.
+    pub full: bool,
+    /// Layers run forward again for their gradients.
+    pub recompute: bool,
+    /// How the optimizer keeps its moments.
+    pub moments: MomentDtype,
 }
 
 /// What ran, how often, and how long each timed unit took.
@@ -140,8 +151,8 @@ impl Runner<'_> {
         Ok(self.measured(workload, timed, ledger, audit))
     }
 
-    /// Optimizer steps on random tokens, of one micro-step of batch × seq each: of every weight if
-    /// `full`, else of the adapters. Gives the model back, trained.
+    /// Optimizer steps on random tokens, of one micro-step of batch × seq each. Gives the model back,
+    /// trained.
     ///
     /// # Errors
     /// As [`Runner::prefill`]; a model without anything to train.
@@ -149,8 +160,7 @@ impl Runner<'_> {
         &self,
         model: Decoder,
         (batch, seq): (u64, u64),
-        full: bool,
-        recompute: bool,
+        Training { full, recompute, moments }: Training,
     ) -> Result<(Measured, Decoder)> {
         let task = |steps| Task::Train {
             batch,
@@ -160,6 +170,7 @@ impl Runner<'_> {
             full,
             recompute,
             clip: true,
+            moments,
             rows: Rows::Whole,
         };
         let workload = model.workload(task(1));
@@ -179,7 +190,7 @@ impl Runner<'_> {
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let trained = if full { Trained::All } else { Trained::Adapters };
-        let hyper = Hyper::DEFAULT;
+        let hyper = Hyper { moments, ..Hyper::DEFAULT };
         let mut trainer = Trainer::new(meter, model, trained, hyper, seq as usize, recompute)?;
         let device = trainer.model.device().clone();
         let timed = self.time(|| {

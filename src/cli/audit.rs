@@ -191,9 +191,10 @@ fn execute(
                 interrupt.check()?;
             }
         }
-        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: _ } => {
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, moments, rows: _ } => {
             let trained = if *full { Trained::All } else { Trained::Adapters };
-            let hyper = Hyper { clip: clip.then_some(1.0), ..Hyper::DEFAULT };
+            let (clip, moments) = (clip.then_some(1.0), *moments);
+            let hyper = Hyper { clip, moments, ..Hyper::DEFAULT };
             let mut trainer =
                 Trainer::new(meter, model, trained, hyper, *seq as usize, *recompute)?;
             for _ in 0..*steps {

@@ -13,11 +13,11 @@ use super::{
 use crate::{
     bench::{
         BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Point, Runner,
-        SCHEMA_VERSION, curves, now,
+        SCHEMA_VERSION, Training, curves, now,
     },
     config::{LoraConfig, TargetModules},
     error::{Error, Result},
-    ledger::Dtype,
+    ledger::{Dtype, MomentDtype},
     model::{AdapterSource, Decoder},
     report, sweep,
     target::Target,
@@ -87,6 +87,9 @@ pub struct TrainArgs {
     /// Keep only each layer's input, and run it forward again for its gradients
     #[arg(long)]
     recompute: bool,
+    /// Element type that AdamW's moments are kept in
+    #[arg(long, value_enum, value_name = "DTYPE", default_value_t)]
+    moments: MomentDtype,
 }
 
 /// What all grids vary, and how often each point runs.
@@ -178,7 +181,7 @@ impl FromStr for Grid {
 enum Unit {
     Prefill,
     Decode { new_tokens: u16 },
-    Train { full: bool, recompute: bool },
+    Train(Training),
 }
 
 /// Measures and prints.
@@ -190,7 +193,8 @@ pub fn run(command: Command) -> Result<()> {
             bench(&args, unit, &args.task.context)
         }
         Command::Train(args) => {
-            let unit = Unit::Train { full: args.task.full, recompute: args.task.recompute };
+            let TrainArgs { full, recompute, moments, .. } = args.task;
+            let unit = Unit::Train(Training { full, recompute, moments });
             bench(&args, unit, &args.task.seq)
         }
         Command::Compare(args) => compare(args),
@@ -326,14 +330,14 @@ impl Unit {
         match self {
             Self::Prefill => Kind::Prefill,
             Self::Decode { .. } => Kind::Decode,
-            Self::Train { .. } => Kind::Train,
+            Self::Train(_) => Kind::Train,
         }
     }
 
     /// The flag that gives the lengths.
     fn flag(self) -> &'static str {
         match self {
-            Self::Prefill | Self::Train { .. } => "--seq",
+            Self::Prefill | Self::Train(_) => "--seq",
             Self::Decode { .. } => "--context",
         }
     }
@@ -343,7 +347,7 @@ impl Unit {
         match self {
             Self::Prefill => 1,
             Self::Decode { .. } => 2,
-            Self::Train { .. } => 0,
+            Self::Train(_) => 0,
         }
     }
 
@@ -365,7 +369,7 @@ impl Unit {
     fn task(self, batch: u64, length: u64) -> Task {
         let new_tokens = self.new_tokens();
         match self {
-            Self::Train { full, recompute } => {
+            Self::Train(Training { full, recompute, moments }) => {
                 let (accumulate, steps, clip) = (1, 1, true);
                 Task::Train {
                     batch,
@@ -375,6 +379,7 @@ impl Unit {
                     full,
                     recompute,
                     clip,
+                    moments,
                     rows: Rows::Whole,
                 }
             }
@@ -403,9 +408,7 @@ impl Unit {
         match self {
             Self::Prefill => Ok((runner.prefill(&model, batch, length)?, model)),
             Self::Decode { .. } => Ok((runner.decode(&model, batch, length)?, model)),
-            Self::Train { full, recompute } => {
-                runner.train(model, (batch, length), full, recompute)
-            }
+            Self::Train(training) => runner.train(model, (batch, length), training),
         }
     }
 }
@@ -428,7 +431,7 @@ impl Plan {
             [] => vec![device::default_dtype(&args.device)],
             dtypes => dtypes.to_vec(),
         };
-        let default = u64::from(matches!(unit, Unit::Train { full: false, .. })) * 8;
+        let default = u64::from(matches!(unit, Unit::Train(Training { full: false, .. }))) * 8;
         let ranks = args.lora_rank.as_ref().map_or(vec![default], |grid| grid.0.clone());
         let adapters = ranks.iter().map(|&rank| {
             let rank = usize::try_from(rank).unwrap_or(usize::MAX);
@@ -462,7 +465,7 @@ impl Plan {
         let shapes = sizes.flat_map(of_size).collect();
         let each = match unit {
             Unit::Decode { new_tokens } => usize::from(new_tokens),
-            Unit::Prefill | Unit::Train { .. } => 1,
+            Unit::Prefill | Unit::Train(_) => 1,
         };
         let repetitions = (usize::from(args.warmup) * each, usize::from(args.repetitions) * each);
         let plan = Self { unit, dtypes, adapters, shapes, repetitions };

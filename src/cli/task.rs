@@ -131,7 +131,7 @@ fn flag(key: Key, kind: Kind) -> Arg {
         Form::Switch => arg.long(key.name()).action(ArgAction::SetTrue),
         Form::Off => arg.long(format!("no-{}", key.name())).action(ArgAction::SetTrue),
         Form::Turns => valued().action(ArgAction::Append),
-        Form::Count | Form::Natural | Form::Real | Form::Logits => valued(),
+        Form::Count | Form::Natural | Form::Real | Form::Logits | Form::Moments => valued(),
     }
 }
 
@@ -142,9 +142,12 @@ fn read(kind: Kind, matches: &ArgMatches) -> Result<Task, clap::Error> {
         let values: Vec<Value> = match key.form() {
             Form::Switch => vec![Value::Switch(matches.get_flag(&id))],
             Form::Off => vec![Value::Switch(!matches.get_flag(&id))],
-            Form::Count | Form::Natural | Form::Real | Form::Logits | Form::Turns => {
-                matches.get_many(&id).into_iter().flatten().cloned().collect()
-            }
+            Form::Count
+            | Form::Natural
+            | Form::Real
+            | Form::Logits
+            | Form::Moments
+            | Form::Turns => matches.get_many(&id).into_iter().flatten().cloned().collect(),
         };
         for value in values {
             let wrong = |why| {

@@ -17,7 +17,7 @@ use crate::{
     audit::Audit,
     config::{Ignored, Matters},
     error::{Error, Result},
-    ledger::Dtype,
+    ledger::{Dtype, MomentDtype},
     report::{Report, TrainingReport, human},
     target::Target,
     train::{
@@ -96,6 +96,9 @@ struct StepArgs {
     /// Most norm of all gradients together; 0 does not clip
     #[arg(long, value_name = "NORM", default_value_t = 1.0, allow_negative_numbers = true)]
     clip: f64,
+    /// Element type that AdamW's moments are kept in; bf16 halves their memory
+    #[arg(long, value_enum, value_name = "DTYPE", default_value_t)]
+    moments: MomentDtype,
     /// Train every weight, not the adapters alone
     #[arg(long)]
     full: bool,
@@ -304,7 +307,12 @@ impl Args {
                 shape: args.schedule,
                 steps: 1,
             },
-            hyper: Hyper { weight_decay: args.weight_decay, clip, ..Hyper::DEFAULT },
+            hyper: Hyper {
+                weight_decay: args.weight_decay,
+                clip,
+                moments: args.moments,
+                ..Hyper::DEFAULT
+            },
             seed: self.execution.seed,
             eval_every: args.eval_every,
             checks: self.checks(),

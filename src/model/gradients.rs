@@ -5,7 +5,7 @@ use crate::{
     error::Result,
     ledger::{Module, Phase, Scope},
     meter::Meter,
-    ops::{self, CrossEntropy, Gradients, Ids, Losses, Tensor, backward},
+    ops::{self, Gradients, Ids, Losses, Tensor, backward},
     workload::LOSS_ROWS,
 };
 
@@ -182,10 +182,13 @@ impl Decoder {
             let (targets, weights) = (&text.targets[start..end], &text.weights[start..end]);
             let logits =
                 ops::linear(meter.phase(Phase::Forward).at(Module::LmHead), &part, &head.detach())?;
-            let entropy = CrossEntropy::new(at_loss, logits, targets, weights)?;
-            losses.push(entropy.losses(weights));
-            let Some(gradients) = gradients.as_deref_mut() else { continue };
-            let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype())?;
+            let Some(gradients) = gradients.as_deref_mut() else {
+                losses.push(ops::cross_entropy(at_loss, logits, targets, weights)?);
+                continue;
+            };
+            let (loss, d) = ops::cross_entropy_with_gradient(at_loss, logits, targets, weights)?;
+            losses.push(loss);
+            let d = d.to_dtype(self.dtype())?;
             let at = |phase| meter.phase(phase).at(Module::LmHead);
             dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?.share());
             if head.needs_gradient() {

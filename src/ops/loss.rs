@@ -2,21 +2,12 @@
 
 use candle_core::{DType, Device};
 
-use super::{Kernel, Nodes, Ops, Tensor, Unshared, cpu, cuda::Kernels, portable};
+use super::{Kernel, Nodes, Ops, Tensor, Unshared, backend::Backend, cpu, cuda::Kernels, portable};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
     meter::At,
 };
-
-/// Weighted cross-entropy of rows of logits, and what its gradient is made from: the logits'
-/// exponentials, in their place, and each row's sum of them.
-#[derive(Debug)]
-pub struct CrossEntropy {
-    losses: ByRow,          // (rows)
-    exponentials: Unshared, // (rows, V)
-    sums: ByRow,            // (rows)
-}
 
 /// One f32 a row: where the kernel that wrote them left them.
 #[derive(Debug, Clone)]
@@ -66,48 +57,56 @@ impl Losses {
     }
 }
 
-impl CrossEntropy {
-    /// Of `logits` (rows, V), which are overwritten; computed in f32.
-    ///
-    /// # Errors
-    /// As many targets and weights as rows are needed, and targets below V.
-    pub fn new(at: At, logits: Unshared, targets: &[u32], weights: &[f32]) -> Result<Self> {
-        let (rows, width) = logits.0.rows_width()?;
-        let fits = targets.len() as u64 == rows && weights.len() as u64 == rows;
-        anyhow::ensure!(fits, "{} targets for {rows} rows", targets.len());
-        let known = targets.iter().all(|&id| u64::from(id) < width);
-        anyhow::ensure!(known, "a target is outside the vocabulary of {width}");
-        let mut logits = logits.reshape((rows as usize, width as usize))?;
-        if Kernels::of(&[&logits.0.data]).is_none() {
-            logits = Unshared(Tensor::of(logits.0.data.to_dtype(DType::F32)?));
-        }
-        let (exponentials, losses, sums) = at.launch(&Forward { logits: &logits, targets })?;
-        Ok(Self { losses, exponentials: Unshared(exponentials), sums })
-    }
+/// −log softmax(logits) at each row's target, natural log, computed in f32. The logits (rows, V) are
+/// used up.
+///
+/// # Errors
+/// As many targets and weights as rows are needed, and targets below V.
+pub fn cross_entropy(at: At, logits: Unshared, targets: &[u32], weights: &[f32]) -> Result<Losses> {
+    let logits = checked(logits, targets, weights)?;
+    let by_row = at.launch(&CrossEntropy { logits: &logits, targets })?;
+    Ok(Losses { by_row, weights: weights.to_vec() })
+}
 
-    /// −log softmax(logits) at each row's target, natural log, with the rows' weights.
-    pub fn losses(&self, weights: &[f32]) -> Losses {
-        Losses { by_row: self.losses.clone(), weights: weights.to_vec() }
-    }
+/// As [`cross_entropy`], with the gradient of Σ weight · loss towards the logits, (rows, V):
+/// weight · (softmax − 1 at the target).
+///
+/// # Errors
+/// As [`cross_entropy`].
+pub fn cross_entropy_with_gradient(
+    at: At,
+    logits: Unshared,
+    targets: &[u32],
+    weights: &[f32],
+) -> Result<(Losses, Tensor)> {
+    let logits = checked(logits, targets, weights)?;
+    let (by_row, gradient) =
+        at.launch(&CrossEntropyWithGradient { logits: &logits, targets, weights })?;
+    Ok((Losses { by_row, weights: weights.to_vec() }, gradient))
+}
 
-    /// Gradient of the loss towards the logits, (rows, V): weight · (softmax − 1 at the target).
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn gradient(self, at: At, targets: &[u32], weights: &[f32]) -> Result<Tensor> {
-        let Self { exponentials, sums, .. } = self;
-        at.launch(&Backward { exponentials: &exponentials, targets, weights, sums: &sums })
+/// Logits that fit what they are scored by, as (rows, V) of a type that the kernels take.
+fn checked(logits: Unshared, targets: &[u32], weights: &[f32]) -> Result<Unshared> {
+    let (rows, width) = logits.0.rows_width()?;
+    let fits = targets.len() as u64 == rows && weights.len() as u64 == rows;
+    anyhow::ensure!(fits, "{} targets for {rows} rows", targets.len());
+    let known = targets.iter().all(|&id| u64::from(id) < width);
+    anyhow::ensure!(known, "a target is outside the vocabulary of {width}");
+    let logits = logits.reshape((rows as usize, width as usize))?;
+    match Kernels::of(&[&logits.0.data]) {
+        Some(_) => Ok(logits),
+        None => Ok(Unshared(Tensor::of(logits.0.data.to_dtype(DType::F32)?))),
     }
 }
 
-/// Logits → exp(logit − max), row by row; (those, losses, sums).
-struct Forward<'a> {
+/// Logits, in whose place anything may stand afterwards → losses.
+struct CrossEntropy<'a> {
     logits: &'a Unshared, // (rows, V)
     targets: &'a [u32],   // (rows)
 }
 
-impl Kernel for Forward<'_> {
-    type Output = (Tensor, ByRow, ByRow);
+impl Kernel for CrossEntropy<'_> {
+    type Output = ByRow;
 
     fn device(&self) -> &Device {
         self.logits.0.device()
@@ -119,63 +118,61 @@ impl Kernel for Forward<'_> {
         Ok(())
     }
 
-    fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output> {
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<ByRow> {
         let (logits, targets) = (&self.logits.0.data, self.targets);
-        if let Some(kernels) = Kernels::of(&[logits]) {
-            let targets = candle_core::Tensor::new(targets, logits.device())?;
-            let (losses, sums) = kernels.cross_entropy(nodes, logits, &targets)?;
-            return Ok((self.logits.0.detach(), ByRow::Device(losses), ByRow::Device(sums)));
-        }
-        let (exponentials, losses, sums) = match logits.device().is_cpu() {
-            true => {
-                let (losses, sums) = cpu::cross_entropy(logits, targets)?;
-                (logits.clone(), losses, sums)
+        match Backend::of(&[logits]) {
+            Backend::Cpu => Ok(ByRow::Host(cpu::cross_entropy(logits, targets)?.0)),
+            Backend::Cuda(kernels) => {
+                let targets = candle_core::Tensor::new(targets, logits.device())?;
+                Ok(ByRow::Device(kernels.cross_entropy(nodes, logits, &targets, None)?))
             }
-            false => portable::cross_entropy(logits, targets)?,
-        };
-        Ok((Tensor::of(exponentials), ByRow::Host(losses), ByRow::Host(sums)))
+            Backend::Portable => Ok(ByRow::Host(portable::cross_entropy(logits, targets)?.1)),
+        }
     }
 }
 
-/// Exponentials → weight · (exponential / sum − 1 at the target), row by row.
-struct Backward<'a> {
-    exponentials: &'a Unshared, // (rows, V)
-    targets: &'a [u32],         // (rows)
-    weights: &'a [f32],         // (rows)
-    sums: &'a ByRow,            // (rows)
+/// Logits → losses, and in the logits' place their gradients. Both in one: on a GPU the logits of a
+/// row are still in the cache when its gradient is made from them.
+struct CrossEntropyWithGradient<'a> {
+    logits: &'a Unshared, // (rows, V)
+    targets: &'a [u32],   // (rows)
+    weights: &'a [f32],   // (rows)
 }
 
-impl Kernel for Backward<'_> {
-    type Output = Tensor;
+impl Kernel for CrossEntropyWithGradient<'_> {
+    type Output = (ByRow, Tensor);
 
     fn device(&self) -> &Device {
-        self.exponentials.0.device()
+        self.logits.0.device()
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        let (rows, width) = self.exponentials.0.rows_width()?;
+        let (rows, width) = self.logits.0.rows_width()?;
+        ops.add(Op::CrossEntropy { rows, width }, Dtype::F32);
         ops.add(Op::CrossEntropyGrad { rows, width }, Dtype::F32);
         Ok(())
     }
 
-    fn run(&self, nodes: &Nodes) -> candle_core::Result<Tensor> {
-        let (exponentials, device) = (&self.exponentials.0.data, self.device());
-        let (targets, weights) = (self.targets, self.weights);
-        match (self.sums, Kernels::of(&[exponentials])) {
-            (ByRow::Device(sums), Some(kernels)) => {
-                let targets = candle_core::Tensor::new(targets, device)?;
-                let weights = candle_core::Tensor::new(weights, device)?;
-                kernels.cross_entropy_grad(nodes, exponentials, &targets, &weights, sums)?;
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output> {
+        let Self { logits, targets, weights } = *self;
+        let logits = &logits.0.data;
+        match Backend::of(&[logits]) {
+            Backend::Cpu => {
+                let (losses, sums) = cpu::cross_entropy(logits, targets)?;
+                cpu::cross_entropy_grad(logits, targets, weights, &sums)?;
+                Ok((ByRow::Host(losses), self.logits.0.detach()))
             }
-            (ByRow::Device(_), None) => candle_core::bail!("sums on a device without kernels"),
-            (ByRow::Host(sums), _) if device.is_cpu() => {
-                cpu::cross_entropy_grad(exponentials, targets, weights, sums)?;
+            Backend::Cuda(kernels) => {
+                let targets = candle_core::Tensor::new(targets, logits.device())?;
+                let weights = candle_core::Tensor::new(weights, logits.device())?;
+                let losses = kernels.cross_entropy(nodes, logits, &targets, Some(&weights))?;
+                Ok((ByRow::Device(losses), self.logits.0.detach()))
             }
-            (ByRow::Host(sums), _) => {
-                let dx = portable::cross_entropy_grad(exponentials, targets, weights, sums)?;
-                return Ok(Tensor::of(dx));
+            Backend::Portable => {
+                let (exponentials, losses, sums) = portable::cross_entropy(logits, targets)?;
+                let dx = portable::cross_entropy_grad(&exponentials, targets, weights, &sums)?;
+                Ok((ByRow::Host(losses), Tensor::of(dx)))
             }
         }
-        Ok(self.exponentials.0.detach())
     }
 }

@@ -13,11 +13,14 @@ use super::{
     cpu,
     cuda::{AdamWFactors, Kernels, TENSORS, Updated},
     elementwise::{Element, computed},
-    portable, scale,
+    moments::{Moments, rows},
+    portable,
+    rounding::Draws,
+    scale,
 };
 use crate::{
     error::Result,
-    ledger::{Dtype, Op},
+    ledger::{Dtype, MomentDtype, Op},
     meter::At,
 };
 
@@ -159,72 +162,6 @@ impl Kernel for ClipFactor<'_> {
     }
 }
 
-/// A parameter's f32 master and the running moments of its gradient: one tensor (3, n).
-#[derive(Debug)]
-pub struct Moments(candle_core::Tensor);
-
-impl Moments {
-    /// `parameter`, of any shape, with moments of zero.
-    ///
-    /// # Errors
-    /// The device's, out of memory among them.
-    pub fn new(parameter: &Tensor) -> Result<Self> {
-        let n = parameter.elements();
-        let master = parameter.data.reshape((1, n))?.to_dtype(DType::F32)?;
-        let zeros = candle_core::Tensor::zeros((2, n), DType::F32, master.device())?;
-        Ok(Self(candle_core::Tensor::cat(&[&master, &zeros], 0)?))
-    }
-
-    /// Parameter, first and second moment, n each, one after another.
-    ///
-    /// # Errors
-    /// The device's.
-    pub fn to_vec(&self) -> Result<Vec<f32>> {
-        Ok(self.0.flatten_all()?.to_vec1()?)
-    }
-
-    /// Takes back what [`Moments::to_vec`] gave.
-    ///
-    /// # Errors
-    /// Another number of elements.
-    pub fn restore(&self, values: &[f32]) -> Result<()> {
-        let shape = self.0.shape().clone();
-        let tensor = candle_core::Tensor::from_slice(values, shape, self.0.device())?;
-        Ok(self.0.slice_set(&tensor, 0, 0)?)
-    }
-
-    /// The master: a view that later updates show through, of the shape of `parameter`.
-    ///
-    /// # Errors
-    /// Another number of elements.
-    pub fn master(&self, parameter: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::of(self.master_of(&parameter.data)?))
-    }
-
-    /// Shows the master's values to who reads `parameter`, where that is not the master itself but
-    /// a narrower copy.
-    ///
-    /// # Errors
-    /// Another number of elements.
-    pub fn publish(&self, parameter: &Tensor) -> Result<()> {
-        Ok(self.publish_to(&parameter.data)?)
-    }
-
-    fn master_of(
-        &self,
-        parameter: &candle_core::Tensor,
-    ) -> candle_core::Result<candle_core::Tensor> {
-        self.0.narrow(0, 0, 1)?.reshape(parameter.shape())
-    }
-
-    fn publish_to(&self, parameter: &candle_core::Tensor) -> candle_core::Result<()> {
-        match parameter.dtype() {
-            DType::F32 => Ok(()),
-            narrow => parameter.slice_set(&self.master_of(parameter)?.to_dtype(narrow)?, 0, 0),
-        }
-    }
-}
-
 /// One step of AdamW (Loshchilov and Hutter 2019), as PyTorch computes it.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW {
@@ -251,6 +188,8 @@ pub struct Update<'a> {
     pub at: At<'a>,
     /// Its master and moments.
     pub moments: &'a Moments,
+    /// What decides how moments in bf16 are rounded: other draws for each update and parameter.
+    pub draws: Draws,
     /// Its gradient, of any type.
     pub gradient: &'a Tensor,
     /// It as the model reads it: a view of the master, or a narrower copy.
@@ -259,7 +198,8 @@ pub struct Update<'a> {
 
 impl AdamW {
     /// p ← decay·p − rate · m / (√v / correction + eps), with m ← β₁·m + (1 − β₁)·g and
-    /// v ← β₂·v + (1 − β₂)·g², g being the clipped gradient in f32, of each parameter in place.
+    /// v ← β₂·v + (1 − β₂)·g², g being the clipped gradient in f32, of each parameter in place. All is
+    /// computed in f32; moments that are kept in bf16 are rounded when p has been computed of them.
     ///
     /// # Errors
     /// A gradient of another size.
@@ -317,14 +257,15 @@ impl Kernel for Updates<'_> {
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
         for (update, gradient) in iter::zip(self.updates, &self.gradients) {
-            let (n, state) = (gradient.elem_count(), update.moments.0.elem_count());
-            let fits = state == 3 * n && update.parameter.elements() == n;
+            let Moments { state, dtype } = update.moments;
+            let (n, state) = (gradient.elem_count(), state.elem_count());
+            let fits = state == rows(*dtype) * n && update.parameter.elements() == n;
             anyhow::ensure!(fits, "a gradient of {n} elements for a state of {state}");
             let n = n as u64;
             if self.step.clip.is_some() {
                 ops.add_at(update.clipping, Op::Scale { n }, Dtype::F32);
             }
-            ops.add_at(update.at, Op::AdamW { n }, Dtype::F32);
+            ops.add_at(update.at, Op::AdamW { n, moments: *dtype }, Dtype::F32);
         }
         Ok(())
     }
@@ -334,8 +275,8 @@ impl Kernel for Updates<'_> {
         let all = iter::zip(self.updates, &self.gradients);
         match Backend::of(&self.gradients.iter().collect::<Vec<_>>()) {
             Backend::Cpu => {
-                for (Update { moments, parameter, .. }, gradient) in all {
-                    cpu::adamw(&moments.0, gradient, &factors)?;
+                for (Update { moments, draws, parameter, .. }, gradient) in all {
+                    cpu::adamw(&moments.state, gradient, &factors, *draws)?;
                     moments.publish_to(&parameter.data)?;
                 }
             }
@@ -343,8 +284,9 @@ impl Kernel for Updates<'_> {
                 // What the kernel writes beside the master.
                 let is_bf16 = |t: &candle_core::Tensor| t.dtype() == DType::BF16;
                 let updated: Vec<_> = all
-                    .map(|(Update { moments, parameter, .. }, gradient)| Updated {
-                        state: &moments.0,
+                    .map(|(Update { moments, draws, parameter, .. }, gradient)| Updated {
+                        state: &moments.state,
+                        draws: *draws,
                         gradient,
                         narrow: Some(&parameter.data).filter(|t| is_bf16(t)),
                     })
@@ -357,12 +299,30 @@ impl Kernel for Updates<'_> {
                 }
             }
             Backend::Portable => {
-                for (Update { moments, parameter, .. }, gradient) in all {
-                    portable::adamw(&moments.0, gradient, step)?;
+                for (Update { moments, draws, parameter, .. }, gradient) in all {
+                    match moments.dtype {
+                        MomentDtype::F32 => portable::adamw(&moments.state, gradient, step)?,
+                        MomentDtype::BF16 => {
+                            on_host(&moments.state, gradient, &factors, *draws)?;
+                        }
+                    }
                     moments.publish_to(&parameter.data)?;
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The CPU's update, where no kernel of the device takes words of two moments.
+fn on_host(
+    state: &candle_core::Tensor,
+    gradient: &candle_core::Tensor,
+    factors: &AdamWFactors,
+    draws: Draws,
+) -> candle_core::Result<()> {
+    let [held, gradient] = [state, gradient].map(|t| t.to_device(&Device::Cpu));
+    let held = held?.copy()?;
+    cpu::adamw(&held, &gradient?, factors, draws)?;
+    state.slice_set(&held.to_device(state.device())?, 0, 0)
 }

@@ -10,6 +10,7 @@ use super::{
 use crate::{
     bench::{BenchReport, Ceiling, Comparison, DeviceInfo, Kind, Point, Verdict},
     error::Result,
+    ledger::MomentDtype,
     workload::{AttentionMode, Task},
 };
 
@@ -19,6 +20,17 @@ type Column = (&'static str, fn(&Point, Figures) -> String);
 /// Whether layers run again for their gradients.
 fn recomputes(point: &Point) -> bool {
     matches!(point.workload.task, Task::Train { recompute: true, .. })
+}
+
+/// How a training's moments are kept; of what has none, nothing.
+fn moments(point: &Point) -> &'static str {
+    match point.workload.task {
+        Task::Train { moments, .. } => moments.name(),
+        Task::Forward { .. }
+        | Task::Generate { .. }
+        | Task::Verify { .. }
+        | Task::Evaluate { .. } => "",
+    }
 }
 
 /// The columns that `report` fills.
@@ -34,6 +46,9 @@ fn columns(report: &BenchReport) -> Vec<Column> {
     }
     if any(recomputes) {
         columns.push(("recompute", |p, _| if recomputes(p) { "yes" } else { "no" }.into()));
+    }
+    if any(|p| moments(p) == MomentDtype::BF16.name()) {
+        columns.push(("moments", |p, _| moments(p).into()));
     }
     if any(|p| p.workload.attention == AttentionMode::Blocked) {
         columns.push(("attention", |p, _| p.workload.attention.to_string()));
@@ -288,7 +303,7 @@ pub fn bench_markdown(out: &mut dyn Write, report: &BenchReport) -> Result<()> {
 /// A field of the CSV: its name, and a point's value; empty where there is none.
 type Field = (&'static str, fn(&Point) -> String);
 
-const FIELDS: [Field; 41] = [
+const FIELDS: [Field; 42] = [
     ("dtype", |p| p.workload.dtype.name().into()),
     ("lora_rank", |p| p.workload.lora.rank.to_string()),
     ("batch", |p| p.batch.to_string()),
@@ -330,6 +345,7 @@ const FIELDS: [Field; 41] = [
     ("sm_mhz", |p| optional(p.clocks.map(|c| c.sm_mhz.into()))),
     ("memory_mhz", |p| optional(p.clocks.map(|c| c.memory_mhz.into()))),
     ("attention", |p| p.workload.attention.to_string()),
+    ("moments", |p| moments(p).into()),
 ];
 
 fn optional(figure: Option<f64>) -> String {

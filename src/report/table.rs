@@ -14,7 +14,7 @@ use super::{
 use crate::{
     analytic::notebook::TableRow,
     error::Result,
-    ledger::Phase,
+    ledger::{MomentDtype, Phase},
     workload::{AttentionMode, Lengths, Ragged, Rows, Task, Turn, Workload},
 };
 
@@ -209,13 +209,19 @@ pub fn describe(workload: &Workload) -> String {
         Task::Verify { batch, past, drafted, accepted, rounds } => format!(
             "verify {rounds} x {drafted} drafted tokens, {accepted} kept, batch {batch}, after {past} cached"
         ),
-        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows } => format!(
-            "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {}{}{}",
-            if *full { "every weight" } else { "the adapters" },
-            filled(*seq, rows),
-            if *recompute { ", recomputed" } else { "" },
-            if *clip { "" } else { ", unclipped" },
-        ),
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, moments, rows } => {
+            format!(
+                "train {}, {steps} x {accumulate} micro-steps of batch {batch}, {}{}{}{}",
+                if *full { "every weight" } else { "the adapters" },
+                filled(*seq, rows),
+                if *recompute { ", recomputed" } else { "" },
+                if *clip { "" } else { ", unclipped" },
+                match moments {
+                    MomentDtype::F32 => "",
+                    MomentDtype::BF16 => ", moments in bf16",
+                },
+            )
+        }
         Task::Evaluate { batch, seq, passes, rows } => {
             format!("eval {passes} x batch {batch}, {}", filled(*seq, rows))
         }

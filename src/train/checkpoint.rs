@@ -138,7 +138,7 @@ impl Saved {
 }
 
 /// Settings as flags spell them, in the order in which a difference is told: some follow others.
-const FLAGS: [(&str, &str); 25] = [
+const FLAGS: [(&str, &str); 26] = [
     ("dtype", "--dtype"),
     ("attention", "--attention"),
     ("full", "--full"),
@@ -161,6 +161,7 @@ const FLAGS: [(&str, &str); 25] = [
     ("schedule.steps", "--steps (as --steps, --epochs or --budget have it)"),
     ("hyper.weight_decay", "--weight-decay"),
     ("hyper.clip", "--clip"),
+    ("hyper.moments", "--moments"),
     ("seed", "--seed"),
     ("eval_every", "--eval-every"),
     ("checks", "--check-gradients"),

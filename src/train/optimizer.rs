@@ -4,10 +4,10 @@ use std::iter::zip;
 
 use crate::{
     error::{Error, Result},
-    ledger::{Dtype, Module, Phase, Scope},
+    ledger::{Dtype, Module, MomentDtype, Phase, Scope},
     meter::Meter,
     model::{Decoder, Trained},
-    ops::{AdamW, Gradients, Moments, Tensor, Update, clip_factor, sums_of_squares},
+    ops::{AdamW, Draws, Gradients, Moments, Tensor, Update, clip_factor, sums_of_squares},
     weights::Named,
 };
 
@@ -22,12 +22,20 @@ pub struct Hyper {
     pub weight_decay: f64,
     /// Most norm of all gradients together; above it they are scaled down. None: never scaled.
     pub clip: Option<f64>,
+    /// How both moments are kept; all is computed in f32.
+    #[serde(default)]
+    pub moments: MomentDtype,
 }
 
 impl Hyper {
     /// What PyTorch's AdamW and most training scripts start from.
-    pub const DEFAULT: Self =
-        Self { betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.01, clip: Some(1.0) };
+    pub const DEFAULT: Self = Self {
+        betas: (0.9, 0.999),
+        eps: 1e-8,
+        weight_decay: 0.01,
+        clip: Some(1.0),
+        moments: MomentDtype::F32,
+    };
 }
 
 /// Parameters in training, with their moments.
@@ -38,6 +46,8 @@ pub struct Optimizer {
     parameters: Vec<Parameter>,
     /// Updates so far.
     steps: u64,
+    /// Of how moments in bf16 are rounded.
+    seed: u64,
 }
 
 #[derive(Debug)]
@@ -57,7 +67,7 @@ impl Optimizer {
         let in_f32 = model.dtype() == Dtype::F32;
         let mut parameters = vec![];
         for (name, scope, tensor) in model.trained() {
-            let moments = Moments::new(tensor)?;
+            let moments = Moments::new(tensor, hyper.moments)?;
             if in_f32 {
                 *tensor = moments.master(tensor)?.parameter(scope);
             }
@@ -65,8 +75,13 @@ impl Optimizer {
         }
         match parameters.is_empty() {
             true => Err(Error::flag("--lora-rank", "0 leaves nothing to train").into()),
-            false => Ok(Self { hyper, parameters, steps: 0 }),
+            false => Ok(Self { hyper, parameters, steps: 0, seed: 0 }),
         }
+    }
+
+    /// The same with moments in bf16 rounded by `seed`, which is 0 else.
+    pub fn seeded(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// Updates so far.
@@ -108,11 +123,12 @@ impl Optimizer {
             return Ok((norm, norms));
         }
         self.steps += 1;
-        let updates: Vec<_> = zip(zip(&self.parameters, &found), &trained)
-            .map(|((parameter, (clipping, gradient)), (_, scope, tensor))| Update {
+        let updates: Vec<_> = zip(zip(zip(0.., &self.parameters), &found), &trained)
+            .map(|(((number, parameter), (clipping, gradient)), (_, scope, tensor))| Update {
                 clipping: *clipping,
                 at: update.scope(*scope),
                 moments: &parameter.moments,
+                draws: Draws::new(self.seed, self.steps, number),
                 gradient,
                 parameter: tensor,
             })

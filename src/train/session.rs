@@ -54,7 +54,7 @@ pub struct Settings {
     pub schedule: Schedule,
     /// The optimizer's.
     pub hyper: Hyper,
-    /// Seed of the rows' order and of the adapters.
+    /// Seed of the rows' order, of the adapters and of how moments in bf16 are rounded.
     pub seed: u64,
     /// Steps from one evaluation to the next.
     pub eval_every: u64,
@@ -136,7 +136,8 @@ impl<'a> Session<'a> {
         let trained = if settings.full { Trained::All } else { Trained::Adapters };
         let weights = model.fingerprint()?;
         let trainer =
-            Trainer::new(meter, model, trained, settings.hyper, settings.seq, settings.recompute)?;
+            Trainer::new(meter, model, trained, settings.hyper, settings.seq, settings.recompute)?
+                .seeded(settings.seed);
         let order = Order::new(data.len(), settings.seed);
         let fed = Filling::new(settings.layout);
         let checks = settings.checks.min(trainer.optimizer.names().count());
@@ -390,6 +391,7 @@ impl Settings {
             full: self.full,
             recompute: self.recompute,
             clip: self.hyper.clip.is_some(),
+            moments: self.hyper.moments,
             rows,
         };
         self.workload(model, task)

@@ -49,6 +49,11 @@ impl Trainer {
         Ok(Self { model, optimizer, positions, recompute })
     }
 
+    /// The same with moments in bf16 rounded by `seed`, as [`Optimizer::seeded`].
+    pub fn seeded(self, seed: u64) -> Self {
+        Self { optimizer: self.optimizer.seeded(seed), ..self }
+    }
+
     /// The loss over `texts`, whose weights sum to 1, and its gradients: of one text in the model's
     /// own type, of several summed in f32.
     ///

@@ -54,6 +54,52 @@ impl Dtype {
     }
 }
 
+/// Element type that an optimizer keeps its moments in, whatever it computes in.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
+)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
+pub enum MomentDtype {
+    /// As they are computed.
+    #[default]
+    F32,
+    /// Rounded to bfloat16, up or down at random.
+    #[cfg_attr(feature = "clap", value(name = "bf16"))]
+    BF16,
+}
+
+impl MomentDtype {
+    /// Both of them.
+    pub const ALL: [Self; 2] = [Self::F32, Self::BF16];
+
+    /// The one of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+
+    /// Lower-case name, as flags and JSON spell it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+        }
+    }
+
+    /// Bytes of one element.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::BF16 => 2,
+        }
+    }
+
+    /// Whether it is the type where nobody says one, which JSON leaves out.
+    pub fn is_f32(&self) -> bool {
+        *self == Self::F32
+    }
+}
+
 /// What makes two calls the same fact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Key {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::MomentDtype;
+
 /// One executed tensor operation, with the dimensions it ran with. What each costs, and why, is
 /// derived at [`Op::cost`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -241,6 +243,9 @@ pub enum Op {
     AdamW {
         /// Elements.
         n: u64,
+        /// How both moments are kept.
+        #[serde(default, skip_serializing_if = "MomentDtype::is_f32")]
+        moments: MomentDtype,
     },
 }
 
@@ -304,7 +309,8 @@ impl fmt::Display for Op {
             | Self::Shift { n }
             | Self::Rope { n }
             | Self::SumSquares { n }
-            | Self::AdamW { n } => write!(f, "[n={n}]"),
+            | Self::AdamW { n, moments: MomentDtype::F32 } => write!(f, "[n={n}]"),
+            Self::AdamW { n, moments } => write!(f, "[n={n} moments={}]", moments.name()),
             Self::ClipFactor { tensors } => write!(f, "[tensors={tensors}]"),
             Self::RopeTable { positions, half } => {
                 write!(f, "[positions={positions} half={half}]")

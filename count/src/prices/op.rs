@@ -44,7 +44,7 @@ impl Op {
     /// | cross_entropy_grad | a row: 1 div (weight over sum), w muls, 1 sub (at the target) |
     /// | sum_squares | n muls, n − 1 adds |
     /// | clip_factor | tensors − 1 adds, 1 sqrt, 1 add (1e-6), 1 div, 1 cmp |
-    /// | adamw | an element: decay 1 mul; m: 2 muls, 1 add; v: 3 muls, 1 add; √v / c + eps: sqrt, div, add; p − rate · m / that: mul, div, sub |
+    /// | adamw | an element: decay 1 mul; m: 2 muls, 1 add; v: 3 muls, 1 add; √v / c + eps: sqrt, div, add; p − rate · m / that: mul, div, sub; moments that are kept in bf16 are converted, by whole numbers |
     pub fn cost(&self) -> Cost {
         let other = |other| Cost { other, ..Cost::default() };
         let p = Primitives::default();
@@ -160,7 +160,7 @@ impl Op {
             Self::ClipFactor { tensors } => {
                 other(Primitives { add: tensors.into(), sqrt: 1, div: 1, cmp: 1, ..p })
             }
-            Self::AdamW { n } => {
+            Self::AdamW { n, moments: _ } => {
                 let n = u128::from(n);
                 other(Primitives { mul: 7 * n, add: 4 * n, div: 2 * n, sqrt: n, ..p })
             }

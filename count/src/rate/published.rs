@@ -176,7 +176,17 @@ mod tests {
     fn training(preset: &str, batch: u64, seq: u64, recompute: bool) -> Workload {
         let (accumulate, steps, full, clip) = (1, 1, true, true);
         let rows = Rows::Whole;
-        let task = Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows };
+        let task = Task::Train {
+            batch,
+            seq,
+            accumulate,
+            steps,
+            full,
+            recompute,
+            clip,
+            moments: Default::default(),
+            rows,
+        };
         let model = ModelConfig::preset(preset).unwrap();
         Workload {
             model,

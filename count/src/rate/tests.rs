@@ -23,7 +23,17 @@ fn workload(task: Task) -> Workload {
 fn training(steps: u64, recompute: bool) -> Workload {
     let (batch, seq, accumulate, full, clip) = (2, 8, 3, true, true);
     let rows = Rows::Whole;
-    workload(Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows })
+    workload(Task::Train {
+        batch,
+        seq,
+        accumulate,
+        steps,
+        full,
+        recompute,
+        clip,
+        moments: Default::default(),
+        rows,
+    })
 }
 
 fn spec() -> RateSpec {

@@ -8,6 +8,7 @@ use std::{fmt, num::IntErrorKind, str::FromStr};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::{Logits, Rows, Sampling, Task, Turn};
+use crate::ledger::MomentDtype;
 
 /// A kind of workload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +73,7 @@ impl Kind {
                 full: false,
                 recompute: false,
                 clip: true,
+                moments: MomentDtype::F32,
                 rows: Rows::Whole,
             },
             Self::Evaluate => Task::Evaluate { batch: 1, seq: SEQ, passes: 1, rows: Rows::Whole },
@@ -129,6 +131,8 @@ pub enum Key {
     Recompute,
     /// Whether gradients are clipped.
     Clip,
+    /// How the optimizer keeps its moments.
+    Moments,
     /// Passes of an evaluation.
     Passes,
 }
@@ -148,6 +152,8 @@ pub enum Form {
     Real,
     /// `all`, `last` or `none`.
     Logits,
+    /// `f32` or `bf16`.
+    Moments,
     /// Turns `P+N`: P tokens of a prompt, N new ones.
     Turns,
 }
@@ -188,6 +194,7 @@ enum Place<'a> {
     Real(&'a mut f64),
     MaybeReal(&'a mut Option<f64>),
     Logits(&'a mut Logits),
+    Moments(&'a mut MomentDtype),
     Turns(&'a mut Vec<Turn>),
 }
 
@@ -200,6 +207,7 @@ impl Place<'_> {
             Self::Off(_) => Form::Off,
             Self::Real(_) | Self::MaybeReal(_) => Form::Real,
             Self::Logits(_) => Form::Logits,
+            Self::Moments(_) => Form::Moments,
             Self::Turns(_) => Form::Turns,
         }
     }
@@ -207,7 +215,7 @@ impl Place<'_> {
 
 impl Key {
     /// All of them, in the order of the help text.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::PromptTokens,
         Self::NewTokens,
         Self::Seq,
@@ -225,6 +233,7 @@ impl Key {
         Self::Full,
         Self::Recompute,
         Self::Clip,
+        Self::Moments,
         Self::Passes,
         Self::Temperature,
         Self::TopK,
@@ -256,6 +265,7 @@ impl Key {
             Self::Full => "full",
             Self::Recompute => "recompute",
             Self::Clip => "clip",
+            Self::Moments => "moments",
             Self::Passes => "passes",
         }
     }
@@ -295,6 +305,7 @@ impl Key {
                 "Keep only each layer's input, and run it forward again for its gradients"
             }
             Self::Clip => "Do not scale gradients down to a norm",
+            Self::Moments => "Keep AdamW's moments in f32 or bf16",
             Self::Passes => "Passes",
         }
     }
@@ -309,6 +320,7 @@ impl Key {
             Self::TopP => "P",
             Self::RepeatPenalty => "FACTOR",
             Self::Logits => "LOGITS",
+            Self::Moments => "DTYPE",
             Self::Temperature => "TEMPERATURE",
             Self::Past
             | Self::NewTokens
@@ -357,6 +369,7 @@ impl Key {
             Place::Logits(Logits::All) => Some(Value::Text("all".into())),
             Place::Logits(Logits::Last) => Some(Value::Text("last".into())),
             Place::Logits(Logits::None) => Some(Value::Text("none".into())),
+            Place::Moments(dtype) => Some(Value::Text(dtype.name().into())),
             Place::Turns(_) => None,
         }
     }
@@ -384,6 +397,7 @@ impl Key {
             (Place::MaybeReal(place), Value::Real(n)) => *place = Some(*n),
             (Place::MaybeReal(place), Value::Number(n)) => *place = Some(*n as f64),
             (Place::Logits(place), Value::Text(text)) => *place = logits(text)?,
+            (Place::Moments(place), Value::Text(text)) => *place = moments(text)?,
             (Place::Turns(place), Value::Text(text)) => place.push(turn(text)?),
             (Place::Count(_) | Place::MaybeCount(_) | Place::MaybeSize(_), Value::Number(_)) => {
                 return Err("is 0; it must be at least 1".into());
@@ -440,18 +454,27 @@ impl Key {
                 Self::Rounds => Some(Place::Count(rounds)),
                 _ => None,
             },
-            Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows: _ } => {
-                match self {
-                    Self::Batch => Some(Place::Count(batch)),
-                    Self::Seq => Some(Place::Count(seq)),
-                    Self::Accumulate => Some(Place::Count(accumulate)),
-                    Self::Steps => Some(Place::Count(steps)),
-                    Self::Full => Some(Place::Switch(full)),
-                    Self::Recompute => Some(Place::Switch(recompute)),
-                    Self::Clip => Some(Place::Off(clip)),
-                    _ => None,
-                }
-            }
+            Task::Train {
+                batch,
+                seq,
+                accumulate,
+                steps,
+                full,
+                recompute,
+                clip,
+                moments,
+                rows: _,
+            } => match self {
+                Self::Batch => Some(Place::Count(batch)),
+                Self::Seq => Some(Place::Count(seq)),
+                Self::Accumulate => Some(Place::Count(accumulate)),
+                Self::Steps => Some(Place::Count(steps)),
+                Self::Full => Some(Place::Switch(full)),
+                Self::Recompute => Some(Place::Switch(recompute)),
+                Self::Clip => Some(Place::Off(clip)),
+                Self::Moments => Some(Place::Moments(moments)),
+                _ => None,
+            },
             Task::Evaluate { batch, seq, passes, rows: _ } => match self {
                 Self::Batch => Some(Place::Count(batch)),
                 Self::Seq => Some(Place::Count(seq)),
@@ -470,6 +493,7 @@ impl Form {
             Self::Switch | Self::Off => "true or false",
             Self::Real => "a number",
             Self::Logits => "`all`, `last` or `none`",
+            Self::Moments => "`f32` or `bf16`",
             Self::Turns => "a turn such as \"50+200\"",
         }
     }
@@ -500,6 +524,7 @@ impl Form {
                 text.parse().map(Value::Real).map_err(bad)
             }
             Self::Logits => logits(text).map(|_| Value::Text(text.into())),
+            Self::Moments => moments(text).map(|_| Value::Text(text.into())),
             Self::Turns => turn(text).map(|_| Value::Text(text.into())),
         }
     }
@@ -519,6 +544,10 @@ fn logits(text: &str) -> Result<Logits, String> {
         "none" => Ok(Logits::None),
         _ => Err(format!("is `{text}`; known: all, last, none")),
     }
+}
+
+fn moments(text: &str) -> Result<MomentDtype, String> {
+    MomentDtype::named(text).ok_or_else(|| format!("is `{text}`; known: f32, bf16"))
 }
 
 /// Reads `P+N`.
@@ -577,6 +606,7 @@ mod tests {
                     Form::Off => Value::Switch(false),
                     Form::Real => Value::Real(0.5),
                     Form::Logits => Value::Text("last".into()),
+                    Form::Moments => Value::Text("bf16".into()),
                     Form::Turns => Value::Text("5+7".into()),
                 };
                 key.set(&mut task, &value).unwrap();
@@ -600,6 +630,8 @@ mod tests {
             (Key::Steps, Value::Number(0), "is 0; it must be at least 1"),
             (Key::Steps, Value::Real(1.5), "is 1.5, not a whole number"),
             (Key::Full, Value::Number(1), "is 1, not true or false"),
+            (Key::Moments, Value::Number(1), "is 1, not `f32` or `bf16`"),
+            (Key::Moments, Value::Text("f16".into()), "is `f16`; known: f32, bf16"),
             (Key::Past, Value::Number(1), "is no dimension of train"),
         ] {
             assert_eq!(key.set(&mut task, &value), Err(why.into()), "{key}");

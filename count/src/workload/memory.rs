@@ -42,10 +42,10 @@ impl Workload {
     }
 
     /// Bytes that a training holds beside weights and activations: gradients, in bf16 where the
-    /// model is and no micro-steps are summed, else in f32; both moments in f32; and where the
-    /// weights are narrower, their f32 masters.
+    /// model is and no micro-steps are summed, else in f32; both moments; and where the weights are
+    /// narrower, their f32 masters.
     pub fn training_bytes(&self) -> u128 {
-        let Task::Train { full, accumulate, .. } = self.task else { return 0 };
+        let Task::Train { full, accumulate, moments, .. } = self.task else { return 0 };
         let base = if full { self.model.parameters() } else { 0 };
         let trained = base + self.lora.parameters(&self.model);
         let gradient = match self.dtype {
@@ -53,12 +53,12 @@ impl Workload {
             Dtype::F32 | Dtype::F16 | Dtype::BF16 => 4,
         };
         let masters = if self.dtype == Dtype::F32 { 0 } else { 4 };
-        trained * (gradient + 2 * 4 + masters)
+        trained * (gradient + 2 * u128::from(moments.bytes()) + masters)
     }
 
     /// Bytes that the largest pass needs at once beside weights and cache, about: scores before
     /// and after the mask, the mask, the MLP's three tensors, four of the residual's width, and
-    /// logits with their f32 copy. In training, layer upon layer, what gradients will read; and of
+    /// logits with their f32 copy, of what is scored [`LOSS_ROWS`] at a time. In training, layer upon layer, what gradients will read; and of
     /// blocked attention, the weights of one layer, which come back with their gradients.
     pub fn activations_bytes(&self) -> u128 {
         let [batch, seq, _, head_rows] = self.largest_pass();
@@ -174,6 +174,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{LoraConfig, ModelConfig},
+        ledger::MomentDtype,
         workload::{Kind, Rows},
     };
 
@@ -192,6 +193,7 @@ mod tests {
             full: true,
             recompute: false,
             clip: true,
+            moments: Default::default(),
             rows,
         };
         let (widths, lengths) = (vec![(7, 1), (9, 1)].into(), vec![(7, 2), (9, 1), (2, 1)].into());
@@ -223,6 +225,21 @@ mod tests {
             task: without,
         };
         assert_eq!(without.kv_cache_bytes(), 0);
+    }
+
+    #[test]
+    fn moments_in_bf16_take_half_the_bytes() {
+        let model = ModelConfig::preset("tiny").unwrap();
+        let bytes = |kept| {
+            let mut task = Kind::Train.task();
+            let Task::Train { full, moments, .. } = &mut task else { panic!() };
+            (*full, *moments) = (true, kept);
+            let (model, lora, dtype) = (model.clone(), LoraConfig::none(), Dtype::BF16);
+            Workload { model, lora, dtype, attention: Default::default(), task }.training_bytes()
+        };
+        // A gradient in bf16 and a master in f32 beside them.
+        assert_eq!(bytes(MomentDtype::F32), model.parameters() * (2 + 8 + 4));
+        assert_eq!(bytes(MomentDtype::BF16), model.parameters() * (2 + 4 + 4));
     }
 
     #[test]

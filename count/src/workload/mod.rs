@@ -27,7 +27,7 @@ use crate::{
 
 /// Rows of logits that the loss is computed over at once: of `rows` rows, as many chunks of this
 /// size as fit, and one of the rest.
-pub const LOSS_ROWS: usize = 256;
+pub const LOSS_ROWS: usize = 1024;
 
 /// A model, its adapters, and what is run on it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

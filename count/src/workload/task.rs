@@ -3,7 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Kind, Lengths};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    ledger::MomentDtype,
+};
 
 /// Which positions get logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -217,6 +220,9 @@ pub enum Task {
         /// Gradients are scaled by a factor that bounds their norm.
         #[serde(default)]
         clip: bool,
+        /// How the optimizer keeps its moments.
+        #[serde(default, skip_serializing_if = "MomentDtype::is_f32")]
+        moments: MomentDtype,
         /// How sequences fill them.
         #[serde(default, skip_serializing_if = "Rows::is_whole")]
         rows: Rows,

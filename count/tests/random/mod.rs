@@ -10,7 +10,7 @@ use flopaudit_count::{
         Activation, Biases, Family, LoraConfig, ModelConfig, Projection, Rope, RopeScaling, Site,
         Window,
     },
-    ledger::Dtype,
+    ledger::{Dtype, MomentDtype},
     workload::{AttentionMode, Lengths, Logits, Ragged, Rows, Sampling, Task, Turn, Workload},
 };
 use proptest::{collection::vec, option, prelude::*};
@@ -159,12 +159,13 @@ pub fn tasks(length: Range<u64>) -> impl Strategy<Value = Task> {
                 Task::Verify { batch, past, drafted, accepted, rounds }
             }
         ),
-        3 => (rows(length.clone()), 1u64..4, length.clone(), any::<[bool; 3]>()).prop_map(
-            |((batch, seq, passes, rows), divisor, steps, [full, recompute, clip])| {
+        3 => (rows(length.clone()), 1u64..4, length.clone(), any::<[bool; 4]>()).prop_map(
+            |((batch, seq, passes, rows), divisor, steps, [full, recompute, clip, narrow])| {
                 // Where rows are whole, their number is free; else it is that of the passes.
                 let accumulate = (1..=divisor).rev().find(|n| passes.is_multiple_of(*n)).unwrap();
                 let steps = if rows.is_whole() { steps } else { passes / accumulate };
-                Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows }
+                let moments = if narrow { MomentDtype::BF16 } else { MomentDtype::F32 };
+                Task::Train { batch, seq, accumulate, steps, full, recompute, clip, moments, rows }
             }
         ),
         1 => rows(length.clone())
@@ -239,7 +240,7 @@ fn generations(length: Range<u64>) -> impl Strategy<Value = Task> {
 
 /// Lengths of text, also beyond one chunk of the loss.
 fn text(length: &Range<u64>) -> impl Strategy<Value = u64> + Clone + use<> {
-    prop_oneof![3 => length.clone(), 1 => 80u64..300]
+    prop_oneof![3 => length.clone(), 1 => 80u64..1200]
 }
 
 /// (batch, seq, passes, rows) of passes that are whole, padded or packed.

@@ -116,16 +116,9 @@ arguments! {
     struct CrossEntropy {
         x: Write<Element>,
         targets: Read<u32>,
-        losses: Write<f32>,
-        sums: Write<f32>,
-        width: u32,
-    }
-
-    struct CrossEntropyGrad {
-        x: Write<Element>,
-        targets: Read<u32>,
+        /// Null where the gradient is not wanted.
         weights: Read<f32>,
-        sums: Read<f32>,
+        losses: Write<f32>,
         width: u32,
     }
 
@@ -356,7 +349,7 @@ arguments! {
 
     /// A parameter of several, with its moments.
     struct Updated {
-        /// (3, n)
+        /// (3, n), or (2, n) where both moments are one word.
         state: Write<f32>,
         gradient: Read<Element>,
         /// Where the parameter goes too, if anywhere.
@@ -366,6 +359,8 @@ arguments! {
         first: u32,
         /// 1 where it is taken in packs.
         packed: u32,
+        /// What the rounding of its moments is drawn from.
+        draws: [u32; 2],
     }
 
     /// One step of AdamW: p ← decay·p − rate · m / (√v / correction + eps), with

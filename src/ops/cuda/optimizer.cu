@@ -69,15 +69,64 @@ template <typename T> __device__ void sum_squares(const SumSquares<T> &a) {
     if (threadIdx.x == 0) a.sums[index] = sums[0];
 }
 
-// p ← decay·p − rate · m / (√v / correction + eps) over N elements of a state (3, n) of p, m and v,
-// from the gradient times the factor that clips it; p where the model reads it in bf16, too.
-template <int N, typename T>
+// The bits that two moments of element i are rounded by, as src/ops/rounding.rs has them.
+__device__ __forceinline__ u32 scrambled(u32 n) {
+    n = (n ^ n >> 16) * 0x7feb352du;
+    n = (n ^ n >> 15) * 0x846ca68bu;
+    return n ^ n >> 16;
+}
+__device__ __forceinline__ u32 drawn(const u32 (&draws)[2], u64 i) {
+    return scrambled(scrambled((u32)i ^ draws[0]) ^ (u32)(i >> 32) ^ draws[1]);
+}
+
+// A word whose upper half is x in bf16, away from zero where the noise of 16 bits carries into it.
+__device__ __forceinline__ u32 noisy(float x, u32 noise) {
+    u32 bits = __float_as_uint(x);
+    return (bits & 0x7f800000u) == 0x7f800000u ? bits : bits + noise;
+}
+
+// Both moments of N elements: f32, or in one word, the first in the lower half. Words come and go as
+// floats, which nothing is done with.
+template <int N, bool NARROW>
+__device__ __forceinline__ void load_moments(const float *p, u64 n, float (&m)[N], float (&v)[N]) {
+    load<N>(p, m);
+    if constexpr (NARROW) {
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            u32 word = __float_as_uint(m[j]);
+            m[j] = __uint_as_float(word << 16);
+            v[j] = __uint_as_float(word & 0xffff0000u);
+        }
+    } else {
+        load<N>(p + n, v);
+    }
+}
+
+template <int N, bool NARROW>
+__device__ __forceinline__ void store_moments(float *p, u64 n, float (&m)[N], const float (&v)[N],
+                                              const u32 (&draws)[2], u64 i) {
+    if constexpr (NARROW) {
+#pragma unroll
+        for (int j = 0; j < N; j++) {
+            u32 bits = drawn(draws, i + j);
+            m[j] = __uint_as_float(noisy(m[j], bits & 0xffffu) >> 16 |
+                                   noisy(v[j], bits >> 16) & 0xffff0000u);
+        }
+    } else {
+        store<N>(p + n, v);
+    }
+    store<N>(p, m);
+}
+
+// p ← decay·p − rate · m / (√v / correction + eps) over N elements of a state of p, m and v, from the
+// gradient times the factor that clips it; p where the model reads it in bf16, too.
+template <int N, bool NARROW, typename T>
 __device__ __forceinline__ void update(const Updated<T> &of, const AdamWFactors<T> &by, u64 i) {
     float g[N], p[N], m[N], v[N];
+    float *moments = of.state + of.n + i;
     load<N>(of.gradient + i, g);
     load<N>(of.state + i, p);
-    load<N>(of.state + of.n + i, m);
-    load<N>(of.state + 2 * of.n + i, v);
+    load_moments<N, NARROW>(moments, of.n, m, v);
 #pragma unroll
     for (int j = 0; j < N; j++) {
         g[j] *= by.clip;
@@ -86,18 +135,17 @@ __device__ __forceinline__ void update(const Updated<T> &of, const AdamWFactors<
         p[j] = by.decay * p[j] - by.rate * m[j] / (sqrtf(v[j]) / by.correction + by.eps);
     }
     store<N>(of.state + i, p);
-    store<N>(of.state + of.n + i, m);
-    store<N>(of.state + 2 * of.n + i, v);
+    store_moments<N, NARROW>(moments, of.n, m, v, of.draws, i);
     if (of.narrow) store<N>(of.narrow + i, p);
 }
 
-template <typename T> __device__ void adamw(const AdamW<T> &a) {
+template <typename T, bool NARROW> __device__ void adamw(const AdamW<T> &a) {
     const Updated<T> &of = a.tensors[tensor_of_block(a.tensors)];
     u32 block = blockIdx.x - of.first;
     if (of.packed)
-        each_pack<8, UPDATED>(block, of.n, [&](u64 i) { update<8>(of, a.by, i); });
+        each_pack<8, UPDATED>(block, of.n, [&](u64 i) { update<8, NARROW>(of, a.by, i); });
     else
-        each_pack<1, UPDATED>(block, of.n, [&](u64 i) { update<1>(of, a.by, i); });
+        each_pack<1, UPDATED>(block, of.n, [&](u64 i) { update<1, NARROW>(of, a.by, i); });
 }
 
 // out = sum + x, in f32
@@ -126,7 +174,11 @@ template <typename T, int N> __device__ void add_to_sum(const AddToSum<T> &a) {
     }                                                                                              \
     extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)                                  \
         adamw_##t(const __grid_constant__ AdamW<T> a) {                                            \
-        adamw<T>(a);                                                                               \
+        adamw<T, false>(a);                                                                        \
+    }                                                                                              \
+    extern "C" __global__ void __launch_bounds__(ELEMENT_THREADS)                                  \
+        adamw_narrow_##t(const __grid_constant__ AdamW<T> a) {                                     \
+        adamw<T, true>(a);                                                                         \
     }
 
 ALL(float, f32)

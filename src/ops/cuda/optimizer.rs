@@ -11,7 +11,7 @@ use super::{
     elements::{by_several, pack},
     tiles::{ELEMENT_THREADS, SQUARED, UPDATED},
 };
-use crate::ops::launch::Nodes;
+use crate::ops::{launch::Nodes, rounding::Draws};
 
 /// The most tensors that one launch takes.
 pub(in crate::ops) const TENSORS: usize = 64;
@@ -19,8 +19,11 @@ pub(in crate::ops) const TENSORS: usize = 64;
 /// A parameter to be updated.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ops) struct Updated<'a> {
-    /// (3, n) in f32: the parameter and both moments.
+    /// In f32 (3, n): the parameter and both moments; or (2, n): the parameter, and words of both
+    /// moments in bf16, the first in the lower half. One or the other in all of a launch.
     pub state: &'a Tensor,
+    /// What decides how moments in bf16 are rounded.
+    pub draws: Draws,
     /// n elements.
     pub gradient: &'a Tensor,
     /// n elements in bf16, where the parameter is written too.
@@ -41,6 +44,7 @@ impl args::Updated {
         n: 0,
         first: u32::MAX,
         packed: 0,
+        draws: [0; 2],
     };
 }
 
@@ -101,24 +105,29 @@ impl Kernels {
         all: &[Updated],
         by: AdamWFactors,
     ) -> Result<()> {
-        let call = self.call(nodes, File::Optimizer, "adamw");
+        let rows = all.first().and_then(|updated| updated.state.dims().first()).map_or(3, |n| *n);
+        let name = if rows == 2 { "adamw_narrow" } else { "adamw" };
+        let call = self.call(nodes, File::Optimizer, name);
         let gradients: Vec<_> = all.iter().map(|updated| updated.gradient).collect();
         call.check(all.len() <= TENSORS, &gradients)?;
         let mut tensors = [args::Updated::NONE; TENSORS];
         let mut blocks = 0;
-        for (to, Updated { state, gradient, narrow }) in iter::zip(&mut tensors, all) {
+        for (to, Updated { state, draws, gradient, narrow }) in iter::zip(&mut tensors, all) {
             let n = gradient.elem_count();
-            let fits = state.dims() == [3, n] && narrow.is_none_or(|t| t.elem_count() == n);
+            let sized = (2..=3).contains(&rows) && state.dims() == [rows, n];
+            let fits = sized && narrow.is_none_or(|t| t.elem_count() == n);
             call.check(fits, &[state, gradient])?;
             let (state, gradient) = (call.writes(state)?, call.reads(gradient)?);
             let narrow = call.writes_any(*narrow)?;
             let addresses = [state.address(), gradient.address(), narrow.address()];
             let (packed, first) = (packed(n, &addresses), call.size(blocks)?);
-            *to = args::Updated { state, gradient, narrow, n: n as u64, first, packed };
+            let (n_u64, draws) = (n as u64, draws.key());
+            *to = args::Updated { state, gradient, narrow, n: n_u64, first, packed, draws };
             blocks += n.div_ceil(UPDATED as usize);
         }
         let args = args::AdamW { tensors, by };
-        // SAFETY: each gradient has n, its state three times and what is narrow once as many.
+        // SAFETY: each gradient has n, its state as many times that as the kernel takes, and what is
+        // narrow once.
         unsafe { call.start_blocks(blocks, &args) }
     }
 

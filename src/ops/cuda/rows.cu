@@ -1,6 +1,7 @@
 // Row-wise ops of prefill and training, one launch each, in the tensors' own type with f32
 // arithmetic. Each is the twin of a CPU kernel in src/ops.
 #include "common.cuh"
+#include <float.h>
 
 // A row that THREADS threads hold in registers: K packs of N elements each, at most.
 template <typename T, int N, int K, int THREADS> struct Row {
@@ -117,43 +118,48 @@ __device__ void rms_norm_grad(const RmsNormGrad<T> &args) {
     h.put(args.dx + start);
 }
 
-// Logits become exp(logit − max), in place; the loss of each row's target and its sum beside them.
+// f(index of a pack's first element) for those packs of a row that are this thread's.
+template <int N, typename F> __device__ __forceinline__ void each_of_logits(u32 width, F f) {
+#pragma unroll 2
+    for (u32 i = threadIdx.x * N; i < width; i += CROSS_ENTROPY_THREADS * N) f(i);
+}
+
+// A block a row: the loss at the row's target, log Σ exp(x − max) − (x − max). Maximum and sum come
+// from one reading, the sum shrinking where a larger logit comes. With weights the row is read once
+// more, which the L2 cache has by then, and becomes weight · (exp(x − max) / sum − 1 at the target).
 template <typename T, int N> __device__ void cross_entropy(const CrossEntropy<T> &a) {
     constexpr int THREADS = CROSS_ENTROPY_THREADS;
     T *p = a.x + (u64)blockIdx.x * a.width;
-    float logit = widen(p[a.targets[blockIdx.x]]);
-    float v[N], max = Max::identity(), sum = 0.0f;
-    for (u32 i = threadIdx.x * N; i < a.width; i += THREADS * N) {
+    u32 target = a.targets[blockIdx.x];
+    float logit = widen(p[target]);
+    // A number, so that a thread without elements, or with none above −∞, adds 0 and no NaN.
+    float mine = -FLT_MAX, sum = 0.0f;
+    each_of_logits<N>(a.width, [&](u32 i) {
+        float v[N], most = mine;
         load<N>(p + i, v);
 #pragma unroll
-        for (int j = 0; j < N; j++) max = Max::of(max, v[j]);
-    }
-    max = reduce<Max, THREADS>(max);
-    for (u32 i = threadIdx.x * N; i < a.width; i += THREADS * N) {
-        load<N>(p + i, v);
+        for (float x : v) most = Max::of(most, x);
+        sum *= __expf(mine - most);
+        mine = most;
 #pragma unroll
-        for (int j = 0; j < N; j++) sum += v[j] = __expf(v[j] - max);
+        for (float x : v) sum += __expf(x - most);
+    });
+    float max = reduce<Max, THREADS>(mine);
+    sum = reduce<Sum, THREADS>(sum * __expf(mine - max));
+    if (threadIdx.x == 0) a.losses[blockIdx.x] = logf(sum) - (logit - max);
+    if (!a.weights) return;
+    float weight = a.weights[blockIdx.x], factor = weight / sum;
+    each_of_logits<N>(a.width, [&](u32 i) {
+        float v[N] = {};
+        // What is not to be learnt is not read, and is 0 whatever it would be.
+        if (weight != 0.0f) {
+            load<N>(p + i, v);
+#pragma unroll
+            for (int j = 0; j < N; j++)
+                v[j] = __expf(v[j] - max) * factor - (i + j == target ? weight : 0.0f);
+        }
         store<N>(p + i, v);
-    }
-    sum = reduce<Sum, THREADS>(sum);
-    if (threadIdx.x == 0) {
-        a.losses[blockIdx.x] = logf(sum) - (logit - max);
-        a.sums[blockIdx.x] = sum;
-    }
-}
-
-// Exponentials become weight · (exponential / sum − 1 at the target), in place.
-template <typename T, int N> __device__ void cross_entropy_grad(const CrossEntropyGrad<T> &a) {
-    u64 row = blockIdx.y;
-    u32 i = (blockIdx.x * ELEMENT_THREADS + threadIdx.x) * N;
-    if (i >= a.width) return;
-    float v[N], weight = a.weights[row], factor = weight / a.sums[row];
-    u32 target = a.targets[row];
-    T *p = a.x + row * a.width + i;
-    load<N>(p, v);
-#pragma unroll
-    for (int j = 0; j < N; j++) v[j] = v[j] * factor - (i + j == target ? weight : 0.0f);
-    store<N>(p, v);
+    });
 }
 
 // ---- what the host calls: NAME_TYPE_N, or NAME_TYPE_N_K_THREADS ---------------------------------
@@ -175,9 +181,6 @@ template <typename T, int N> __device__ void cross_entropy_grad(const CrossEntro
     extern "C" __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS)                            \
         cross_entropy_##t##_##N(CrossEntropy<T> a) {                                               \
         cross_entropy<T, N>(a);                                                                    \
-    }                                                                                              \
-    extern "C" __global__ void cross_entropy_grad_##t##_##N(CrossEntropyGrad<T> a) {               \
-        cross_entropy_grad<T, N>(a);                                                               \
     }
 
 #define ALL(T, t)                                                                                  \

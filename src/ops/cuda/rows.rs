@@ -1,5 +1,7 @@
 //! What is done row by row.
 
+use std::iter;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::{
@@ -242,61 +244,35 @@ impl Kernels {
         Ok(dx)
     }
 
-    /// Logits (rows, V) → exponentials in their place; losses and sums, (rows) in f32. Targets
-    /// (rows) are below V.
+    /// The loss of each row of logits (rows, V) at its target, (rows) in f32. With weights, the
+    /// logits become gradients; without, they stay. Targets (rows) are below V.
     ///
     /// # Errors
-    /// Not one target a row; the device's.
+    /// Not one target and weight a row; the device's.
     pub(in crate::ops) fn cross_entropy(
         &self,
         nodes: &Nodes,
         logits: &Tensor,
         targets: &Tensor,
-    ) -> Result<(Tensor, Tensor)> {
+        weights: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let call = self.call(nodes, File::Rows, "cross_entropy");
         let [rows, width] = call.dims(logits)?;
-        call.check(rows > 0 && targets.elem_count() == rows, &[logits, targets])?;
-        let (losses, sums) = (self.empty(rows, DType::F32)?, self.empty(rows, DType::F32)?);
+        let by_row = [Some(targets), weights].into_iter().flatten();
+        let fits = rows > 0 && by_row.clone().all(|t| t.elem_count() == rows);
+        call.check(fits, &iter::once(logits).chain(by_row).collect::<Vec<_>>())?;
+        let losses = self.empty(rows, DType::F32)?;
         let args = args::CrossEntropy {
             x: call.writes::<Element>(logits)?,
             targets: call.reads(targets)?,
+            weights: call.reads_any(weights)?,
             losses: call.writes(&losses)?,
-            sums: call.writes(&sums)?,
             width: call.size(width)?,
         };
         let variant = [pack(by_several(width)) as u32];
         // SAFETY: there are so many rows of so many logits, and of the rest one a row.
         unsafe { call.start(&variant, [rows, 1, 1], CROSS_ENTROPY_THREADS, &args)? };
-        Ok((losses, sums))
-    }
-
-    /// Exponentials (rows, V) → gradients in their place.
-    ///
-    /// # Errors
-    /// Not one target, weight and sum a row; the device's.
-    pub(in crate::ops) fn cross_entropy_grad(
-        &self,
-        nodes: &Nodes,
-        exponentials: &Tensor,
-        targets: &Tensor,
-        weights: &Tensor,
-        sums: &Tensor,
-    ) -> Result<()> {
-        let call = self.call(nodes, File::Rows, "cross_entropy_grad");
-        let [rows, width] = call.dims(exponentials)?;
-        let by_row = [targets, weights, sums].iter().all(|t| t.elem_count() == rows);
-        call.check(rows > 0 && by_row, &[exponentials, targets, weights, sums])?;
-        let args = args::CrossEntropyGrad {
-            x: call.writes(exponentials)?,
-            targets: call.reads(targets)?,
-            weights: call.reads(weights)?,
-            sums: call.reads(sums)?,
-            width: call.size(width)?,
-        };
-        let pack = pack(by_several(width));
-        let [columns, ..] = blocks(width / pack, ELEMENT_THREADS);
-        // SAFETY: there are so many rows of so many exponentials, and of the rest one a row.
-        unsafe { call.start(&[pack as u32], [columns, rows, 1], ELEMENT_THREADS, &args) }
+        Ok(losses)
     }
 }
 

@@ -69,7 +69,7 @@ pub fn predict(workload: &Workload) -> Result<Ledger> {
             bounded(*passes)?;
             list.scored(rows, (*batch, *seq), *passes, Trained::NOTHING);
         }
-        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, rows } => {
+        Task::Train { batch, seq, accumulate, steps, full, recompute, clip, moments, rows } => {
             let trained = Trained { base: *full, adapters: true };
             let passes = bounded(accumulate.saturating_mul(*steps))?;
             let found = list.scored(rows, (*batch, *seq), passes, trained);
@@ -83,7 +83,7 @@ pub fn predict(workload: &Workload) -> Result<Ledger> {
             list.times = steps * (accumulate - 1);
             list.sum_gradients(&found.parameters);
             list.times = *steps;
-            list.update(&found.parameters, *clip);
+            list.update(&found.parameters, *clip, *moments);
         }
     }
     Ok(list.ledger)

@@ -3,7 +3,7 @@
 
 use super::{List, flow::Trained};
 use crate::{
-    ledger::{Dtype, Module, Op, Phase},
+    ledger::{Dtype, Module, MomentDtype, Op, Phase},
     workload::LOSS_ROWS,
 };
 
@@ -72,7 +72,7 @@ impl List<'_> {
     }
 
     /// Norm, clipping and update of every trained parameter.
-    pub(super) fn update(&mut self, trained: &[Parameter], clip: bool) {
+    pub(super) fn update(&mut self, trained: &[Parameter], clip: bool, moments: MomentDtype) {
         let factor = Op::ClipFactor { tensors: trained.len() as u64 };
         self.add(Phase::Clipping, None, Module::Optimizer, factor, Dtype::F32);
         for &Parameter { layer, module, n, .. } in trained {
@@ -80,7 +80,7 @@ impl List<'_> {
             if clip {
                 self.add(Phase::Clipping, layer, module, Op::Scale { n }, Dtype::F32);
             }
-            self.add(Phase::Optimizer, layer, module, Op::AdamW { n }, Dtype::F32);
+            self.add(Phase::Optimizer, layer, module, Op::AdamW { n, moments }, Dtype::F32);
         }
     }
 }

@@ -6,7 +6,7 @@ use super::{
     super::{AdamWFactors, Kernels, TENSORS, Updated},
     TYPES, check, gpu, random, values_of,
 };
-use crate::ops::{cpu, launch::Nodes};
+use crate::ops::{cpu, launch::Nodes, rounding::Draws};
 
 /// Sizes of one element, of odd ones, of packs that end within a block and at its end, and of more
 /// than a block.
@@ -70,41 +70,75 @@ const BY: AdamWFactors = AdamWFactors {
     rest2: 1e-3,
 };
 
+/// Parameters must be the CPU's within rounding. So must moments, of which in words hardly any may
+/// round the other way: the random bits are the same.
+fn check_states(what: &str, ours: &Tensor, theirs: &Tensor) {
+    let (theirs, rows) = (values_of(theirs), ours.dims()[0]);
+    if rows == 3 {
+        return check(what, DType::F32, ours, &theirs);
+    }
+    let n = theirs.len() / 2;
+    check(what, DType::F32, &ours.narrow(0, 0, 1).unwrap(), &theirs[..n]);
+    let halves = |word: &f32| [word.to_bits() & 0xffff, word.to_bits() >> 16];
+    let (ours, theirs) = (&values_of(ours)[n..], &theirs[n..]);
+    let mut differ = 0;
+    for (a, b) in ours.iter().flat_map(halves).zip(theirs.iter().flat_map(halves)) {
+        assert!(a.abs_diff(b) <= 1, "{what}: {a:x} for {b:x}");
+        differ += usize::from(a != b);
+    }
+    assert!(differ <= 2 + n / 500, "{what}: {differ} of {n} differ");
+}
+
 #[test]
 fn many_parameters_are_updated_at_once() -> Result<()> {
     let (device, nodes) = (gpu(), Nodes::kept());
-    for (dtype, is_narrow) in TYPES.into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)]) {
+    // Of three rows of f32, or of two: the parameter, and words of both moments.
+    let cases = TYPES.into_iter().flat_map(|dtype| [(dtype, false), (dtype, true)]);
+    for ((dtype, is_narrow), rows) in cases.flat_map(|case| [(case, 3), (case, 2)]) {
         let kernels = Kernels::on(&device, dtype).unwrap();
         for count in [1, SIZES.len(), TENSORS] {
             let sizes: Vec<_> = SIZES.iter().copied().cycle().take(count).collect();
             let (mut states, mut expected, mut gradients, mut narrow) =
                 (vec![], vec![], vec![], vec![]);
             for (n, seed) in sizes.iter().zip(0..) {
-                let (state, _) = random(&[3, *n], DType::F32, seed, &Device::Cpu);
-                // Of a root there is no negative.
-                let v = state.narrow(0, 2, 1)?.abs()?;
-                state.slice_set(&v, 0, 2)?;
+                let state = match rows {
+                    3 => {
+                        let (state, _) = random(&[3, *n], DType::F32, seed, &Device::Cpu);
+                        // Of a root there is no negative.
+                        let v = state.narrow(0, 2, 1)?.abs()?;
+                        state.slice_set(&v, 0, 2)?;
+                        state
+                    }
+                    _ => Tensor::cat(
+                        &[
+                            random(&[1, *n], DType::F32, seed, &Device::Cpu).0,
+                            Tensor::zeros((1, *n), DType::F32, &Device::Cpu)?,
+                        ],
+                        0,
+                    )?,
+                };
                 states.push(state.to_device(&device)?);
                 expected.push(state);
                 gradients.push(random(&[*n], dtype, 100 + seed, &device).0);
                 narrow.push(Tensor::zeros(*n, DType::BF16, &device)?);
             }
-            for _ in 0..3 {
+            for number in 0..3 {
+                let draws = |i: usize| Draws::new(3, number, i as u64);
                 let updated = |i: usize| Updated {
                     state: &states[i],
+                    draws: draws(i),
                     gradient: &gradients[i],
                     narrow: is_narrow.then_some(&narrow[i]),
                 };
                 kernels.adamw(&nodes, &(0..count).map(updated).collect::<Vec<_>>(), BY)?;
-                for (state, gradient) in expected.iter().zip(&gradients) {
+                for (i, (state, gradient)) in expected.iter().zip(&gradients).enumerate() {
                     // The CPU's takes gradients that are clipped already.
                     let clipped = (widened(gradient)? * f64::from(BY.clip))?;
-                    cpu::adamw(state, &clipped, &BY)?;
+                    cpu::adamw(state, &clipped, &BY, draws(i))?;
                 }
             }
             for (i, n) in sizes.iter().enumerate() {
-                let theirs = values_of(&expected[i]);
-                check(&format!("{n} of {count} updated"), DType::F32, &states[i], &theirs);
+                check_states(&format!("{n} of {count} updated"), &states[i], &expected[i]);
                 let master = states[i].narrow(0, 0, 1)?.flatten_all()?;
                 let shown = match is_narrow {
                     true => values_of(&master.to_dtype(DType::BF16)?),
@@ -144,15 +178,20 @@ fn updates_that_do_not_fit_are_refused() -> Result<()> {
         let said = kernels.adamw(&nodes, &[updated], BY).unwrap_err().to_string();
         assert!(said.contains("kernel adamw") && said.contains(part), "{said}");
     };
-    let fits = Updated { state: &state, gradient: &gradient, narrow: None };
+    let draws = Draws::new(0, 1, 0);
+    let fits = Updated { state: &state, draws, gradient: &gradient, narrow: None };
     refused(Updated { gradient: &of(&[7], DType::BF16), ..fits }, "[3, 8], [7]");
     refused(Updated { gradient: &of(&[8], DType::F32), ..fits }, "F32");
     refused(Updated { state: &of(&[3, 8], DType::BF16), ..fits }, "BF16");
     refused(Updated { narrow: Some(&of(&[8], DType::F32)), ..fits }, "F32");
+    refused(Updated { state: &of(&[4, 8], DType::F32), ..fits }, "[4, 8], [8]");
     refused(Updated { narrow: Some(&of(&[9], DType::BF16)), ..fits }, "[3, 8], [8]");
     let too_many = vec![&gradient; TENSORS + 1];
     assert!(kernels.sum_squares(&nodes, &too_many).is_err());
     assert!(kernels.adamw(&nodes, &vec![fits; TENSORS + 1], BY).is_err());
+    let words = of(&[2, 8], DType::F32);
+    let both = [fits, Updated { state: &words, ..fits }];
+    assert!(kernels.adamw(&nodes, &both, BY).is_err(), "both kinds of states in one launch");
     assert!(nodes.into_vec().is_empty());
     Ok(())
 }
