@@ -6,7 +6,7 @@
 // A block takes query rows of one head, a warp 16 · MT of them; keys and values come in
 // tiles of BN tokens, the next one fetched while this one is worked on. A row's maximum and sum run
 // along; what has been summed shrinks whenever the maximum grows.
-#include "attention_wide.cuh"
+#include "attention_grad_wide.cuh"
 
 // out (batch, seq, heads · D) from q (batch, heads, seq, D), scaled already, and keys and values
 // (batch, kv_heads, …, D), of which each head has `held` tokens and begins `stride` elements after
@@ -206,16 +206,6 @@ template <int D> __device__ void attention_dots(const AttentionDots<bf16> &a) {
     u64 head = row % a.heads, token = row / a.heads;
     if (threadIdx.x % THREADS == 0)
         a.dots[(token / a.seq * a.heads + head) * a.seq + token % a.seq] = sum;
-}
-
-// Two neighbours added to f32 sums that other blocks add to as well.
-__device__ __forceinline__ void add_two(float *to, float a, float b) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
-#else
-    atomicAdd(to, a);
-    atomicAdd(to + 1, b);
-#endif
 }
 
 // Gradients of blocked attention, those that are not null: a block takes ATTENTION_BLOCK keys of one
@@ -445,4 +435,13 @@ ATTENTION_WIDE_SHAPES(WIDE, attention_wide, false, false, bf16, bf16)
 ATTENTION_WIDE_SHAPES(WIDE, attention_wide_windowed, true, false, bf16, bf16)
 ATTENTION_WIDE_SHAPES(WIDE, attention_wide_blocked, false, true, bf16, bf16)
 ATTENTION_WIDE_SHAPES(WIDE, attention_wide_blocked_windowed, true, true, bf16, bf16)
+
+#define WIDE_GRADIENTS(NAME, WINDOWED, T, t, D, GROUPS)                                            \
+    extern "C" __global__ void __launch_bounds__(128, D == 64 ? 3 : 2) NAME##_##t##_##D(           \
+        AttentionGrad<T> a) {                                                                      \
+        attention_grad_wide<D, WINDOWED>(a);                                                       \
+    }
+
+ATTENTION_WIDE_SHAPES(WIDE_GRADIENTS, attention_grad_wide, false, bf16, bf16)
+ATTENTION_WIDE_SHAPES(WIDE_GRADIENTS, attention_grad_wide_windowed, true, bf16, bf16)
 #endif

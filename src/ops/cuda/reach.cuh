@@ -1,4 +1,5 @@
-// Which keys a block of queries reaches.
+// What attention of whole sequences shares: which keys a block of queries reaches, and sums that
+// several blocks add to.
 #pragma once
 #include "common.cuh"
 
@@ -25,3 +26,13 @@ struct Reach {
     // Whether some query of the block does not see all keys of the block that `token` is in.
     __device__ bool masks(u32 token) const { return token < open || token >= closed; }
 };
+
+// Two neighbours added to f32 sums that other blocks add to as well.
+__device__ __forceinline__ void add_two(float *to, float a, float b) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(a), "f"(b) : "memory");
+#else
+    atomicAdd(to, a);
+    atomicAdd(to + 1, b);
+#endif
+}

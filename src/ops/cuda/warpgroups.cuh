@@ -66,6 +66,7 @@ template <int N> __device__ __forceinline__ void end_products(float (&sums)[N]) 
 // For N sums of a thread, (64, 2 · N) of a warpgroup:
 //   multiply(sums, a, b): sums = a (64, 16) · bᵀ, b (2 · N, 16)
 //   add_product(sums, a, b): sums += the same; or += a · b, of a that the warps hold and b (16, 2 · N)
+//   multiply_transposed(sums, a, b), add_transposed: the same of aᵀ · b, a (16, 64) and b (16, 2 · N)
 #define PRODUCTS(N, COLUMNS, A, B, A0, A1, A2, A3, AT)                                             \
     __device__ __forceinline__ void multiply(float (&s)[N], u64 a, u64 b) {                        \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
@@ -76,6 +77,18 @@ template <int N> __device__ __forceinline__ void end_products(float (&sums)[N]) 
     __device__ __forceinline__ void add_product(float (&s)[N], u64 a, u64 b) {                     \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
                      "}, " A ", " B ", 1, 1, 1, 0, 0;"                                             \
+                     : FOR_##N(OLD, s)                                                             \
+                     : "l"(a), "l"(b));                                                            \
+    }                                                                                              \
+    __device__ __forceinline__ void multiply_transposed(float (&s)[N], u64 a, u64 b) {             \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
+                     "}, " A ", " B ", 0, 1, 1, 1, 1;"                                             \
+                     : FOR_##N(NEW, s)                                                             \
+                     : "l"(a), "l"(b));                                                            \
+    }                                                                                              \
+    __device__ __forceinline__ void add_transposed(float (&s)[N], u64 a, u64 b) {                  \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
+                     "}, " A ", " B ", 1, 1, 1, 1, 1;"                                             \
                      : FOR_##N(OLD, s)                                                             \
                      : "l"(a), "l"(b));                                                            \
     }                                                                                              \
