@@ -112,7 +112,12 @@ impl<'a> Fused<'a> {
 
     /// Whether our own kernels take so few rows; more go through cuBLAS.
     fn few(&self) -> bool {
-        Kernels::project_serves(self.x.dtype(), self.rows())
+        self.few_for(1)
+    }
+
+    /// The same of so many products beside one another.
+    fn few_for(&self, products: usize) -> bool {
+        Kernels::project_serves(self.x.dtype(), self.rows(), products)
     }
 
     fn take(&self, width: usize) -> Result<Unshared> {
@@ -242,7 +247,7 @@ impl<'a> Fused<'a> {
         products: &[Product],
         ahead: &[&Tensor],
     ) -> Result<()> {
-        if self.few() {
+        if self.few_for(products.len()) {
             return self.project(self.at, To::Plain(&out.0.data), x, left, products, ahead);
         }
         let mut after = 0;

@@ -59,13 +59,19 @@ fn wide_shape(d: usize) -> Option<[u32; 2]> {
     ATTENTION_WIDE_SHAPES.into_iter().find(|&[width, _]| width as usize == d)
 }
 
-/// Bytes of shared memory of a block of the gradients' kernel, for heads of width `d`: a tile of keys
-/// and of values, two of queries and of dy, the gradient of the scores; and three numbers for each
-/// query of both tiles.
-fn gradients_space(d: usize) -> u32 {
+/// The kernel of the gradients for heads of width `d`, and the bytes of shared memory that a block of
+/// it is given: a tile of keys and of values, two of queries and of dy, the gradient of the scores;
+/// and three numbers for each query of both tiles, which those by warpgroups declare themselves.
+fn gradients_way(d: usize, windowed: bool) -> (&'static str, u32) {
+    const BLOCK: u32 = ATTENTION_BLOCK;
+    if let (true, Some([width, _])) = (backend::have_warpgroups(), wide_shape(d)) {
+        let name = if windowed { "attention_grad_wide_windowed" } else { "attention_grad_wide" };
+        return (name, 2 * (6 * BLOCK * width + BLOCK * BLOCK));
+    }
     let shape = ATTENTION_GRAD_SHAPES.into_iter().find(|&[width, _]| width as usize == d);
     let [width, rows] = shape.unwrap_or([0; 2]);
-    2 * (2 * ATTENTION_BLOCK * width + 4 * rows * width + ATTENTION_BLOCK * rows) + 4 * 6 * rows
+    let name = if windowed { "attention_grad_windowed" } else { "attention_grad" };
+    (name, 2 * (2 * BLOCK * width + 4 * rows * width + BLOCK * rows) + 4 * 6 * rows)
 }
 
 /// Whether keys or values (B, K, S, d) may be the held part of a cache: dense but for what follows
@@ -193,10 +199,8 @@ impl Kernels {
         causal: Causal,
         wanted: [bool; 3],
     ) -> Result<[Option<Tensor>; 3]> {
-        let name = match causal.window {
-            Some(_) => "attention_grad_windowed",
-            None => "attention_grad",
-        };
+        let d = q.dims().last().copied().unwrap_or(0);
+        let (name, shared) = gradients_way(d, causal.window.is_some());
         let call = self.call(nodes, File::Attention, name);
         let ([batch, heads, seq, d], [_, kv_heads, held, _]) = (call.dims(q)?, call.dims(k)?);
         let fits = causal.seq == seq
@@ -234,8 +238,7 @@ impl Kernels {
             kv_heads: call.size(kv_heads)?,
             window: causal.window(),
         };
-        let (grid, shared) = ([held.div_ceil(BLOCK), heads, batch], gradients_space(d));
-        let block = ATTENTION_WARPS * 32;
+        let (grid, block) = ([held.div_ceil(BLOCK), heads, batch], ATTENTION_WARPS * 32);
         // SAFETY: the tensors have these dimensions; heads of k and v are `stride` apart.
         unsafe { call.start_sharing(&[d as u32], grid, block, shared, &args)? };
         let narrow = |sum: Option<Tensor>| sum.map(|sum| sum.to_dtype(self.dtype)).transpose();

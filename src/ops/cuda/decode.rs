@@ -80,8 +80,9 @@ pub(in crate::ops) fn attend_space(
     head_dim: usize,
     capacity: usize,
 ) -> Option<(usize, usize)> {
-    // Enough for every multiprocessor to have four, or eight, at work.
+    // Enough for every multiprocessor to have four, or eight, at work; by the tensor cores, one.
     const MANY: usize = 528;
+    const MANY_TILES: usize = 128;
     let most = most_heads(head_dim)?;
     let grouped = heads > 0 && kv_heads > 0 && heads.is_multiple_of(kv_heads);
     if !grouped || batch == 0 || batch.max(heads) > MOST_BLOCKS {
@@ -89,8 +90,12 @@ pub(in crate::ops) fn attend_space(
     }
     // A block a query head has less to add up than one for several of a key head, and what it
     // reads again is near; until keys are so many that reading them is what takes the time.
-    let few = if by_tiles(dtype, head_dim) { 1 << 14 } else { 1 << 18 };
-    if batch * capacity <= few {
+    let tiles = by_tiles(dtype, head_dim);
+    let few = match tiles {
+        true => batch < 8 && batch * capacity <= 1 << 14,
+        false => batch * capacity <= 1 << 18,
+    };
+    if few {
         let room = (2 * MANY / (batch * heads)).max(1);
         let shares = if capacity <= 256 { 1 } else { capacity.div_ceil(128).clamp(8, 24) };
         return Some((heads, shares.min(room)));
@@ -99,6 +104,11 @@ pub(in crate::ops) fn attend_space(
     let group = heads / kv_heads;
     let together = (1..=most).rev().find(|&n| group.is_multiple_of(n)).unwrap_or(1);
     let lookers = heads / together;
+    if tiles {
+        // Shares cost more than they save while keys are few; powers of two are the fastest.
+        let room = (MANY_TILES / (batch * lookers)).clamp(1, MOST_SPLITS as usize);
+        return Some((lookers, if capacity <= 512 { 1 } else { 1 << room.ilog2() }));
+    }
     let room = MANY.div_ceil(batch * lookers).min(MOST_SPLITS as usize);
     Some((lookers, capacity.div_ceil(64).clamp(1, room)))
 }
@@ -253,7 +263,9 @@ mod tests {
         // The tensor cores are worth it for fewer keys.
         let by_tiles = |batch, d| attend_space(DType::BF16, batch, 14, 2, d, 2081);
         assert_eq!(by_tiles(1, 64), Some((14, 17)));
-        assert_eq!(by_tiles(8, 64), Some((2, 32)));
+        assert_eq!(by_tiles(8, 64), Some((2, 8)));
+        assert_eq!(by_tiles(24, 64), Some((2, 2)));
+        assert_eq!(by_tiles(64, 64), Some((2, 1)));
         assert_eq!(by_tiles(8, 32), Some((14, 9)));
     }
 }

@@ -89,7 +89,11 @@ struct Cut {
 /// Most rows that are not worth tiles that they do not fill.
 const ROWS_WITHOUT_TILES: usize = 2;
 
-/// How products of so many rows are cut; none where cuBLAS is faster, or no kernel serves.
+/// Most rows of the input of one product, and of several beside one another.
+const MOST_ROWS: usize = 32;
+const MOST_ROWS_BESIDE: usize = 64;
+
+/// How products of so many rows are cut; none where no kernel serves.
 fn cut(dtype: DType, rows: usize, shapes: &[[u32; 3]]) -> Option<Cut> {
     if dtype == DType::BF16 && rows > ROWS_WITHOUT_TILES {
         let [tiles] = TILES.into_iter().find(|[n]| rows <= (n * TILE_COLUMNS) as usize)?;
@@ -148,9 +152,13 @@ impl Call<'_> {
 }
 
 impl Kernels {
-    /// Whether [`Self::project`] takes so many rows: with more, cuBLAS is faster.
-    pub(in crate::ops) fn project_serves(dtype: DType, rows: usize) -> bool {
-        matches!(dtype, DType::F32 | DType::BF16) && cut(dtype, rows, &PROJECT_SHAPES).is_some()
+    /// Whether [`Self::project`] is to take `products` products of so many rows beside one another:
+    /// with more, cuBLAS is faster, which runs each by itself.
+    pub(in crate::ops) fn project_serves(dtype: DType, rows: usize, products: usize) -> bool {
+        let most = if products > 1 { MOST_ROWS_BESIDE } else { MOST_ROWS };
+        matches!(dtype, DType::F32 | DType::BF16)
+            && rows <= most
+            && cut(dtype, rows, &PROJECT_SHAPES).is_some()
     }
 
     /// Products of few rows.
@@ -237,6 +245,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn more_rows_are_taken_beside_one_another() {
+        let serves = Kernels::project_serves;
+        for (rows, alone, beside) in [(32, true, true), (33, false, true), (65, false, false)] {
+            assert_eq!(serves(DType::BF16, rows, 1), alone, "{rows}");
+            assert_eq!(serves(DType::BF16, rows, 3), beside, "{rows}");
+        }
+        assert!(!serves(DType::F32, 9, 3) && !serves(DType::F16, 1, 1));
+    }
+
+    #[test]
     fn few_rows_have_kernels() {
         for shapes in [PROJECT_SHAPES, PROJECT_ADD_SHAPES, PROJECT_GATED_SHAPES] {
             let of = |dtype, rows| cut(dtype, rows, &shapes).map(|cut| (cut.tiles, cut.variant));
@@ -247,7 +265,8 @@ mod tests {
             assert_eq!(of(DType::BF16, 2), Some((false, 2)));
             assert_eq!(of(DType::BF16, 3), Some((true, 1)));
             assert_eq!(of(DType::BF16, 17), Some((true, 4)));
-            assert_eq!(of(DType::BF16, 33), None);
+            assert_eq!(of(DType::BF16, 64), Some((true, 8)));
+            assert_eq!(of(DType::BF16, 65), None);
         }
     }
 }

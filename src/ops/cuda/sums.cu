@@ -126,7 +126,7 @@ __device__ void sum_rows(const SumRows<T> &a) {
 
 // The sum of all blocks' parts: a warp for every so many of them, a lane for each column.
 template <typename T> __device__ void sum_parts(const SumParts<T> &a) {
-    constexpr int WARPS = SUM_THREADS / SUM_COLUMNS;
+    constexpr int WARPS = SUM_PARTS_THREADS / SUM_COLUMNS;
     u32 lane = threadIdx.x % SUM_COLUMNS, warp = threadIdx.x / SUM_COLUMNS;
     u32 column = blockIdx.x * SUM_COLUMNS + lane;
     float sum = 0.0f;
@@ -166,7 +166,8 @@ template <typename T> __device__ void sum_parts(const SumParts<T> &a) {
 #define ALL(T, t)                                                                                  \
     PACKS(PACKED, T, t)                                                                            \
     SUM_SHAPES(ROWS_OF, T, t)                                                                      \
-    extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_parts_##t(SumParts<T> a) {       \
+    extern "C" __global__ void __launch_bounds__(SUM_PARTS_THREADS) sum_parts_##t(                 \
+        SumParts<T> a) {                                                                           \
         sum_parts<T>(a);                                                                           \
     }
 

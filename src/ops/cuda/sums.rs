@@ -6,7 +6,7 @@ use super::{
     Kernels, args,
     call::{Call, File, Read, blocks},
     elements::{by_several, pack},
-    tiles::{EMBED_GRAD_THREADS, SUM_COLUMNS, SUM_SHAPES, SUM_THREADS},
+    tiles::{EMBED_GRAD_THREADS, SUM_COLUMNS, SUM_PARTS_THREADS, SUM_SHAPES, SUM_THREADS},
 };
 use crate::ops::launch::Nodes;
 
@@ -123,7 +123,7 @@ impl Kernels {
             width: call.size(width)?,
         };
         // SAFETY: there are so many parts of so many columns, and one column of the sum for each.
-        unsafe { call.start(&[], blocks(width, SUM_COLUMNS), SUM_THREADS, &args)? };
+        unsafe { call.start(&[], blocks(width, SUM_COLUMNS), SUM_PARTS_THREADS, &args)? };
         Ok(out)
     }
 }

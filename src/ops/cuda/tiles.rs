@@ -80,7 +80,7 @@ tiles! {
     /// Rows of the input in a tile.
     TILE_COLUMNS: u32 = 8;
     /// Tiles of the input that such a kernel takes at most.
-    TILES: [[u32; 1]; 3] = [[1], [2], [4]];
+    TILES: [[u32; 1]; 4] = [[1], [2], [4], [8]];
 
     /// Warps of a block of a whole step that multiply or attend; another one fetches.
     STEP_WARPS: u32 = 14;
@@ -126,6 +126,8 @@ tiles! {
         [8, 2, 256],
         [8, 4, 256],
     ];
-    /// Columns that a block sums of what other blocks have summed.
+    /// Threads of a block that sums what other blocks have summed.
+    SUM_PARTS_THREADS: u32 = 1024;
+    /// Columns that it sums.
     SUM_COLUMNS: u32 = 32;
 }
