@@ -185,7 +185,7 @@ impl Decoder {
             let entropy = CrossEntropy::new(at_loss, logits, targets, weights)?;
             losses.push(entropy.losses(weights));
             let Some(gradients) = gradients.as_deref_mut() else { continue };
-            let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype())?;
+            let d = entropy.gradient(at_loss, targets, weights)?.to_dtype(self.dtype().base())?;
             let at = |phase| meter.phase(phase).at(Module::LmHead);
             dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?.share());
             if head.needs_gradient() {
