@@ -112,7 +112,9 @@ impl Key {
             }
             Op::Quantize { rows, width } => {
                 let narrow = u128::from(Dtype::Fp8.bytes());
-                return activations(area(rows, width) * (bytes + narrow) + scale * u128::from(rows));
+                return activations(
+                    area(rows, width) * (bytes + narrow) + scale * u128::from(rows),
+                );
             }
             Op::Dequantize { rows, width } => {
                 let weights = scale * u128::from(width);

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     bench::{
-        Accuracy, BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Outcome, Point,
-        Runner, SCHEMA_VERSION, curves, now,
+        Accuracy, BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Outcome,
+        Point, Runner, SCHEMA_VERSION, curves, now,
     },
     config::{LoraConfig, TargetModules},
     error::{Error, Result},
@@ -260,7 +260,11 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     let checkpoint = args.model.open()?;
     let plan = Plan::new(grid, unit, lengths, &checkpoint)?;
     for workload in plan.workloads(&checkpoint) {
-        memory::check(&unit.runs(workload), &opened)?;
+        // What 8 bits are held against runs by itself.
+        let against = Workload { dtype: workload.dtype.base(), ..workload.clone() };
+        for workload in [workload, against] {
+            memory::check(&unit.runs(workload), &opened)?;
+        }
     }
     let given = grid.ceiling.as_deref();
     let mut ceiling = ceiling::obtain(given, (&opened, &grid.device), &plan.dtypes, &interrupt)?;

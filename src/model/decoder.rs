@@ -25,7 +25,8 @@ use crate::{
     ledger::{Dtype, Module},
     meter::Meter,
     ops::{
-        self, CausalMask, EightBit, Ids, Masks, Norm, Product, RopeTable, Sequences, Span, Tensor, Unshared,
+        self, CausalMask, EightBit, Ids, Masks, Norm, Product, RopeTable, Sequences, Span, Tensor,
+        Unshared,
     },
     workload::{AttentionMode, Logits, Task, Workload},
 };
@@ -87,7 +88,7 @@ pub(super) struct Mlp {
 #[derive(Debug)]
 pub(super) struct Linear {
     pub(super) projection: Projection,
-    pub(super) weight: Tensor,       // (out, in), maybe in 8 bits
+    pub(super) weight: Tensor, // (out, in), maybe in 8 bits
     pub(super) narrow: Option<Narrow>,
     pub(super) bias: Option<Tensor>, // (out)
     pub(super) adapter: Option<Adapter>,
@@ -255,7 +256,9 @@ impl Decoder {
             return Ok(Masks::default());
         }
         let mask = |window| match self.mode {
-            AttentionMode::Dense => CausalMask::new(seq, past, window, self.dtype.base(), &self.device),
+            AttentionMode::Dense => {
+                CausalMask::new(seq, past, window, self.dtype.base(), &self.device)
+            }
             AttentionMode::Blocked => Ok(CausalMask::by_block(seq, past, window)),
         };
         let windows = || self.layers.iter().map(|layer| layer.self_attn.window);
@@ -270,7 +273,8 @@ impl Decoder {
     /// Logits of the last layer's output (B, T, D): (B, T, V).
     fn head(&self, meter: Meter, x: &Unshared) -> Result<Unshared> {
         let at = meter.at(Module::LmHead);
-        let head = Product { at, weight: self.head_weight(), eight_bit: None, bias: None, adapter: None };
+        let head =
+            Product { at, weight: self.head_weight(), eight_bit: None, bias: None, adapter: None };
         ops::normed_product(self.norm.at(meter), x, head)
     }
 
@@ -386,10 +390,10 @@ impl Linear {
     pub(super) fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
         let at = meter.at(Module::Proj(self.projection));
         let adapter = self.adapter.as_ref().map(|adapter| adapter.at(meter));
-        let eight_bit = self.narrow.as_ref().map(|Narrow { scales, wide }| EightBit {
-            scales,
-            wide: wide.as_ref(),
-        });
+        let eight_bit = self
+            .narrow
+            .as_ref()
+            .map(|Narrow { scales, wide }| EightBit { scales, wide: wide.as_ref() });
         Product { at, weight: &self.weight, eight_bit, bias: self.bias.as_ref(), adapter }
     }
 }

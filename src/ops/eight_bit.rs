@@ -83,7 +83,8 @@ pub fn check_8_bits(
 /// # Errors
 /// A device without 8 bits; the device's.
 pub fn narrowed(weight: &Tensor) -> Result<(Tensor, Tensor)> {
-    let Narrow { codes, scales } = Quantize { x: &weight.data, into: None }.run(&Nodes::default())?;
+    let Narrow { codes, scales } =
+        Quantize { x: &weight.data, into: None }.run(&Nodes::default())?;
     Ok((Tensor::of(codes), Tensor::of(scales)))
 }
 
@@ -315,7 +316,9 @@ mod tests {
         let at = meter.taped(true).at(Module::Mlp);
         let leaf = x.leaf(crate::ledger::Scope { layer: None, module: Module::Residual });
         let narrow = quantized(at, &leaf).unwrap();
-        let run = |wide| eight_bit_linear(at, (&leaf, &narrow), &codes, EightBit { scales: &scales, wide });
+        let run = |wide| {
+            eight_bit_linear(at, (&leaf, &narrow), &codes, EightBit { scales: &scales, wide })
+        };
         let dy = random(3, 5, 3);
         let y = run(Some(&w)).unwrap().share();
         let found = crate::ops::backward(meter, &y, dy.clone()).unwrap().take(&leaf).unwrap();

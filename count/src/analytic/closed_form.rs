@@ -262,7 +262,11 @@ fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost)
 /// What a projection in 8 bits takes beside its product: calls of a pass, and their cost. Each
 /// output is multiplied by two scales. Of those that read one tensor, which are q, k and v, and gate
 /// and up, the first has its rows quantized: a cmp and a mul an element, two divs a row.
-pub(super) fn scaled(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Primitives) {
+pub(super) fn scaled(
+    projection: Projection,
+    model: &ModelConfig,
+    rows: u128,
+) -> (u128, Primitives) {
     use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
     let (k, n) = projection.widths(model);
     let outputs = 2 * rows * n as u128;

@@ -50,7 +50,10 @@ impl Workload {
         };
         let tokens = self.positions();
         let width = 2 * self.model.num_hidden_layers * self.model.kv_width();
-        u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.base().bytes())
+        u128::from(batch)
+            * u128::from(tokens)
+            * width as u128
+            * u128::from(self.dtype.base().bytes())
     }
 
     /// Bytes of the token ids, targets and weights that a training step holds on the host.

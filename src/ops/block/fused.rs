@@ -300,7 +300,12 @@ impl<'a> Fused<'a> {
 
     /// Adds what their adapters make of x to products (B, 1, n): as many at once as have one rank
     /// and one scale, which are a launch's.
-    pub(super) fn adapt(&self, x: &candle_core::Tensor, products: &[Product], outs: &[Tensor]) -> Result<()> {
+    pub(super) fn adapt(
+        &self,
+        x: &candle_core::Tensor,
+        products: &[Product],
+        outs: &[Tensor],
+    ) -> Result<()> {
         let mut adapters: Vec<(LowRank, candle_core::Tensor)> = products
             .iter()
             .zip(outs)

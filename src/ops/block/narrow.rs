@@ -33,7 +33,8 @@ impl Fused<'_> {
         let into = Narrow { codes: codes.0.data.clone(), scales: scales.0.data.reshape(rows)? };
         let narrow = first.at.launch(&Quantize { x, into: Some(into) })?;
         for (product, out) in products.iter().zip(outs) {
-            let Product { at, weight, eight_bit: Some(EightBit { scales, .. }), bias, .. } = product
+            let Product { at, weight, eight_bit: Some(EightBit { scales, .. }), bias, .. } =
+                product
             else {
                 anyhow::bail!("a weight that is not in 8 bits among such as are");
             };

@@ -92,7 +92,8 @@ pub(in crate::ops) fn product(x: [&Tensor; 2], w: [&Tensor; 2], dtype: DType) ->
             })?;
             let of = |values, shape| Tensor::from_vec(values, shape, &Device::Cpu);
             let (x, w) = (of(wide, (m, k))?, of(weight, (n, k))?.t()?);
-            let product = if super::serves(&x, &w) { super::product(&x, &w)? } else { x.matmul(&w)? };
+            let product =
+                if super::serves(&x, &w) { super::product(&x, &w)? } else { x.matmul(&w)? };
             product.flatten_all()?.to_vec1()?
         }
     };

@@ -11,8 +11,7 @@ use super::{
 use crate::ops::launch::Nodes;
 
 /// What a device without them lacks, after the name of the type.
-pub(in crate::ops) const NEEDS_FOR_8_BITS: &str =
-    "needs the CPU, or a build for CUDA and a GPU of compute capability 9.0 or later, for which its \
+pub(in crate::ops) const NEEDS_FOR_8_BITS: &str = "needs the CPU, or a build for CUDA and a GPU of compute capability 9.0 or later, for which its \
      kernels were built (CUDA_COMPUTE_CAP)";
 
 /// What cuBLASLt is told of a product in 8 bits: out (m, n) = x (m, k) · weightᵀ (n, k), each element
@@ -96,7 +95,10 @@ impl Kernels {
         let fits = [rows, columns] == [m, n] && of_weight == k && scaled;
         call.check(fits && k > 0, &[out, x[0], x[1], weight[0], weight[1]])?;
         if self.dtype != DType::BF16 || ![k, n, stride].iter().all(|n| n.is_multiple_of(16)) {
-            bail!("cuBLASLt gives fp8 products of {k} and {n} columns no place in {:?}", self.dtype);
+            bail!(
+                "cuBLASLt gives fp8 products of {k} and {n} columns no place in {:?}",
+                self.dtype
+            );
         }
         if out.elem_count() == 0 {
             return Ok(());

@@ -21,6 +21,20 @@ use candle_core::{
 use super::{backend::captured_nodes, eight_bit::Scaled};
 use crate::ops::launch::{Node, Nodes};
 
+// As in cublasLt.h, whose enumerations older CUDA has without them: there, setting one fails.
+unsafe extern "C" {
+    fn cublasLtMatmulDescSetAttribute(
+        description: sys::cublasLtMatmulDesc_t,
+        attribute: u32,
+        value: *const c_void,
+        bytes: usize,
+    ) -> sys::cublasStatus_t;
+}
+const A_SCALE_MODE: u32 = 31;
+const B_SCALE_MODE: u32 = 32;
+/// A scale of f32 for each row of A, or column of B.
+const BY_ROW: i32 = 3;
+
 /// Bytes that a product may use beside its matrices: what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
@@ -101,7 +115,15 @@ unsafe fn multiply(
             let preference = Preference::new()?;
             // SAFETY: all of them live.
             let found = unsafe {
-                lt::get_matmul_algo_heuristic(library.handle, how.0, a.0, b.0, d.0, d.0, preference.0)?
+                lt::get_matmul_algo_heuristic(
+                    library.handle,
+                    how.0,
+                    a.0,
+                    b.0,
+                    d.0,
+                    d.0,
+                    preference.0,
+                )?
             };
             *library.algorithms.entry(key).or_insert(found.algo)
         }
@@ -136,29 +158,22 @@ struct Description(sys::cublasLtMatmulDesc_t);
 
 impl Description {
     fn new(of_a: u64, of_b: u64) -> std::result::Result<Self, lt::CublasError> {
-        use sys::{
-            cublasLtMatmulDescAttributes_t as Attribute,
-            cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as BY_ROW,
-        };
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let it = Self(lt::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)?);
         let transposed = sys::cublasOperation_t::CUBLAS_OP_T as i32;
-        it.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, transposed)?;
-        it.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, BY_ROW as i32)?;
-        it.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, BY_ROW as i32)?;
-        it.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, of_a)?;
-        it.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, of_b)?;
+        it.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA as u32, transposed)?;
+        it.set(A_SCALE_MODE, BY_ROW)?;
+        it.set(B_SCALE_MODE, BY_ROW)?;
+        it.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER as u32, of_a)?;
+        it.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER as u32, of_b)?;
         Ok(it)
     }
 
-    fn set<T: Copy>(
-        &self,
-        attribute: sys::cublasLtMatmulDescAttributes_t,
-        value: T,
-    ) -> std::result::Result<(), lt::CublasError> {
-        let value = &raw const value;
+    fn set<T: Copy>(&self, attribute: u32, value: T) -> std::result::Result<(), lt::CublasError> {
+        let (value, bytes) = (&raw const value, size_of::<T>());
         // SAFETY: it lives, and the value is copied during the call.
-        unsafe { lt::set_matmul_desc_attribute(self.0, attribute, value.cast(), size_of::<T>()) }
+        unsafe { cublasLtMatmulDescSetAttribute(self.0, attribute, value.cast(), bytes).result() }
     }
 }
 
