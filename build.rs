@@ -12,7 +12,7 @@ mod args;
 mod tiles;
 
 // What `args` is written in.
-use header::{Bf16, Element, Read, Write};
+use header::{Bf16, E4m3, Element, Read, Write};
 
 const FOLDER: &str = "src/ops/cuda";
 const KERNELS: [&str; 9] =

@@ -595,7 +595,8 @@ fn packed_training(preset: &str, dtype: Dtype, device: &Device) -> (f64, Vec<f64
     let checkpoint = weights::synthetic(config, 1).unwrap();
     let (config, weights) = (&checkpoint.config, &checkpoint.weights);
     let (lengths, adapters) = ([40, 1, 77, 40, 9], even(config, 3));
-    let model = Decoder::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+    let model =
+        Decoder::load_to_train(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
     let tokens = |salt: usize| -> Vec<u32> {
         (0..lengths.iter().sum()).map(|i: usize| ((i * i + salt) % 320) as u32).collect()
     };
@@ -721,6 +722,58 @@ fn adapters_train_as_on_the_cpu() {
             let apart: Vec<f64> = of_ours.iter().zip(&norms).map(|(a, b)| a - b).collect();
             let apart = all(&apart) / all(&norms);
             assert!(apart < most, "{preset} {dtype:?}: gradients are {apart} apart");
+        }
+    }
+}
+
+/// Whether a GPU has products in 8 bits of all of a model's widths.
+fn takes_8_bits(preset: &str) -> bool {
+    let config = ModelConfig::preset(preset).unwrap();
+    let widths = Projection::ALL.map(|projection| projection.widths(&config));
+    ops::check_8_bits(&gpu(), widths).is_ok()
+}
+
+const FAMILIES: [&str; 5] = ["tiny", "tiny-llama", "tiny-mistral", "tiny-qwen3", "tiny-gemma3"];
+
+#[test]
+fn products_in_8_bits_are_recorded_and_audited() {
+    assert!(takes_8_bits("tiny"));
+    for preset in FAMILIES.into_iter().filter(|preset| takes_8_bits(preset)) {
+        let config = ModelConfig::preset(preset).unwrap();
+        for adapters in [NONE, even(&config, 3), uneven(&config)] {
+            for batch in [1, 3, 9, 33, 65] {
+                let sampling = Sampling::GREEDY;
+                let (how, eos) = (How::RECORDED, vec![]);
+                let adapters = &adapters;
+                let run = Run { preset, adapters, sampling, batch, ragged: true, how, eos };
+                let stepwise = Run { how: STEP_BY_STEP, ..run.clone() }.on(&gpu(), Dtype::Fp8);
+                let (generation, ledger) = run.generation(&gpu(), Dtype::Fp8);
+                let [view] = &generation.recordings[..] else { panic!("no recording") };
+                assert_eq!(view.difference, None, "{preset}, batch {batch}");
+                assert!(generation.sequences == stepwise.0, "{preset}, batch {batch}");
+                assert!(ledger == stepwise.1, "{preset}, batch {batch}");
+                let audit = Audit::new(&[generation.workload], &ledger).unwrap();
+                assert!(audit.balanced(), "{preset}: {:#?}", audit.key_differences);
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_train_over_8_bits_as_on_the_cpu() {
+    for preset in FAMILIES.into_iter().filter(|preset| takes_8_bits(preset)) {
+        for recompute in [false, true] {
+            let train =
+                |device: &Device| adapted_training(preset, uneven, (Dtype::Fp8, device), recompute);
+            let ((loss, norms, audit), (ours, of_ours, our_audit)) =
+                (train(&Device::Cpu), train(&gpu()));
+            assert!(audit.balanced(), "{preset}: {:#?}", audit.key_differences);
+            assert!(our_audit.balanced(), "{preset}: {:#?}", our_audit.key_differences);
+            println!("{preset}: loss {ours} for {loss}");
+            assert!((ours / loss - 1.0).abs() < 0.02, "{preset}: {ours} for {loss}");
+            let all = |norms: &[f64]| norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
+            let apart: Vec<f64> = of_ours.iter().zip(&norms).map(|(a, b)| a - b).collect();
+            assert!(all(&apart) / all(&norms) < 0.15, "{preset}: {apart:?}");
         }
     }
 }

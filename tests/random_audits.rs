@@ -35,10 +35,14 @@ fn samplings() -> impl Strategy<Value = Sampling> {
     )
 }
 
+fn dtypes() -> impl Strategy<Value = Dtype> {
+    prop_oneof![Just(Dtype::F32), Just(Dtype::BF16), Just(Dtype::Fp8)]
+}
+
 fn load(model: &ModelConfig, lora: &LoraConfig, dtype: Dtype) -> Decoder {
     let weights = synthetic(model.clone(), 1).unwrap().weights;
     let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: 2 };
-    Decoder::load(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
+    Decoder::load_to_train(model, &weights, &adapters, dtype, &Device::Cpu, |_| Ok(())).unwrap()
 }
 
 fn assert_balanced(workload: &Workload, ledger: &Ledger) {
@@ -60,9 +64,8 @@ proptest! {
     #[test]
     fn forward_balances(
         (model, lora) in adapted(SMALL, 3), batch in 1usize..4, seq in 1usize..9, past in 0usize..9,
-        all in any::<bool>(), half_precision in any::<bool>(),
+        all in any::<bool>(), dtype in dtypes(),
     ) {
-        let dtype = if half_precision { Dtype::BF16 } else { Dtype::F32 };
         let logits = if all { Logits::All } else { Logits::Last };
         let qwen = load(&model, &lora, dtype);
         let ledger = RefCell::new(Ledger::default());
@@ -81,9 +84,9 @@ proptest! {
     #[test]
     fn generation_balances(
         (model, lora) in adapted(SMALL, 3), batch in 1usize..3, prompt in 1usize..7, new in 1usize..7,
-        kv_cache in any::<bool>(), sampling in samplings(), eos in any::<bool>(),
+        kv_cache in any::<bool>(), sampling in samplings(), eos in any::<bool>(), dtype in dtypes(),
     ) {
-        let qwen = load(&model, &lora, Dtype::F32);
+        let qwen = load(&model, &lora, dtype);
         let prompts = (0..batch).map(|b| (0..prompt).map(|i| ((b + 3 * i) % model.vocab_size) as u32).collect());
         let request = Request {
             prompts: prompts.collect(),
@@ -107,10 +110,12 @@ proptest! {
     #[test]
     fn training_balances(
         (model, lora) in adapted(SMALL, 3), (batch, seq) in texts(),
-        accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, bf16, narrow] in any::<[bool; 5]>(),
+        accumulate in 1usize..4, steps in 1usize..3, [full, recompute, clip, narrow] in any::<[bool; 4]>(),
+        dtype in dtypes(),
     ) {
         let full = full || lora.rank == 0;
-        let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+        // Weights in 8 bits are frozen.
+        let dtype = if full { dtype.base() } else { dtype };
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let trained = if full { Trained::All } else { Trained::Adapters };
@@ -135,9 +140,9 @@ proptest! {
     #[test]
     fn evaluation_balances(
         (model, lora) in adapted(SMALL, 3), (batch, seq) in texts(),
-        passes in 1usize..3,
+        passes in 1usize..3, dtype in dtypes(),
     ) {
-        let qwen = load(&model, &lora, Dtype::F32);
+        let qwen = load(&model, &lora, dtype);
         let ledger = RefCell::new(Ledger::default());
         let meter = Meter::new(&ledger, Phase::Setup);
         let positions = qwen.positions(meter, seq).unwrap();
@@ -149,6 +154,6 @@ proptest! {
         }
         let [batch, seq, passes] = [batch, seq, passes].map(|n| n as u64);
         let task = Task::Evaluate { batch, seq, passes, rows: Rows::Whole };
-        assert_balanced(&Workload { model, lora, dtype: Dtype::F32, attention: Default::default(), task }, &ledger.into_inner());
+        assert_balanced(&Workload { model, lora, dtype, attention: Default::default(), task }, &ledger.into_inner());
     }
 }

@@ -14,7 +14,7 @@ use flopaudit::{
     generate::{Request, generate},
     ledger::{Dtype, Ledger, Phase},
     meter::{Meter, Observer},
-    model::{AdapterSource, Context, Decoder, How},
+    model::{AdapterSource, Context, Decoder, How, Labelled},
     ops::Ids,
     prices::Prices,
     weights::{self, Checkpoint},
@@ -322,6 +322,35 @@ fn a_zero_initialised_adapter_changes_no_bit() {
     for (a, b) in base.iter().flatten().zip(adapted.iter().flatten()) {
         assert_eq!(a.to_bits(), b.to_bits());
     }
+}
+
+/// Mean cross-entropy of each next token of the prompts.
+fn loss_in(dtype: Dtype) -> f64 {
+    let Checkpoint { config, weights, .. } = &*CHECKPOINT;
+    let model = Decoder::load(config, weights, &fresh(0), dtype, &Device::Cpu, |_| Ok(())).unwrap();
+    let nobody = RefCell::new(());
+    let meter = Meter::new(&nobody, Phase::Forward);
+    let (mut sum, mut tokens) = (0.0, 0);
+    for Prompt { token_ids: ids, .. } in prompts() {
+        let mut weights = vec![1.0; ids.len()];
+        let mut targets = ids.clone();
+        targets.rotate_left(1);
+        weights[ids.len() - 1] = 0.0;
+        let text =
+            Labelled { ids: &ids, targets: &targets, weights: &weights, batch: 1, sequences: None };
+        sum += model.loss(meter, text, &model.positions(meter, ids.len()).unwrap()).unwrap();
+        tokens += ids.len() - 1;
+    }
+    sum / tokens as f64
+}
+
+/// docs/fp8.md states these.
+#[test]
+fn losses_in_bf16_and_in_8_bits_are_near_that_of_f32() {
+    let [wide, half, narrow] = [Dtype::F32, Dtype::BF16, Dtype::Fp8].map(loss_in);
+    println!("{wide:.4} in f32, {half:.4} in bf16, {narrow:.4} in fp8");
+    assert!((half - wide).abs() < 0.02, "{half} in bf16, {wide} in f32");
+    assert!((narrow - wide).abs() < 0.1, "{narrow} in fp8, {wide} in f32");
 }
 
 /// The adapter of golden/lora_grads.json, written as PEFT does.

@@ -48,6 +48,7 @@ impl From<Dtype> for Precision {
             Dtype::F32 => Self::F32,
             Dtype::F16 => Self::F16,
             Dtype::BF16 => Self::Bf16,
+            Dtype::Fp8 => Self::Fp8,
         }
     }
 }
@@ -171,7 +172,7 @@ impl Datasheet {
             let peak = |dtype: Dtype| {
                 gpu.peak(dtype.into()).map(|flops_per_s| Peak { dtype, flops_per_s })
             };
-            let peaks = [Dtype::F32, Dtype::F16, Dtype::BF16].into_iter().filter_map(peak);
+            let peaks = Dtype::ALL.into_iter().filter_map(peak);
             let (peaks, name) = (peaks.collect(), name.into());
             Self { name, peaks, source: gpu.source, bytes_per_s: gpu.bytes_per_s }
         }))

@@ -4,7 +4,7 @@ use std::ops::Add;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ledger::{Key, Ledger, Module, Op, Phase};
+use crate::ledger::{Dtype, Key, Ledger, Module, Op, Phase};
 
 /// Bytes touched, each tensor once a call. Copies and changes of layout are no ops and not here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -71,6 +71,9 @@ impl Key {
     /// | op | elements |
     /// |---|---|
     /// | matmul | left b·m·k and output b·m·n are activations; right b·k·n is a weight, keys or values, or, in gradients of weights and of attention, an activation |
+    /// | in 8 bits | as many elements; the output in the type that it is scaled to |
+    /// | quantize | rows in, as many out in 8 bits; a scale a row, in f32 |
+    /// | dequantize | one in, one out; a scale a row, and a column's, which is a weight |
     /// | bias | the vector; rows in and out |
     /// | shift | the gain; as much out |
     /// | cache_write | rows in; the cache's out |
@@ -90,11 +93,14 @@ impl Key {
     pub fn traffic(&self) -> Traffic {
         let area = |rows: u64, width: u64| u128::from(rows) * u128::from(width);
         let activations = |n: u128| Traffic { activations: n, ..Traffic::default() };
+        // Of an element, and of a scale; and of an element of what 8 bits are scaled to.
+        let (bytes, scale) = (u128::from(self.dtype.bytes()), u128::from(Dtype::F32.bytes()));
+        let scaled = u128::from(self.dtype.base().bytes());
         let elements = match self.op {
             Op::Matmul { b, m, k, n } => {
-                let (b, right) = (u128::from(b), u128::from(b) * area(k, n));
-                let rest = b * (area(m, k) + area(m, n));
-                match self.right() {
+                let (b, right) = (u128::from(b), u128::from(b) * area(k, n) * bytes);
+                let rest = b * (area(m, k) * bytes + area(m, n) * scaled);
+                return match self.right() {
                     Right::Weight => {
                         Traffic { weights: right, activations: rest, ..Traffic::default() }
                     }
@@ -102,7 +108,18 @@ impl Key {
                         Traffic { kv_cache: right, activations: rest, ..Traffic::default() }
                     }
                     Right::Activation => activations(right + rest),
-                }
+                };
+            }
+            Op::Quantize { rows, width } => {
+                let narrow = u128::from(Dtype::Fp8.bytes());
+                return activations(
+                    area(rows, width) * (bytes + narrow) + scale * u128::from(rows),
+                );
+            }
+            Op::Dequantize { rows, width } => {
+                let weights = scale * u128::from(width);
+                let activations = 2 * area(rows, width) * bytes + scale * u128::from(rows);
+                return Traffic { weights, activations, ..Traffic::default() };
             }
             Op::Bias { rows, width } | Op::RmsNorm { rows, width } => Traffic {
                 weights: width.into(),
@@ -189,7 +206,7 @@ mod tests {
     use super::*;
     use crate::{
         config::Projection,
-        ledger::{Dtype, Lora, MomentDtype, Scope},
+        ledger::{Lora, MomentDtype, Scope},
     };
 
     /// (weights, cache, activations) in elements.
@@ -217,6 +234,25 @@ mod tests {
         assert_eq!(of(Phase::BackwardW, Module::LmHead), [0, 0, 142]);
         assert_eq!(of(Phase::Decode, Module::SelfAttn), [0, 70, 72]);
         assert_eq!(of(Phase::BackwardX, Module::SelfAttn), [0, 0, 142]);
+    }
+
+    #[test]
+    fn what_is_in_8_bits_is_told_by_bytes() {
+        let of = |module, op, dtype| {
+            let scope = Scope { layer: Some(0), module };
+            let Traffic { weights, kv_cache, activations } =
+                Key { phase: Phase::Prefill, scope, op, dtype }.traffic();
+            [weights, kv_cache, activations]
+        };
+        let k = Module::Proj(Projection::KProj);
+        // 3·5 and 5·7 in bytes, 3·7 in bf16.
+        let product = Op::Matmul { b: 1, m: 3, k: 5, n: 7 };
+        assert_eq!(of(k, product, Dtype::Fp8), [35, 0, 15 + 42]);
+        assert_eq!(of(k, product, Dtype::BF16), [70, 0, 30 + 42]);
+        // 24 elements of 2 bytes become bytes, with 3 scales.
+        let (rows, width) = (3, 8);
+        assert_eq!(of(k, Op::Quantize { rows, width }, Dtype::BF16), [0, 0, 48 + 24 + 12]);
+        assert_eq!(of(k, Op::Dequantize { rows, width }, Dtype::BF16), [32, 0, 96 + 12]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Result};
 
+mod accuracy;
 mod ceiling;
 mod compare;
 mod cuda;
@@ -22,6 +23,7 @@ mod probe;
 mod run;
 
 pub use crate::hardware::{Datasheet, Peak};
+pub use accuracy::{Accuracy, Outcome};
 pub use ceiling::{Ceiling, MatmulRate, Stream, StreamRate};
 pub use compare::{Change, Comparison, Verdict};
 pub use cuda::EnergyCounter;

@@ -4,7 +4,7 @@ use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Ceiling, DeviceInfo};
+use super::{Accuracy, Ceiling, DeviceInfo};
 use crate::{config::Ignored, error::Result, ledger::Phase, traffic::Traffic, workload::Workload};
 
 pub use crate::rate::BENCH_SCHEMA_VERSION as SCHEMA_VERSION;
@@ -31,6 +31,9 @@ pub struct BenchReport {
     pub date: String,
     /// What every figure is held against.
     pub ceiling: Ceiling,
+    /// What points in 8 bits cost in accuracy; absent where there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accuracy: Option<Accuracy>,
     /// The grid.
     pub points: Vec<Point>,
     /// The decoding steps' time by context, one curve for each dtype and rank that has points
@@ -53,6 +56,9 @@ impl BenchReport {
     /// The key at fault, as the rest of a sentence.
     pub fn check(&self) -> Result<(), String> {
         self.ceiling.check().map_err(|why| format!("`ceiling`: {why}"))?;
+        if self.accuracy.as_ref().is_some_and(|accuracy| !accuracy.is_sound()) {
+            return Err("`accuracy` holds no losses".into());
+        }
         for (index, point) in self.points.iter().enumerate() {
             let Seconds { median, min, max, p25, p75, samples } = &point.seconds;
             let mut times = samples.iter().chain([median, min, max, p25, p75]);

@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Result},
     ledger::{Dtype, Module, Phase},
     meter::{At, Meter},
-    ops::{self, Tensor},
+    ops::{self, NarrowProduct, Tensor},
 };
 
 /// How to measure.
@@ -45,6 +45,9 @@ const SIZES: [(usize, usize, usize); 9] = [
 
 /// Columns of the matrices that are streamed: widths of models.
 const WIDTHS: [usize; 3] = [896, 2048, 4864];
+
+/// Rows of the streamed matrix are a multiple of this, as products in 8 bits ask for.
+const ROWS: usize = 16;
 
 /// Bytes of the streamed matrix, where memory allows.
 const STREAM_BYTES: u128 = 1 << 30;
@@ -107,9 +110,7 @@ impl Probe<'_> {
                 break;
             }
             (self.tick)(&format!("{} product {m} x {k} x {n}", dtype.name()))?;
-            let x = self.random((m, k), dtype)?;
-            let weight = self.random((n, k), dtype)?;
-            let samples = self.time(|at| ops::linear(at, &x, &weight).map(drop))?;
+            let samples = self.product([m, k, n], dtype)?;
             let fastest = fastest(&samples);
             let flops_per_s = (2 * m * k * n) as f64 / fastest;
             if best.as_ref().is_none_or(|best| flops_per_s > best.flops_per_s) {
@@ -130,20 +131,32 @@ impl Probe<'_> {
     /// One row times matrices of [`WIDTHS`] columns and of more bytes than caches hold: their
     /// bytes, and the fastest.
     fn stream(&self, dtype: Dtype) -> Result<(u64, StreamRate)> {
-        let bytes = self.free.map_or(STREAM_BYTES, |free| STREAM_BYTES.min(free / 4));
+        // What 8 bits are made from is there beside them for a while.
+        let share = if dtype.is_8_bit() { 16 } else { 4 };
+        let bytes = self.free.map_or(STREAM_BYTES, |free| STREAM_BYTES.min(free / share));
         let mut best: Option<(u64, StreamRate)> = None;
         for k in WIDTHS {
-            let n = (bytes / (k as u128 * u128::from(dtype.bytes()))) as usize;
+            let n = (bytes / (k as u128 * u128::from(dtype.bytes()))) as usize / ROWS * ROWS;
             let bytes = (n * k) as u64 * dtype.bytes();
             (self.tick)(&format!("{} stream of {n} x {k}", dtype.name()))?;
-            let (x, weight) = (self.random((1, k), dtype)?, self.random((n, k), dtype)?);
-            let samples = self.time(|at| ops::linear(at, &x, &weight).map(drop))?;
+            let samples = self.product([1, k, n], dtype)?;
             let bytes_per_s = bytes as f64 / fastest(&samples);
             if best.as_ref().is_none_or(|(_, best)| bytes_per_s > best.bytes_per_s) {
                 best = Some((bytes, StreamRate { dtype, bytes_per_s, k: k as u64, samples }));
             }
         }
         best.ok_or_else(|| Error::Memory("nothing is left to read".into()).into())
+    }
+
+    /// Seconds of the product of (m, k) and (n, k), transposed; of 8 bits, without making them.
+    fn product(&self, [m, k, n]: [usize; 3], dtype: Dtype) -> Result<Vec<f64>> {
+        let (x, weight) = (self.random((m, k), dtype)?, self.random((n, k), dtype)?);
+        if !dtype.is_8_bit() {
+            return self.time(|at| ops::linear(at, &x, &weight).map(drop));
+        }
+        let product = NarrowProduct::new(&x, &weight)?;
+        drop((x, weight));
+        self.time(|at| product.run(at).map(drop))
     }
 
     /// One element times one factor, again and again.
@@ -189,13 +202,13 @@ impl Probe<'_> {
     }
 
     /// Values that no hardware finds easy: the power that a product draws depends on them. A
-    /// million are drawn; all memory is written.
+    /// million are drawn; all memory is written. What is to be put into 8 bits is in the type of all else.
     fn random(&self, (rows, columns): (usize, usize), dtype: Dtype) -> Result<Tensor> {
         const DRAWN: usize = 1 << 20;
         let wanted = rows * columns;
         let mut rng = StdRng::seed_from_u64(0);
         let values = (0..wanted.min(DRAWN)).map(|_| rng.random_range(-1.0..1.0)).collect();
-        let drawn = Tensor::from_vec(values, (wanted.min(DRAWN), 1), dtype, self.device)?;
+        let drawn = Tensor::from_vec(values, (wanted.min(DRAWN), 1), dtype.base(), self.device)?;
         let parts = vec![drawn.clone(); wanted.div_ceil(DRAWN)];
         Tensor::stacked(&parts, &drawn)?.narrow(0, 0, wanted)?.reshape((rows, columns))
     }

@@ -250,7 +250,8 @@ impl AttentionArg {
 /// Element type of weights and activations.
 #[derive(Debug, Args)]
 pub struct DtypeArg {
-    /// Element type of weights and activations [default: bf16 on cuda, else f32]
+    /// Element type of weights and activations; fp8 is bf16 but for the layers' products, which are
+    /// in 8 bits with a scale a row [default: bf16 on cuda, else f32]
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
 }
@@ -302,13 +303,15 @@ impl ExecutionArgs {
         })
     }
 
-    /// Loads the model with its adapters, behind a progress bar.
+    /// Loads the model with its adapters, behind a progress bar; with what gradients need where it is
+    /// to be trained.
     pub fn load(
         &self,
         checkpoint: &Checkpoint,
         adapters: &AdapterSource,
         device: &Device,
         interrupt: &Interrupt,
+        trains: bool,
     ) -> Result<Decoder> {
         let Checkpoint { config, weights, .. } = checkpoint;
         let layers = config.num_hidden_layers as u64;
@@ -317,7 +320,11 @@ impl ExecutionArgs {
             bar.set_position(layer as u64);
             interrupt.check()
         };
-        let model = Decoder::load(config, weights, adapters, self.dtype(), device, progress);
+        let dtype = self.dtype();
+        let model = match trains {
+            true => Decoder::load_to_train(config, weights, adapters, dtype, device, progress),
+            false => Decoder::load(config, weights, adapters, dtype, device, progress),
+        };
         bar.finish_and_clear();
         Ok(model?.with_attention(self.attention.mode()))
     }

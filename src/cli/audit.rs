@@ -87,7 +87,8 @@ fn audit<T: Args>(args: &Run<T>, task: Task) -> Result<()> {
     let workload = execution.workload(&checkpoint.config, adapters.lora(), task);
     workload.validate()?;
     memory::check(&workload, &device)?;
-    let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+    let trains = matches!(workload.task, Task::Train { .. });
+    let model = execution.load(&checkpoint, &adapters, &device, &interrupt, trains)?;
     let observers = RefCell::new((Ledger::default(), trace));
     let task = &workload.task;
     let recordings = execute(model, task, execution, timed, &observers, &interrupt)?;

@@ -12,8 +12,8 @@ use super::{
 };
 use crate::{
     bench::{
-        BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Point, Runner,
-        SCHEMA_VERSION, Training, curves, now,
+        Accuracy, BenchReport, Comparison, DeviceInfo, EnergyCounter, Kind, Measured, Outcome,
+        Point, Runner, SCHEMA_VERSION, Training, curves, now,
     },
     config::{LoraConfig, TargetModules},
     error::{Error, Result},
@@ -264,7 +264,11 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     let checkpoint = args.model.open()?;
     let plan = Plan::new(grid, unit, lengths, &checkpoint)?;
     for workload in plan.workloads(&checkpoint) {
-        memory::check(&unit.runs(workload), &opened)?;
+        // What 8 bits are held against runs by itself.
+        let against = Workload { dtype: workload.dtype.base(), ..workload.clone() };
+        for workload in [workload, against] {
+            memory::check(&unit.runs(workload), &opened)?;
+        }
     }
     let given = grid.ceiling.as_deref();
     let mut ceiling = ceiling::obtain(given, (&opened, &grid.device), &plan.dtypes, &interrupt)?;
@@ -280,17 +284,32 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     };
     let (warmup, samples) = plan.repetitions;
     let runner = Runner { warmup, samples, seed: grid.seed, energy: energy.as_ref(), tick: &tick };
-    let mut points = vec![];
+    let (mut points, mut accuracy) = (vec![], None);
     let load = |dtype, lora: &LoraConfig| {
         let adapters = AdapterSource::Fresh { lora: lora.clone(), seed: grid.seed };
         let Checkpoint { config, weights, .. } = &checkpoint;
         bar.set_message("loading weights");
-        Decoder::load(config, weights, &adapters, dtype, &opened, |_| interrupt.check())
+        let progress = |_| interrupt.check();
+        match unit.kind() {
+            Kind::Train => {
+                Decoder::load_to_train(config, weights, &adapters, dtype, &opened, progress)
+            }
+            Kind::Prefill | Kind::Decode => {
+                Decoder::load(config, weights, &adapters, dtype, &opened, progress)
+            }
+        }
+    };
+    // A type in 8 bits is held against the one that all else is in.
+    let accuracy_of = |narrow: Outcome, lora: &LoraConfig, dtype: Dtype| -> Result<Accuracy> {
+        let wide = load(dtype.base(), lora)?;
+        narrow.against(&Outcome::of(&wide, grid.seed)?)
     };
     let mut measure = || -> Result<()> {
         for &dtype in &plan.dtypes {
             for lora in &plan.adapters {
                 let mut model = load(dtype, lora)?;
+                let asked = dtype.is_8_bit() && accuracy.is_none();
+                let narrow = asked.then(|| Outcome::of(&model, grid.seed)).transpose()?;
                 for &(mode, batch, length) in &plan.shapes {
                     let rank = lora.rank;
                     bar.set_message(format!("{} rank {rank}: {batch} x {length}", dtype.name()));
@@ -298,6 +317,10 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
                     let (measured, back) = unit.run(&runner, ready, batch, length)?;
                     model = back;
                     points.push(Point::new(unit.kind(), measured, &ceiling)?);
+                }
+                drop(model);
+                if let Some(narrow) = narrow {
+                    accuracy = Some(accuracy_of(narrow, lora, dtype)?);
                 }
             }
         }
@@ -319,6 +342,7 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
         device: DeviceInfo::of(&opened, &grid.device),
         date: now(),
         ceiling,
+        accuracy,
         curves: if unit.kind() == Kind::Decode { curves(&points) } else { vec![] },
         points,
     })?;

@@ -68,7 +68,7 @@ pub fn run(args: Args) -> Result<()> {
         memory::check(&workload, &device)?;
     }
     warn_of_noise(&checkpoint);
-    let model = execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+    let model = execution.load(&checkpoint, &adapters, &device, &interrupt, false)?;
 
     let bar = bar(data.rows() as u64, "{bar:24} {pos}/{len} rows  {eta} left");
     let progress = |rows: usize| {

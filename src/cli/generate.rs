@@ -127,7 +127,7 @@ pub fn run(args: Args) -> Result<()> {
     warn_of_noise(&checkpoint);
     let raw = args.runs_raw(&checkpoint.text).then(|| NO_TEMPLATE.to_string());
     raw.iter().for_each(|told| note(told));
-    let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+    let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt, false)?;
     let load = start.elapsed();
 
     let observers = (Ledger::default(), trace);

@@ -165,7 +165,7 @@ fn train(mut args: Args) -> Result<()> {
     saved.iter().try_for_each(|saved| saved.check(&settings))?;
 
     warn_of_noise(&checkpoint);
-    let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt)?;
+    let model = args.execution.load(&checkpoint, &adapters, &device, &interrupt, true)?;
     let mut session =
         Session::new(settings, model, passes, held, &trace, args.trace.timed(&args.execution))?;
     if let Some(saved) = saved {

@@ -25,7 +25,8 @@ use crate::{
     ledger::{Dtype, Module},
     meter::Meter,
     ops::{
-        self, CausalMask, Ids, Masks, Norm, Product, RopeTable, Sequences, Span, Tensor, Unshared,
+        self, CausalMask, EightBit, Ids, Masks, Norm, Product, RopeTable, Sequences, Span, Tensor,
+        Unshared,
     },
     workload::{AttentionMode, Logits, Task, Workload},
 };
@@ -87,9 +88,17 @@ pub(super) struct Mlp {
 #[derive(Debug)]
 pub(super) struct Linear {
     pub(super) projection: Projection,
-    pub(super) weight: Tensor,       // (out, in)
+    pub(super) weight: Tensor, // (out, in), maybe in 8 bits
+    pub(super) narrow: Option<Narrow>,
     pub(super) bias: Option<Tensor>, // (out)
     pub(super) adapter: Option<Adapter>,
+}
+
+/// What belongs to a weight in 8 bits.
+#[derive(Debug)]
+pub(super) struct Narrow {
+    pub(super) scales: Tensor,       // (out), f32
+    pub(super) wide: Option<Tensor>, // (out, in) as it was, where gradients are computed
 }
 
 /// A norm's gain.
@@ -113,7 +122,7 @@ impl Decoder {
         &self.lora
     }
 
-    /// Element type of weights and activations.
+    /// Element type of weights and activations; fp8 where that of the layers' products is.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
@@ -152,7 +161,7 @@ impl Decoder {
     /// A capacity past the model's positions; else as [`Cache::new`].
     pub fn cache(&self, meter: Meter, batch: usize, capacity: usize) -> Result<Cache> {
         self.check_positions(capacity)?;
-        Cache::new(meter, &self.config, batch, capacity, self.dtype, &self.device)
+        Cache::new(meter, &self.config, batch, capacity, self.dtype.base(), &self.device)
     }
 
     /// Rotary tables for whole sequences of up to `seq` tokens, of which nothing is kept.
@@ -161,7 +170,7 @@ impl Decoder {
     /// More than the model's positions; else as [`Positions::new`].
     pub fn positions(&self, meter: Meter, seq: usize) -> Result<Positions> {
         self.check_positions(seq)?;
-        Positions::new(meter, &self.config, seq, self.dtype, &self.device)
+        Positions::new(meter, &self.config, seq, self.dtype.base(), &self.device)
     }
 
     fn check_positions(&self, tokens: usize) -> Result<()> {
@@ -247,7 +256,9 @@ impl Decoder {
             return Ok(Masks::default());
         }
         let mask = |window| match self.mode {
-            AttentionMode::Dense => CausalMask::new(seq, past, window, self.dtype, &self.device),
+            AttentionMode::Dense => {
+                CausalMask::new(seq, past, window, self.dtype.base(), &self.device)
+            }
             AttentionMode::Blocked => Ok(CausalMask::by_block(seq, past, window)),
         };
         let windows = || self.layers.iter().map(|layer| layer.self_attn.window);
@@ -262,7 +273,8 @@ impl Decoder {
     /// Logits of the last layer's output (B, T, D): (B, T, V).
     fn head(&self, meter: Meter, x: &Unshared) -> Result<Unshared> {
         let at = meter.at(Module::LmHead);
-        let head = Product { at, weight: self.head_weight(), bias: None, adapter: None };
+        let head =
+            Product { at, weight: self.head_weight(), eight_bit: None, bias: None, adapter: None };
         ops::normed_product(self.norm.at(meter), x, head)
     }
 
@@ -378,6 +390,10 @@ impl Linear {
     pub(super) fn product<'a>(&'a self, meter: Meter<'a>) -> Product<'a> {
         let at = meter.at(Module::Proj(self.projection));
         let adapter = self.adapter.as_ref().map(|adapter| adapter.at(meter));
-        Product { at, weight: &self.weight, bias: self.bias.as_ref(), adapter }
+        let eight_bit = self
+            .narrow
+            .as_ref()
+            .map(|Narrow { scales, wide }| EightBit { scales, wide: wide.as_ref() });
+        Product { at, weight: &self.weight, eight_bit, bias: self.bias.as_ref(), adapter }
     }
 }

@@ -188,7 +188,7 @@ impl Decoder {
             };
             let (loss, d) = ops::cross_entropy_with_gradient(at_loss, logits, targets, weights)?;
             losses.push(loss);
-            let d = d.to_dtype(self.dtype())?;
+            let d = d.to_dtype(self.dtype().base())?;
             let at = |phase| meter.phase(phase).at(Module::LmHead);
             dh.push(ops::matmul(at(Phase::BackwardX), &d, &head.detach())?.share());
             if head.needs_gradient() {

@@ -4,7 +4,7 @@ use candle_core::Device;
 
 use super::{
     Adapter, AdapterSource, Decoder,
-    decoder::{Attention, Gain, Layer, Linear, Mlp, Sandwich},
+    decoder::{Attention, Gain, Layer, Linear, Mlp, Narrow, Sandwich},
 };
 use crate::{
     config::{ModelConfig, Projection},
@@ -20,8 +20,20 @@ struct Loader<'a> {
     config: &'a ModelConfig,
     weights: &'a Weights,
     adapters: &'a AdapterSource,
+    /// Of everything, but for weights in 8 bits.
     dtype: Dtype,
     device: &'a Device,
+    /// What is kept of weights in 8 bits, where those of projections are.
+    eight_bit: Option<Kept>,
+}
+
+/// What is kept of weights in 8 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// 8 bits alone.
+    Narrow,
+    /// What they were too, which gradients are computed from.
+    Both,
 }
 
 impl Loader<'_> {
@@ -50,9 +62,19 @@ impl Loader<'_> {
         let (input, output) = projection.widths(config);
         let name = format!("model.layers.{layer}.{}.{projection}", projection.parent());
         let bias = || self.tensor(&format!("{name}.bias"), &[output]);
+        let wide = self.tensor(&format!("{name}.weight"), &[output, input])?;
+        let (weight, narrow) = match self.eight_bit {
+            None => (wide, None),
+            Some(kept) => {
+                let (weight, scales) = ops::narrowed(&wide)?;
+                let wide = (kept == Kept::Both).then_some(wide);
+                (weight, Some(Narrow { scales, wide }))
+            }
+        };
         Ok(Linear {
             projection,
-            weight: self.tensor(&format!("{name}.weight"), &[output, input])?,
+            weight,
+            narrow,
             bias: config.has_bias(projection).then(bias).transpose()?,
             adapter: Adapter::load(adapters, config, layer, projection, self.dtype, self.device)?,
         })
@@ -108,10 +130,11 @@ impl Loader<'_> {
 
 impl Decoder {
     /// Loads every tensor, checked against `config`; `progress` hears of each finished layer, and
-    /// its error ends the loading.
+    /// its error ends the loading. In fp8, the layers' projections are put into 8 bits as they are
+    /// loaded, and all else is bf16.
     ///
     /// # Errors
-    /// A tensor that is missing, misshapen or not finite, or a device out of memory.
+    /// A tensor that is missing, misshapen or not finite, a device out of memory, or one without fp8.
     pub fn load(
         config: &ModelConfig,
         weights: &Weights,
@@ -120,28 +143,58 @@ impl Decoder {
         device: &Device,
         progress: impl Fn(usize) -> Result<()>,
     ) -> Result<Self> {
-        let loader = Loader { config, weights, adapters, dtype, device };
+        let eight_bit = dtype.is_8_bit().then_some(Kept::Narrow);
+        let dtype = dtype.base();
+        let loader = Loader { config, weights, adapters, dtype, device, eight_bit };
+        loader.model(progress)
+    }
+
+    /// The same, with all that gradients need: beside weights in 8 bits, what they were.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`].
+    pub fn load_to_train(
+        config: &ModelConfig,
+        weights: &Weights,
+        adapters: &AdapterSource,
+        dtype: Dtype,
+        device: &Device,
+        progress: impl Fn(usize) -> Result<()>,
+    ) -> Result<Self> {
+        let eight_bit = dtype.is_8_bit().then_some(Kept::Both);
+        let dtype = dtype.base();
+        let loader = Loader { config, weights, adapters, dtype, device, eight_bit };
+        loader.model(progress)
+    }
+}
+
+impl Loader<'_> {
+    fn model(&self, progress: impl Fn(usize) -> Result<()>) -> Result<Decoder> {
+        let Self { config, adapters, device, .. } = *self;
+        if self.eight_bit.is_some() {
+            ops::check_8_bits(device, Projection::ALL.map(|projection| projection.widths(config)))?;
+        }
         let table = [config.vocab_size, config.hidden_size];
-        let embed_tokens = loader.tensor("model.embed_tokens.weight", &table)?;
+        let embed_tokens = self.tensor("model.embed_tokens.weight", &table)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| {
                 progress(i)?;
-                loader.layer(i)
+                self.layer(i)
             })
             .collect::<Result<_>>()?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.tensor("lm_head.weight", &table)?),
+            false => Some(self.tensor("lm_head.weight", &table)?),
         };
-        Ok(Self {
+        Ok(Decoder {
             config: config.clone(),
             lora: adapters.lora().clone(),
             embed_tokens,
-            embed_scale: config.embedding_scale().map(|s| loader.constant(s)).transpose()?,
+            embed_scale: config.embedding_scale().map(|s| self.constant(s)).transpose()?,
             layers,
-            norm: loader.norm("", Module::Norm, config.hidden_size)?,
+            norm: self.norm("", Module::Norm, config.hidden_size)?,
             lm_head,
-            dtype,
+            dtype: if self.eight_bit.is_some() { Dtype::Fp8 } else { self.dtype },
             device: device.clone(),
             mode: AttentionMode::Dense,
         })

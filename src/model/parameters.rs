@@ -93,7 +93,9 @@ impl Gain {
 
 impl Linear {
     fn parameters<'a>(&'a mut self, layer: usize, all: &mut Vec<Parameter<'a>>) {
-        let Self { projection, weight, bias, adapter } = self;
+        let Self { projection, weight, narrow, bias, adapter } = self;
+        let wide = narrow.as_mut().and_then(|narrow| narrow.wide.as_mut());
+        let weight = wide.unwrap_or(weight);
         let name = format!("model.layers.{layer}.{}.{projection}", projection.parent());
         let at = |module| Scope { layer: Some(layer as u32), module };
         let scope = at(Module::Proj(*projection));

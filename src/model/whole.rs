@@ -30,7 +30,13 @@ impl Decoder {
             factor: self.embed_scale.as_ref(),
             layers: layers.map(layer).collect::<Result<_>>()?,
             norm: self.norm.at(meter),
-            head: Product { at, weight: self.head_weight(), bias: None, adapter: None },
+            head: Product {
+                at,
+                weight: self.head_weight(),
+                eight_bit: None,
+                bias: None,
+                adapter: None,
+            },
         }))
     }
 }

@@ -7,10 +7,12 @@
 
 mod fused;
 mod launches;
+mod narrow;
 mod whole;
 
 use super::{
-    LowRank, Tensor, Unshared, add,
+    EightBit, LowRank, Tensor, Unshared, add,
+    eight_bit::{Narrow, eight_bit_linear, quantized},
     elementwise::gated,
     linear,
     linear::{MatMul, biased, rows},
@@ -55,8 +57,10 @@ impl Norm<'_> {
 pub struct Product<'a> {
     /// The projection.
     pub at: At<'a>,
-    /// (n, k)
+    /// (n, k), maybe in 8 bits.
     pub weight: &'a Tensor,
+    /// What belongs to it where it is.
+    pub eight_bit: Option<EightBit<'a>>,
     /// (n)
     pub bias: Option<&'a Tensor>,
     /// What is added to it.
@@ -64,9 +68,13 @@ pub struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// x (…, k) → (…, n), without what the adapter adds.
-    fn alone(self, x: &Tensor) -> Result<Unshared> {
-        let y = linear(self.at, x, self.weight)?;
+    /// x (…, k) → (…, n), without what the adapter adds; of a weight in 8 bits, from x in 8 bits.
+    fn alone(self, x: &Tensor, narrow: Option<&Narrow>) -> Result<Unshared> {
+        let y = match (self.eight_bit, narrow) {
+            (None, _) => linear(self.at, x, self.weight)?,
+            (Some(of), Some(narrow)) => eight_bit_linear(self.at, (x, narrow), self.weight, of)?,
+            (Some(_), None) => anyhow::bail!("a weight in 8 bits, and x is not"),
+        };
         match self.bias {
             Some(bias) => biased(self.at, &y.0, bias),
             None => Ok(y),
@@ -74,12 +82,19 @@ impl Product<'_> {
     }
 }
 
+/// The first of `products` whose weight is in 8 bits: what they read is put into 8 bits once, on account
+/// of it.
+fn first_in_8_bits<'p, 'a>(products: &'p [Product<'a>]) -> Option<&'p Product<'a>> {
+    products.iter().find(|product| product.eight_bit.is_some())
+}
+
 /// `products` of one x (…, k), each (…, n).
 fn each<const N: usize>(products: &[Product; N], x: &Tensor) -> Result<[Tensor; N]> {
     let adapters: Vec<LowRank> = products.iter().filter_map(|product| product.adapter).collect();
+    let narrow = first_in_8_bits(products).map(|first| quantized(first.at, x)).transpose()?;
     let mut lows = lows(x, &adapters)?.into_iter();
     let of = |product: &Product| {
-        let y = product.alone(x)?;
+        let y = product.alone(x, narrow.as_ref())?;
         let Some(adapter) = product.adapter else { return Ok(y.share()) };
         let low = lows.next().ok_or_else(|| anyhow::anyhow!("an adapter without A x"))?;
         Ok(adapter.add_to(y, low)?.share())
@@ -153,7 +168,7 @@ pub fn add_product(
         fused.add_product(residual, &x, product, norm, ahead)?;
         return Ok(x);
     }
-    if let Product { at, weight, bias: None, adapter: None } = product
+    if let Product { at, weight, eight_bit: None, bias: None, adapter: None } = product
         && norm.is_none()
         && !residual.is_taped()
     {

@@ -62,6 +62,7 @@ mod block;
 mod blocks;
 mod cache;
 mod choose;
+mod eight_bit;
 mod elementwise;
 mod embed;
 mod linear;
@@ -93,6 +94,7 @@ pub use block::{
 pub use blocks::{Blocks, KeyBlock, QueryBlock, blocked_attention};
 pub use cache::KvCache;
 pub use choose::Choosing;
+pub use eight_bit::{EightBit, NarrowProduct, check_8_bits, narrowed};
 pub use elementwise::{add, gated, gelu, mul, scale, silu};
 pub use embed::{Ids, embed};
 #[cfg(test)]
@@ -170,6 +172,7 @@ pub fn candle_dtype(dtype: Dtype) -> DType {
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::BF16,
+        Dtype::Fp8 => DType::F8E4M3,
     }
 }
 
@@ -179,6 +182,7 @@ pub(crate) fn dtype_of(tensor: &candle_core::Tensor) -> Result<Dtype> {
         DType::F32 => Ok(Dtype::F32),
         DType::F16 => Ok(Dtype::F16),
         DType::BF16 => Ok(Dtype::BF16),
+        DType::F8E4M3 => Ok(Dtype::Fp8),
         other => anyhow::bail!("no metered op computes in {other:?}"),
     }
 }

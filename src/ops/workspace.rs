@@ -36,6 +36,14 @@ impl Workspace {
         self.of(kernels, shape, DType::F32)
     }
 
+    /// The same of 8 bits.
+    ///
+    /// # Errors
+    /// The device's, out of memory among them.
+    pub(super) fn take_8_bits(&self, kernels: &Kernels, shape: (usize, usize)) -> Result<Unshared> {
+        self.of(kernels, shape, DType::F8E4M3)
+    }
+
     /// Counters that are zero before and after each launch, and so may serve all of them.
     ///
     /// # Errors

@@ -133,7 +133,7 @@ pub fn render_bench(
     style: Figures,
     unicode: bool,
 ) -> Result<()> {
-    let BenchReport { kind, model, parameters, points, ceiling, device, .. } = report;
+    let BenchReport { kind, model, parameters, points, ceiling, device, accuracy, .. } = report;
     writeln!(out, "model     {model}, {} parameters", digits(*parameters))?;
     let points_of = if points.len() == 1 { "point" } else { "points" };
     writeln!(out, "workload  {kind}, {} {points_of}, medians", points.len())?;
@@ -157,6 +157,9 @@ pub fn render_bench(
         "{FAINT}B/s and FLOP/B are of weights and cache; a roofline's bound is the largest of FLOPs, \
          bytes and ops over their ceilings{FAINT:#}"
     )?;
+    if let Some(found) = accuracy {
+        writeln!(out, "accuracy  {}: {}", found.dtype.name(), found.says())?;
+    }
     for curve in &report.curves {
         writeln!(
             out,

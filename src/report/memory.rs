@@ -50,7 +50,7 @@ impl Memory {
 /// Scores that CUDA's kernel of attention does not hold.
 fn spared(workload: &Workload) -> u128 {
     let dense = workload.attention == AttentionMode::Dense;
-    let fused = dense && is_one_kernel(workload.dtype, workload.model.head_dim());
+    let fused = dense && is_one_kernel(workload.dtype.base(), workload.model.head_dim());
     match workload.task {
         Task::Train { .. } => 0,
         Task::Forward { .. }

@@ -59,6 +59,8 @@ pub enum Cause {
     OneEach,
     /// No adapters.
     LoraProducts,
+    /// No scales of 8-bit products.
+    Scales,
     /// No bias adds.
     Biases,
     /// No scaling of the embedding.
@@ -153,6 +155,7 @@ impl Cause {
             Self::LastLogits => "logits of last positions alone",
             Self::OneEach => "one operation an element",
             Self::LoraProducts => "LoRA left out",
+            Self::Scales => "scales of 8-bit products left out",
             Self::Biases => "bias adds left out",
             Self::EmbeddingScale => "scaling of the embedding left out",
             Self::Norms => "norms left out",
@@ -227,6 +230,7 @@ impl Cause {
             Self::LastLogits => "the head over the last position of each sequence; all were asked for",
             Self::OneEach => "each element of softmax, and of SiLU, as a single operation",
             Self::LoraProducts => "no A and B products",
+            Self::Scales => "no quantizing of the projections' inputs, and no scaling of their products",
             Self::Biases => "no adds of the projections' biases",
             Self::EmbeddingScale => "no factor sqrt(D) on embedded tokens",
             Self::Norms => "no squares, roots, divisions and gains of RMSNorm",

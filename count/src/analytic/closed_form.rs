@@ -13,7 +13,7 @@ use super::{
     training::Training,
 };
 use crate::{
-    config::{Activation, Adapted, LoraConfig, ModelConfig, Projection, RopeScaling},
+    config::{Activation, Adapted, ModelConfig, Projection, RopeScaling},
     error::Result,
     ledger::Phase,
     prices::{Cost, Primitives},
@@ -37,13 +37,13 @@ pub(super) fn unpadded(workload: &Workload) -> Result<Tally> {
 }
 
 fn of_passes(workload: &Workload, phases: Vec<(Phase, Moments)>) -> Result<Tally> {
-    let Workload { model, lora, .. } = workload;
+    let model = &workload.model;
     let mut tally = Tally::default();
     setup(&mut tally, model, workload.positions())?;
     for (phase, m) in phases {
         match workload.task {
             Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
-                passes(&mut tally, phase, model, lora, &m)?;
+                passes(&mut tally, phase, workload, &m)?;
             }
             Task::Evaluate { .. } => scored(&mut tally, workload, phase, m)?,
             Task::Train { accumulate, steps, full, clip, .. } => {
@@ -65,7 +65,7 @@ fn of_passes(workload: &Workload, phases: Vec<(Phase, Moments)>) -> Result<Tally
 
 /// Passes of a training or an evaluation: forward with a loss, and in training their gradients.
 fn scored(tally: &mut Tally, workload: &Workload, phase: Phase, m: Moments) -> Result<()> {
-    let Workload { model, lora, task, .. } = workload;
+    let task = &workload.task;
     let (trains, full, again) = match *task {
         Task::Train { full, recompute, .. } => (true, full, recompute),
         Task::Forward { .. }
@@ -74,10 +74,10 @@ fn scored(tally: &mut Tally, workload: &Workload, phase: Phase, m: Moments) -> R
         | Task::Evaluate { .. } => (false, false, false),
     };
     let training = || Training::new(workload, full, m);
-    body(tally, phase, model, lora, &m)?;
+    body(tally, phase, workload, &m)?;
     tally.extend(training().head_and_loss(trains)?)?;
     if again {
-        layers(tally, Phase::Recompute, model, lora, &m, training().reached())?;
+        layers(tally, Phase::Recompute, workload, &m, training().reached())?;
     }
     if trains {
         tally.extend(training().backward()?)?;
@@ -89,11 +89,11 @@ fn scored(tally: &mut Tally, workload: &Workload, phase: Phase, m: Moments) -> R
 /// What is executed for padding alone.
 pub(super) fn padding(workload: &Workload) -> Result<Cost> {
     let mut tally = Tally::default();
-    let Workload { model, lora, task, .. } = workload;
+    let Workload { model, task, .. } = workload;
     for (phase, m) in Moments::padding(workload) {
         match task {
             Task::Forward { .. } | Task::Generate { .. } | Task::Verify { .. } => {
-                body(&mut tally, phase, model, lora, &m)?;
+                body(&mut tally, phase, workload, &m)?;
                 head(&mut tally, phase, model, &m)?;
             }
             Task::Train { .. } | Task::Evaluate { .. } => scored(&mut tally, workload, phase, m)?,
@@ -154,15 +154,14 @@ pub(super) fn setup(tally: &mut Tally, model: &ModelConfig, positions: u64) -> R
 pub(super) fn passes(
     tally: &mut Tally,
     phase: Phase,
-    model: &ModelConfig,
-    lora: &LoraConfig,
+    workload: &Workload,
     m: &Moments,
 ) -> Result<()> {
     if m.passes == 0 {
         return Ok(());
     }
-    body(tally, phase, model, lora, m)?;
-    head(tally, phase, model, m)
+    body(tally, phase, workload, m)?;
+    head(tally, phase, &workload.model, m)
 }
 
 fn head(tally: &mut Tally, phase: Phase, model: &ModelConfig, m: &Moments) -> Result<()> {
@@ -172,14 +171,9 @@ fn head(tally: &mut Tally, phase: Phase, model: &ModelConfig, m: &Moments) -> Re
 }
 
 /// The same up to the head: embedding, layers, final norm.
-fn body(
-    tally: &mut Tally,
-    phase: Phase,
-    model: &ModelConfig,
-    lora: &LoraConfig,
-    m: &Moments,
-) -> Result<()> {
-    layers(tally, phase, model, lora, m, 0..model.num_hidden_layers)?;
+fn body(tally: &mut Tally, phase: Phase, workload: &Workload, m: &Moments) -> Result<()> {
+    let model = &workload.model;
+    layers(tally, phase, workload, m, 0..model.num_hidden_layers)?;
     let (scaled, width) = (u128::from(model.scaled_embedding), model.hidden_size as u128);
     let embedding = Primitives { mul: scaled * m.rows * width, ..zero() };
     let embedding = Sum { calls: m.passes * (1 + scaled), cost: only(embedding) };
@@ -191,11 +185,11 @@ fn body(
 pub(super) fn layers(
     tally: &mut Tally,
     phase: Phase,
-    model: &ModelConfig,
-    lora: &LoraConfig,
+    workload: &Workload,
     m: &Moments,
     of: Range<usize>,
 ) -> Result<()> {
+    let Workload { model, lora, .. } = workload;
     m.check(model)?;
     let layers = of.len() as u128;
     let width = model.hidden_size as u128;
@@ -208,6 +202,11 @@ pub(super) fn layers(
     for projection in Projection::ALL {
         let (calls, cost) = base(projection, model, m.rows);
         row(Component::Proj(projection), layers * m.passes * calls, times(layers, cost)?)?;
+        if workload.dtype.is_8_bit() {
+            let (calls, scales) = scaled(projection, model, m.rows);
+            let cost = times(layers, only(scales))?;
+            row(Component::Proj(projection), layers * m.passes * calls, cost)?;
+        }
         let adapted = lora.adapted(projection, of.clone());
         if adapted.layers > 0 {
             let cost = adapters(projection, model, adapted, m.rows);
@@ -258,6 +257,26 @@ fn base(projection: Projection, model: &ModelConfig, rows: u128) -> (u128, Cost)
         cost.other.add = rows * n as u128;
     }
     (1 + u128::from(model.has_bias(projection)), cost)
+}
+
+/// What a projection in 8 bits takes beside its product: calls of a pass, and their cost. Each
+/// output is multiplied by two scales. Of those that read one tensor, which are q, k and v, and gate
+/// and up, the first has its rows quantized: a cmp and a mul an element, two divs a row.
+pub(super) fn scaled(
+    projection: Projection,
+    model: &ModelConfig,
+    rows: u128,
+) -> (u128, Primitives) {
+    use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+    let (k, n) = projection.widths(model);
+    let outputs = 2 * rows * n as u128;
+    let read = rows * k as u128;
+    match projection {
+        KProj | VProj | UpProj => (1, Primitives { mul: outputs, ..zero() }),
+        QProj | OProj | GateProj | DownProj => {
+            (2, Primitives { mul: outputs + read, cmp: read, div: 2 * rows, ..zero() })
+        }
+    }
 }
 
 /// A, B, the scale and the sum of a projection's adapters in all layers that have one: r columns

@@ -25,11 +25,13 @@ pub enum Dtype {
     /// bfloat16.
     #[cfg_attr(feature = "clap", value(name = "bf16"))]
     BF16,
+    /// 8 bits, e4m3. Of a model: bfloat16, but for the products of the layers' projections.
+    Fp8,
 }
 
 impl Dtype {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::BF16, Self::Fp8];
 
     /// The one of this name.
     pub fn named(name: &str) -> Option<Self> {
@@ -42,6 +44,24 @@ impl Dtype {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::BF16 => "bf16",
+            Self::Fp8 => "fp8",
+        }
+    }
+
+    /// What a model of this type computes in but for the products of its layers' projections: bf16
+    /// where those are in 8 bits, else the same.
+    pub const fn base(self) -> Self {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => self,
+            Self::Fp8 => Self::BF16,
+        }
+    }
+
+    /// Whether a model of this type multiplies its layers' projections in 8 bits.
+    pub const fn is_8_bit(self) -> bool {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => false,
+            Self::Fp8 => true,
         }
     }
 
@@ -50,6 +70,7 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::Fp8 => 1,
         }
     }
 }

@@ -21,6 +21,20 @@ pub enum Op {
         /// Columns of the right side.
         n: u64,
     },
+    /// Rows in 8 bits: each divided by a scale of its own, that of its largest magnitude.
+    Quantize {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
+    /// A product of 8-bit rows times the scales of both sides.
+    Dequantize {
+        /// Rows.
+        rows: u64,
+        /// Elements in a row.
+        width: u64,
+    },
     /// One bias vector added to each row.
     Bias {
         /// Rows.
@@ -254,6 +268,8 @@ impl Op {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Matmul { .. } => "matmul",
+            Self::Quantize { .. } => "quantize",
+            Self::Dequantize { .. } => "dequantize",
             Self::Bias { .. } => "bias",
             Self::Add { .. } => "add",
             Self::Mul { .. } => "mul",
@@ -318,7 +334,9 @@ impl fmt::Display for Op {
             Self::RopeLinear { half } | Self::RopeLlama3 { half } | Self::RopeYarn { half } => {
                 write!(f, "[half={half}]")
             }
-            Self::Bias { rows, width }
+            Self::Quantize { rows, width }
+            | Self::Dequantize { rows, width }
+            | Self::Bias { rows, width }
             | Self::CacheWrite { rows, width }
             | Self::Mask { rows, width }
             | Self::RmsNorm { rows, width }

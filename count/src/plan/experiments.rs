@@ -260,7 +260,7 @@ impl Plan {
 
 /// The element type that the file names; else that of a GPU, where one is named.
 fn dtype(source: &Source, file: &PlanFile, spec: &RateSpec) -> Result<Dtype> {
-    let known = [Dtype::F32, Dtype::F16, Dtype::BF16];
+    let known = Dtype::ALL;
     match &file.dtype {
         None if spec.gpu.is_some() => Ok(Dtype::BF16),
         None => Ok(Dtype::F32),

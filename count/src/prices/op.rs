@@ -12,6 +12,8 @@ impl Op {
     /// | op | derivation |
     /// |---|---|
     /// | matmul | each of b·m·n outputs: k muls, k − 1 adds |
+    /// | quantize | a row: w cmps (largest magnitude, and the smallest that it is taken for), 2 divs (scale = that / 448, and its reciprocal), w muls; taking off a sign and rounding to 8 bits are free, as rounding to bf16 is |
+    /// | dequantize | an element: 2 muls, by its row's scale and its column's |
     /// | bias, add, mask | one add an element |
     /// | mul, scale | one mul an element |
     /// | silu | x / (1 + exp(−x)): neg, exp, add, div an element |
@@ -52,6 +54,13 @@ impl Op {
             Self::Matmul { b, m, k, n } => {
                 let outputs = u128::from(b) * u128::from(m) * u128::from(n);
                 Cost { macs: outputs * u128::from(k), outputs, other: p }
+            }
+            Self::Quantize { rows, width } => {
+                let (r, n) = (u128::from(rows), u128::from(rows) * u128::from(width));
+                other(Primitives { cmp: n, div: 2 * r, mul: n, ..p })
+            }
+            Self::Dequantize { rows, width } => {
+                other(Primitives { mul: 2 * u128::from(rows) * u128::from(width), ..p })
             }
             Self::Bias { rows, width } | Self::Mask { rows, width } => {
                 other(Primitives { add: u128::from(rows) * u128::from(width), ..p })
@@ -199,6 +208,11 @@ mod tests {
         let matmul = Op::Matmul { b: 1, m: 2, k: 3, n: 4 };
         assert_eq!(priced(&Prices::unit(), matmul), 24 + 16);
         assert_eq!(priced(&Prices::matmul(), matmul), 48);
+        // Rows of 3: 3 cmps, 2 divs and 3 muls each; 2 muls an element.
+        let quantize = Op::Quantize { rows: 2, width: 3 };
+        assert_eq!(quantize.cost().other.cmp, 2 * 3);
+        assert_eq!(priced(&Prices::unit(), quantize), 2 * (2 + 3));
+        assert_eq!(priced(&Prices::unit(), Op::Dequantize { rows: 2, width: 3 }), 2 * 6);
         // A row of 4: 4 squares + 4 gains, 3 adds + 1 eps, 4 + 1 divs, 1 root.
         let norm = Op::RmsNorm { rows: 1, width: 4 };
         assert_eq!(priced(&Prices::unit(), norm), 8 + 4 + 5 + 1);

@@ -189,7 +189,7 @@ fn workloads(
             (Swept::Task(key), value) => key.set(&mut task, value).map_err(fail)?,
             (Swept::Preset, Value::Text(name)) => model = presets.get(name).unwrap_or(model),
             (Swept::Dtype, Value::Text(name)) => {
-                let known = || fail(format!("has `{name}`; known: f32, f16, bf16"));
+                let known = || fail(format!("has `{name}`; known: f32, f16, bf16, fp8"));
                 dtype = Dtype::named(name).ok_or_else(known)?;
             }
             (Swept::Attention, Value::Text(name)) => {

@@ -43,6 +43,11 @@ impl Workload {
                 at_least_1("--accumulate", *accumulate)?;
                 at_least_1("--steps", *steps)?;
                 at_least_1("--seq", *seq)?;
+                if *full && self.dtype.is_8_bit() {
+                    let why = "does not go with --dtype fp8, whose 8-bit weights are frozen; train \
+                               adapters with --lora-rank, or every weight in bf16";
+                    return refused("--full", why);
+                }
                 if !full && self.lora.rank == 0 {
                     let why = "0 leaves nothing to train; give a rank, or --full for every weight";
                     return refused("--lora-rank", why);

@@ -1,7 +1,7 @@
 //! Bytes that a workload needs on a device.
 
 use super::{ATTENTION_BLOCK, AttentionMode, LOSS_ROWS, Logits, Ragged, Task, Workload};
-use crate::ledger::Dtype;
+use crate::{config::Projection, ledger::Dtype};
 
 impl Workload {
     /// Bytes that it needs at least on a device: parameters, cache, activations and, of a training,
@@ -13,10 +13,28 @@ impl Workload {
             + self.training_bytes()
     }
 
-    /// Bytes of all parameters, adapters included.
+    /// Bytes of all parameters, adapters included. Of projections in 8 bits, a byte an element and a
+    /// scale in f32 a row; a training holds them in bf16 too, which gradients read.
     pub fn weights_bytes(&self) -> u128 {
         let parameters = self.model.parameters() + self.lora.parameters(&self.model);
-        parameters * u128::from(self.dtype.bytes())
+        let base = u128::from(self.dtype.base().bytes());
+        if !self.dtype.is_8_bit() {
+            return parameters * base;
+        }
+        let widths = Projection::ALL.map(|projection| projection.widths(&self.model));
+        let of_layers = |of: &dyn Fn((usize, usize)) -> usize| {
+            (self.model.num_hidden_layers * widths.into_iter().map(of).sum::<usize>()) as u128
+        };
+        let (narrow, scales) = (of_layers(&|(k, n)| k * n), of_layers(&|(_, n)| n));
+        let wide = match self.task {
+            Task::Train { .. } => parameters,
+            Task::Forward { .. }
+            | Task::Generate { .. }
+            | Task::Verify { .. }
+            | Task::Evaluate { .. } => parameters - narrow,
+        };
+        let bytes = u128::from(self.dtype.bytes());
+        wide * base + narrow * bytes + scales * u128::from(Dtype::F32.bytes())
     }
 
     /// Bytes of the preallocated cache: keys and values, K·d wide, of every layer and token.
@@ -32,7 +50,10 @@ impl Workload {
         };
         let tokens = self.positions();
         let width = 2 * self.model.num_hidden_layers * self.model.kv_width();
-        u128::from(batch) * u128::from(tokens) * width as u128 * u128::from(self.dtype.bytes())
+        u128::from(batch)
+            * u128::from(tokens)
+            * width as u128
+            * u128::from(self.dtype.base().bytes())
     }
 
     /// Bytes of the token ids, targets and weights that a training step holds on the host.
@@ -48,9 +69,9 @@ impl Workload {
         let Task::Train { full, accumulate, moments, .. } = self.task else { return 0 };
         let base = if full { self.model.parameters() } else { 0 };
         let trained = base + self.lora.parameters(&self.model);
-        let gradient = match self.dtype {
+        let gradient = match self.dtype.base() {
             Dtype::BF16 if accumulate == 1 => 2,
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 => 4,
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::Fp8 => 4,
         };
         let masters = if self.dtype == Dtype::F32 { 0 } else { 4 };
         trained * (gradient + 2 * u128::from(moments.bytes()) + masters)
@@ -93,15 +114,20 @@ impl Workload {
             | Task::Verify { .. }
             | Task::Evaluate { .. } => 0,
         };
-        let bytes = u128::from(self.dtype.bytes());
+        let bytes = u128::from(self.dtype.base().bytes());
         let logits = head_rows * model.vocab_size as u128 * (bytes + 4);
-        (once + layered) * bytes + logits
+        // A projection's input in 8 bits.
+        let narrow = match self.dtype.is_8_bit() {
+            true => rows * d.max(f).max(q) * u128::from(self.dtype.bytes()),
+            false => 0,
+        };
+        (once + layered) * bytes + narrow + logits
     }
 
     /// Of which scores and their mask, which a kernel for all of attention never holds.
     pub fn scores_bytes(&self) -> u128 {
         let [of_heads, masks] = self.scores();
-        (2 * of_heads + masks) * u128::from(self.dtype.bytes())
+        (2 * of_heads + masks) * u128::from(self.dtype.base().bytes())
     }
 
     /// Elements of one layer's scores that the largest pass holds at once, of the layer that sees

@@ -308,12 +308,18 @@ prop_compose! {
 prop_compose! {
     pub fn workloads(sizes: Sizes)(
         (model, lora) in adapted(sizes.clone(), 8), task in tasks(sizes.length.clone()),
-        [bf16, blocked] in any::<[bool; 2]>(),
+        (dtype, blocked) in (0..3usize, any::<bool>()),
     ) -> Workload {
         let frozen = matches!(task, Task::Train { full: false, .. });
         let any = || LoraConfig::new(&model, 1, 8.0, &[Projection::OProj]).unwrap();
         let lora = if frozen && lora.rank == 0 { any() } else { lora };
-        let dtype = if bf16 { Dtype::BF16 } else { Dtype::F32 };
+        // Weights in 8 bits are frozen.
+        let full = matches!(task, Task::Train { full: true, .. });
+        let dtype = match dtype {
+            0 => Dtype::F32,
+            1 if !full => Dtype::Fp8,
+            _ => Dtype::BF16,
+        };
         let attention = if blocked { AttentionMode::Blocked } else { AttentionMode::Dense };
         Workload { model, lora, dtype, attention, task }
     }

@@ -10,6 +10,7 @@ use super::{
         Adapted, AddedInto, AttendOne, BiasInto, EmbedInto, GateInto, Library, NormInto, Projected,
         To,
     },
+    narrow::are_narrow,
 };
 use crate::{config::Activation, error::Result, meter::At};
 
@@ -19,8 +20,8 @@ const NORMED_BY_EACH: usize = 8;
 
 /// One token of each of B sequences, (B, k), and where what is computed of it goes.
 pub(super) struct Fused<'a> {
-    kernels: Kernels,
-    workspace: &'a Workspace,
+    pub(super) kernels: Kernels,
+    pub(super) workspace: &'a Workspace,
     x: candle_core::Tensor,
     at: At<'a>,
 }
@@ -29,7 +30,8 @@ pub(super) struct Fused<'a> {
 pub(super) fn of<'a>(at: At<'a>, x: &Tensor, products: &[Product]) -> Option<Fused<'a>> {
     let workspace = at.workspace()?;
     let &[rows, 1, k] = x.dims() else { return None };
-    let weights = products.iter().map(|product| &product.weight.data);
+    let wide = products.iter().filter(|product| product.eight_bit.is_none());
+    let weights = wide.map(|product| &product.weight.data);
     let kernels = Kernels::of(&weights.chain([&x.data]).collect::<Vec<_>>())?;
     let x = x.data.reshape((rows, k)).ok().filter(|_| k.is_multiple_of(8))?;
     Some(Fused { kernels, workspace, x, at })
@@ -106,7 +108,7 @@ pub(in crate::ops) fn attend_one(
 }
 
 impl<'a> Fused<'a> {
-    fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.x.dims()[0]
     }
 
@@ -120,7 +122,7 @@ impl<'a> Fused<'a> {
         Kernels::project_serves(self.x.dtype(), self.rows(), products)
     }
 
-    fn take(&self, width: usize) -> Result<Unshared> {
+    pub(super) fn take(&self, width: usize) -> Result<Unshared> {
         self.workspace.take(&self.kernels, (self.rows(), width))
     }
 
@@ -166,11 +168,14 @@ impl<'a> Fused<'a> {
         let x = x.as_ref().map_or(&self.x, |normed| &normed.0.data);
         let width = gate.weight.dims()[0];
         let inner = self.take(width)?;
-        if self.few() && !adapted(&products) {
+        if self.few() && !adapted(&products) && !are_narrow(&products) {
             let out = To::Gated(activation, &inner.0.data);
             self.project(at, out, x, left, &products, &[])?;
         } else {
-            let (gate, up) = (self.alone(x, gate, &[])?, self.alone(x, up, &[])?);
+            let [gate, up] = match are_narrow(&products) {
+                true => self.two_narrow(x, products)?,
+                false => [self.alone(x, gate, &[])?, self.alone(x, up, &[])?],
+            };
             let kernels = &self.kernels;
             let (gate, up, out) = (&gate.data, &up.data, &inner.0.data);
             at.launch(&GateInto { kernels, activation, out, gate, up })?;
@@ -193,6 +198,10 @@ impl<'a> Fused<'a> {
             let normed = self.norm(&y.data.squeeze(1)?, norm)?;
             let kernels = &self.kernels;
             return residual.launch(&AddedInto { kernels, x: &stream, y: &normed.0.data });
+        }
+        if product.eight_bit.is_some() {
+            let y = self.alone(&self.x, product, ahead)?.data.squeeze(1)?;
+            return residual.launch(&AddedInto { kernels: &self.kernels, x: &stream, y: &y });
         }
         if self.few() {
             let out = To::Added(residual, &stream);
@@ -220,13 +229,14 @@ impl<'a> Fused<'a> {
     }
 
     /// What products of normed x read: x itself, and the norm that is left to them; or normed x,
-    /// where rows are many, where cuBLAS computes them, or where an adapter reads it too.
+    /// where rows are many, where a library computes them, or where an adapter reads it too.
     fn input<'n>(
         &self,
         norm: Norm<'n>,
         products: &[Product],
     ) -> Result<(Option<Unshared>, Option<Norm<'n>>)> {
-        match self.rows() <= NORMED_BY_EACH && self.few() && !adapted(products) {
+        let left = self.few() && !adapted(products) && !are_narrow(products);
+        match self.rows() <= NORMED_BY_EACH && left {
             true => Ok((None, Some(norm))),
             false => Ok((Some(self.norm(&self.x, norm)?), None)),
         }
@@ -247,6 +257,15 @@ impl<'a> Fused<'a> {
         products: &[Product],
         ahead: &[&Tensor],
     ) -> Result<()> {
+        if are_narrow(products) {
+            let mut after = 0;
+            let columns = products.iter().map(|product| {
+                let (from, width) = (after, product.weight.dims()[0]);
+                after += width;
+                Ok(out.0.data.narrow(1, from, width)?)
+            });
+            return self.narrow_products(&columns.collect::<Result<Vec<_>>>()?, x, products);
+        }
         if self.few_for(products.len()) {
             return self.project(self.at, To::Plain(&out.0.data), x, left, products, ahead);
         }
@@ -286,7 +305,12 @@ impl<'a> Fused<'a> {
 
     /// Adds what their adapters make of x to products (B, 1, n): as many at once as have one rank
     /// and one scale, which are a launch's.
-    fn adapt(&self, x: &candle_core::Tensor, products: &[Product], outs: &[Tensor]) -> Result<()> {
+    pub(super) fn adapt(
+        &self,
+        x: &candle_core::Tensor,
+        products: &[Product],
+        outs: &[Tensor],
+    ) -> Result<()> {
         let mut adapters: Vec<(LowRank, candle_core::Tensor)> = products
             .iter()
             .zip(outs)
@@ -312,6 +336,7 @@ impl<'a> Fused<'a> {
             .map(|(LowRank { a: (at, weight), .. }, _)| Product {
                 at: *at,
                 weight,
+                eight_bit: None,
                 bias: None,
                 adapter: None,
             })

@@ -78,7 +78,7 @@ impl std::fmt::Debug for WholeStep {
 
 impl WholeStep {
     /// Steps of `model` on top of `cache`, which the device counts; none where no kernel takes them:
-    /// for several sequences, with adapters, of other widths.
+    /// for several sequences, with adapters, in 8 bits, of other widths.
     ///
     /// # Errors
     /// Shapes that do not fit one another; the device's, out of memory among them.
@@ -88,7 +88,8 @@ impl WholeStep {
         let products = model.layers.iter().flat_map(WholeLayer::products);
         let mut plain = products.chain([model.head]);
         let alike = model.layers.iter().all(|layer| layer.activation == first.activation);
-        if plain.any(|product| product.adapter.is_some()) || !alike || model.head.bias.is_some() {
+        let served = |product: Product| product.adapter.is_none() && product.eight_bit.is_none();
+        if !plain.all(served) || !alike || model.head.bias.is_some() {
             return Ok(None);
         }
         let Some(kernels) = Kernels::of(&[&model.table.data, &model.head.weight.data]) else {

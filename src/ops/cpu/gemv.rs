@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, W
 use rayon::prelude::*;
 
 /// Above this many rows the arithmetic, not the memory, is the bound, and the general product wins.
-const MOST_ROWS: usize = 8;
+pub(super) const MOST_ROWS: usize = 8;
 
 /// Whether x · b is few rows x (m, k) times a dense weight (n, k), of which b is the transpose.
 pub(in crate::ops) fn takes_few_rows(x: &Tensor, b: &Tensor) -> bool {
@@ -66,6 +66,17 @@ fn dense<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
         Some((start, end)) => Ok(&values[start..end]),
         None => bail!("gemv takes dense tensors"),
     }
+}
+
+/// Every row of `x` with every row of `w`: (m, n).
+pub(super) fn by_rows<T: Copy + Sync>(
+    x: &[f32],
+    w: &[T],
+    k: usize,
+    widen: impl Fn(T) -> f32 + Sync,
+) -> Vec<f32> {
+    let (m, n) = (x.len() / k, w.len() / k);
+    transpose(rows(x, w, k, widen), m, n)
 }
 
 /// Every row of `w` with every row of `x`: (n, m).

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod by_row;
+mod e4m3;
 mod exp;
 mod gemv;
 mod loss;
@@ -12,6 +13,7 @@ mod softmax;
 
 pub(super) use blocks::{row_dots, scores_grad, softmax_again, softmax_kept};
 pub(super) use by_row::{add_into, map};
+pub(super) use e4m3::{product as eight_bit_product, quantized};
 pub(super) use gemv::{gemv, takes_few_rows};
 pub(super) use loss::{cross_entropy, cross_entropy_grad};
 pub(super) use norm::rms_norm_grad;

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 use super::{
     Fault, Listed,
     call::{File, Space},
+    eight_bit::Scaled,
     library::Gemm,
 };
 use crate::{error, ops::launch::Nodes};
@@ -43,6 +44,14 @@ pub(super) unsafe fn launch<A: Copy>(
 
 pub(super) unsafe fn product(_: &Device, _: DType, _: &Nodes, _: Gemm) -> Result<()> {
     bail!("this build has no cuBLAS")
+}
+
+pub(super) unsafe fn scaled_product(_: &Device, _: &Nodes, _: Scaled) -> Result<()> {
+    bail!("this build has no cuBLASLt")
+}
+
+pub(super) fn capability(_: &Device) -> Result<i32> {
+    bail!("this build has no GPU")
 }
 
 pub(super) fn are_for_hopper() -> bool {

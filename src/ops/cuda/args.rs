@@ -2,7 +2,7 @@
 //! same structs into the header that every kernel includes, where they are templates over the
 //! element type.
 
-use super::{Bf16, Element, Read, Write};
+use super::{Bf16, E4m3, Element, Read, Write};
 
 arguments! {
     // Parts of several.
@@ -99,6 +99,15 @@ arguments! {
         y: Write<Element>,
         x: Read<Element>,
         norm: Normed,
+        rows: u64,
+        width: u32,
+    }
+
+    struct Quantize {
+        codes: Write<E4m3>,
+        /// One a row.
+        scales: Write<f32>,
+        x: Read<Element>,
         rows: u64,
         width: u32,
     }

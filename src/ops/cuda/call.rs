@@ -38,6 +38,10 @@ pub(in crate::ops) enum Element {}
 #[derive(Debug, Clone, Copy)]
 pub(in crate::ops) enum Bf16 {}
 
+/// 8 bits, e4m3.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::ops) enum E4m3 {}
+
 /// A type of elements as kernels are written for it.
 pub(super) trait Elements {
     /// Whether a tensor of `dtype` holds such, `own` being that of the kernels.
@@ -65,7 +69,7 @@ macro_rules! elements {
 }
 
 // candle has no u64.
-elements! { u8: U8, u32: U32, u64: I64, f32: F32, f64: F64, Bf16: BF16, }
+elements! { u8: U8, u32: U32, u64: I64, f32: F32, f64: F64, Bf16: BF16, E4m3: F8E4M3, }
 
 /// Where elements begin that a kernel reads.
 #[derive(Debug, Clone, Copy)]

@@ -50,6 +50,13 @@ pub(super) fn room(device: &Device) -> Result<[usize; 2]> {
     ])
 }
 
+/// The compute capability of `device`: 90 is 9.0.
+pub(super) fn capability(device: &Device) -> Result<i32> {
+    let context = device.as_cuda_device()?.cuda_stream().context().clone();
+    let (major, minor) = context.compute_capability().w()?;
+    Ok(10 * major + minor)
+}
+
 impl File {
     /// Whether its kernels wait, by themselves, for what the one before them writes: they may
     /// start before that has ended. Before Hopper there is no such waiting.
@@ -203,7 +210,7 @@ pub(super) unsafe fn product(
 }
 
 /// Nodes of the graph that `stream` is capturing; 0 where it captures none.
-fn captured_nodes(stream: &CudaStream) -> Result<usize> {
+pub(super) fn captured_nodes(stream: &CudaStream) -> Result<usize> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let (mut graph, mut count) = (null_mut(), 0);
     // SAFETY: what is not asked for has no place; with no place for nodes, their number is told.
@@ -267,6 +274,7 @@ pub(super) fn address(tensor: &Tensor) -> Result<u64> {
         Slice::F32(slice) => slice.device_ptr(&stream).0,
         Slice::F64(slice) => slice.device_ptr(&stream).0,
         Slice::BF16(slice) => slice.device_ptr(&stream).0,
+        Slice::F8E4M3(slice) => slice.device_ptr(&stream).0,
         Slice::U8(slice) => slice.device_ptr(&stream).0,
         Slice::U32(slice) => slice.device_ptr(&stream).0,
         Slice::I64(slice) => slice.device_ptr(&stream).0,

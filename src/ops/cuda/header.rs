@@ -95,6 +95,7 @@ named! {
     f32: "float",
     f64: "double",
     Bf16: "bf16",
+    E4m3: "e4m3",
     Element: "T",
 }
 
@@ -106,6 +107,9 @@ impl<F: Field, const N: usize> Field for [F; N] {
 
 /// As in `call.rs`.
 pub enum Bf16 {}
+
+/// As in `call.rs`.
+pub enum E4m3 {}
 
 /// As in `call.rs`.
 pub enum Element {}

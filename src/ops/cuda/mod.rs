@@ -37,6 +37,7 @@ mod attention;
 mod call;
 mod choose;
 mod decode;
+mod eight_bit;
 mod elements;
 mod library;
 mod optimizer;
@@ -55,6 +56,10 @@ mod backend;
 mod backend;
 #[cfg(feature = "cuda")]
 mod graph;
+#[cfg(feature = "cuda")]
+mod light;
+#[cfg(not(feature = "cuda"))]
+use backend as light;
 #[cfg(all(test, feature = "cuda"))]
 mod tests;
 
@@ -63,6 +68,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 pub(in crate::ops) use args::AdamWFactors;
 pub(in crate::ops) use choose::{Choose, How};
 pub(in crate::ops) use decode::{Attend, attend_space};
+pub(in crate::ops) use eight_bit::NEEDS_FOR_8_BITS;
 pub(in crate::ops) use elements::{Gate, Map, Turn};
 pub(in crate::ops) use optimizer::{TENSORS, Updated};
 pub(in crate::ops) use products::{Adapt, Out, Project};
@@ -77,7 +83,7 @@ pub(in crate::ops) use backend::Graph;
 pub(in crate::ops) use graph::Graph;
 
 // What `args` is written in.
-use call::{Bf16, Element, Read, Write};
+use call::{Bf16, E4m3, Element, Read, Write};
 
 /// Kernels for tensors of one element type on one device.
 #[derive(Debug, Clone)]

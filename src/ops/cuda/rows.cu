@@ -16,7 +16,7 @@ template <typename T, int N, int K, int THREADS> struct Row {
         for (int k = 0; k < K; k++)
             if (at(k) < width) load<N>(p + at(k), v[k]);
     }
-    __device__ void put(T *p) const {
+    template <typename U> __device__ void put(U *p) const {
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (at(k) < width) store<N>(p + at(k), v[k]);
@@ -87,6 +87,21 @@ template <typename T, int N, int K, int THREADS> __device__ void rms_norm(const 
     float inverse = 1.0f / sqrtf(reduce<Sum, THREADS>(sum) / a.width + a.norm.eps);
     r.each([&](float &v, u32, int k, int j) { v = v * inverse * (a.norm.shift + g.v[k][j]); });
     r.put(a.y + row * a.width);
+}
+
+// Codes of x / scale, where scale is the row's largest magnitude / 448. A NaN is passed over there, and
+// has its code. As on the CPU, x is multiplied by 1 / scale, so that both give the same codes.
+template <typename T, int N, int K, int THREADS> __device__ void quantize(const Quantize<T> &a) {
+    u64 row = row_of_thread<THREADS>();
+    if (row >= a.rows) return;
+    Row<T, N, K, THREADS> r(a.width);
+    r.fill(a.x + row * a.width);
+    float most = 0x1p-100f; // of a row of zeros
+    r.each([&](float &v, u32, int, int) { most = Max::of(most, fabsf(v)); });
+    float scale = __fdiv_rn(reduce<Max, THREADS>(most), 448.0f), inverse = __frcp_rn(scale);
+    r.each([&](float &v, u32, int, int) { v *= inverse; });
+    r.put(a.codes + row * a.width);
+    if (r.lane == 0) a.scales[row] = scale;
 }
 
 // i · (h − x · i² · Σ(h·x) / width), h = gain · dy, i = 1 / sqrt(mean(x²) + eps)
@@ -175,6 +190,7 @@ template <typename T, int N> __device__ void cross_entropy(const CrossEntropy<T>
     ROW_KERNEL(T, t, N, K, THREADS, softmax, Softmax)                                              \
     ROW_KERNEL(T, t, N, K, THREADS, softmax_grad, SoftmaxGrad)                                     \
     ROW_KERNEL(T, t, N, K, THREADS, rms_norm, RmsNorm)                                             \
+    ROW_KERNEL(T, t, N, K, THREADS, quantize, Quantize)                                            \
     ROW_KERNEL(T, t, N, K, THREADS, rms_norm_grad, RmsNormGrad)
 
 #define LOGITS(T, t, N)                                                                            \

@@ -72,7 +72,7 @@ impl Call<'_> {
     }
 
     /// `x` as rows along its last dimension.
-    fn rows(&self, x: &Tensor) -> Result<Rows> {
+    pub(super) fn rows(&self, x: &Tensor) -> Result<Rows> {
         let width = x.dims().last().copied().unwrap_or(1);
         let shape = row_shape(width).filter(|_| width > 0);
         let Some(shape) = shape else {
@@ -85,9 +85,9 @@ impl Call<'_> {
 
 /// Rows, and how a kernel takes them.
 #[derive(Clone, Copy)]
-struct Rows {
-    rows: usize,
-    width: u32,
+pub(super) struct Rows {
+    pub rows: usize,
+    pub width: u32,
     /// (elements of a pack, packs a thread, threads a row)
     shape: [u32; 3],
 }
@@ -97,7 +97,7 @@ impl Rows {
     ///
     /// # Safety
     /// As [`Call::start`].
-    unsafe fn start<A: Copy>(self, call: &Call, args: &A) -> Result<()> {
+    pub unsafe fn start<A: Copy>(self, call: &Call, args: &A) -> Result<()> {
         let [.., threads] = self.shape;
         let block = threads.max(WARP_ROWS_THREADS);
         // SAFETY: the caller's.

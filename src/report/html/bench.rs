@@ -58,6 +58,10 @@ pub fn section(file: &str, report: &BenchReport) -> Result<Section> {
             (curve.name.clone(), text)
         })
         .collect();
+    if let Some(found) = &report.accuracy {
+        let notes = vec![(found.dtype.name().into(), found.says())];
+        section.blocks.push(Block::Notes(Notes { title: "Accuracy".into(), notes }));
+    }
     if !fits.is_empty() {
         section.blocks.push(Block::Notes(Notes { title: "Fits".into(), notes: fits }));
     }

@@ -116,8 +116,10 @@ impl<'l, 'w> Flow<'l, 'w> {
         use Projection::{DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
         let sandwich = self.model().sandwich_norms;
         let mut h = self.norm(Module::InputLayernorm, &mut x);
+        self.quantized(QProj, &h);
         let [q, k, v] = [QProj, KProj, VProj].map(|p| self.projection(layer, p, &mut h));
         let mut mixed = self.attention(layer, q, k, v);
+        self.quantized(OProj, &mixed);
         let mut h = self.projection(layer, OProj, &mut mixed);
         if sandwich {
             h = self.norm(Module::PostAttentionLayernorm, &mut h);
@@ -128,8 +130,10 @@ impl<'l, 'w> Flow<'l, 'w> {
             false => Module::PostAttentionLayernorm,
         };
         let mut h = self.norm(before_mlp, &mut x);
+        self.quantized(GateProj, &h);
         let [gate, up] = [GateProj, UpProj].map(|p| self.projection(layer, p, &mut h));
         let mut inner = self.gated(gate, up);
+        self.quantized(DownProj, &inner);
         let mut h = self.projection(layer, DownProj, &mut inner);
         if sandwich {
             h = self.norm(Module::PostFeedforwardLayernorm, &mut h);
@@ -153,6 +157,24 @@ impl<'l, 'w> Flow<'l, 'w> {
         Tensor { rows: x.rows, ..self.tensor(module, x.width, needs) }
     }
 
+    /// What projections read, in 8 bits where they multiply so: once for all of them, on account of
+    /// the first.
+    fn quantized(&mut self, first: Projection, x: &Tensor) {
+        if self.list.workload.dtype.is_8_bit() {
+            self.op(Module::Proj(first), Op::Quantize { rows: x.rows, width: x.width });
+        }
+    }
+
+    /// The product of a projection; in 8 bits, of integers times scales that it is multiplied by
+    /// after. Its gradient is in the type of everything else.
+    fn multiplied(&mut self, base: Module, [rows, k, n]: [u64; 3]) {
+        let (layer, dtype) = (self.layer, self.list.workload.dtype);
+        self.list.add(self.phase, layer, base, Op::Matmul { b: 1, m: rows, k, n }, dtype);
+        if dtype.is_8_bit() {
+            self.op(base, Op::Dequantize { rows, width: n });
+        }
+    }
+
     /// A projection: product, bias, adapter.
     fn projection(&mut self, layer: usize, projection: Projection, x: &mut Tensor) -> Tensor {
         let (model, lora) = (self.model(), &self.list.workload.lora);
@@ -160,7 +182,7 @@ impl<'l, 'w> Flow<'l, 'w> {
         let (k, n, rows) = (k as u64, n as u64, x.rows);
         let base = Module::Proj(projection);
         let product = |m, k, n| Op::Matmul { b: 1, m, k, n };
-        self.op(base, product(rows, k, n));
+        self.multiplied(base, [rows, k, n]);
         self.towards(x, base, [product(rows, n, k)]);
         self.weight(base, k * n, product(n, rows, k));
         let mut y = self.tensor(base, n, x.needs_gradient || self.trained.base);
@@ -304,12 +326,12 @@ impl<'l, 'w> Flow<'l, 'w> {
     }
 
     pub(super) fn op(&mut self, module: Module, op: Op) {
-        self.list.add(self.phase, self.layer, module, op, self.list.workload.dtype);
+        self.list.add(self.phase, self.layer, module, op, self.list.workload.dtype.base());
     }
 
     /// An op for the gradient of an activation.
     pub(super) fn back(&mut self, module: Module, op: Op) {
-        self.list.add(Phase::BackwardX, self.layer, module, op, self.list.workload.dtype);
+        self.list.add(Phase::BackwardX, self.layer, module, op, self.list.workload.dtype.base());
     }
 
     /// What an op at `module` runs for the gradient of its input `x`, if `x` needs one.
@@ -321,7 +343,7 @@ impl<'l, 'w> Flow<'l, 'w> {
             self.back(module, op);
         }
         if x.read {
-            let dtype = self.list.workload.dtype;
+            let dtype = self.list.workload.dtype.base();
             self.list.add(Phase::BackwardX, x.layer, x.module, Op::Add { n: x.n() }, dtype);
         }
         x.read = true;
@@ -343,7 +365,7 @@ impl<'l, 'w> Flow<'l, 'w> {
 
     fn parameter(&mut self, phase: Phase, module: Module, n: u64, gradient: Op) {
         let layer = self.layer;
-        self.list.add(phase, layer, module, gradient, self.list.workload.dtype);
+        self.list.add(phase, layer, module, gradient, self.list.workload.dtype.base());
         self.behind.parameters.push(Parameter { phase, layer, module, n });
     }
 }

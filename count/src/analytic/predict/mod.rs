@@ -202,7 +202,7 @@ impl List<'_> {
         let (k, n) = (model.hidden_size as u64, model.vocab_size as u64);
         let head = Op::Matmul { b: 1, m: pass.head_rows, k, n };
         if pass.head_rows > 0 {
-            self.add(phase, None, Module::LmHead, head, self.workload.dtype);
+            self.add(phase, None, Module::LmHead, head, self.workload.dtype.base());
         }
     }
 

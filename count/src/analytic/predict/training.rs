@@ -26,7 +26,7 @@ impl List<'_> {
     /// Head and loss over `rows` rows; in training with their gradients. Gives the head, where it
     /// is trained and a tensor of its own.
     pub(super) fn head_and_loss(&mut self, rows: u64, trained: Trained) -> Option<Parameter> {
-        let (model, dtype) = (&self.workload.model, self.workload.dtype);
+        let (model, dtype) = (&self.workload.model, self.workload.dtype.base());
         let (d, v) = (model.hidden_size as u64, model.vocab_size as u64);
         let passes = self.times;
         for (m, chunks) in chunks(rows) {

@@ -96,6 +96,7 @@ impl Pass<'_> {
         let mut terms = self.no_norms();
         terms.extend([
             self.no_embedding_scale(),
+            self.no_scales(),
             Term::none_of(Cause::Biases, adds(layers * m.rows * self.biases())),
             Term::none_of(Cause::Rotation, Primitives { mul: 2 * turned, ..adds(turned) }),
             Term::none_of(Cause::ScaledQueries, Primitives { mul: layers * m.rows * q, ..zero() }),
@@ -154,6 +155,20 @@ impl Pass<'_> {
         let [_, d, ..] = self.sizes();
         let scaled = if self.workload.model.scaled_embedding { self.m.rows * d } else { 0 };
         Term::none_of(Cause::EmbeddingScale, Primitives { mul: scaled, ..zero() })
+    }
+
+    /// Largest magnitudes, scales and quantized inputs of the layers' products, and both scales on each
+    /// output, where they are in 8 bits.
+    pub(super) fn no_scales(&self) -> Term {
+        let [layers, d, f, _, q, kv] = self.sizes();
+        if !self.workload.dtype.is_8_bit() {
+            return Term::none_of(Cause::Scales, zero());
+        }
+        // Inputs of q, k and v, of o, of gate and up, of down; outputs of all seven.
+        let (read, outputs) = (d + q + d + f, (q + 2 * kv) + d + 2 * f + d);
+        let rows = layers * self.m.rows;
+        let (cmp, div, mul) = (rows * read, 2 * 4 * rows, rows * (read + 2 * outputs));
+        Term::none_of(Cause::Scales, Primitives { cmp, div, mul, ..zero() })
     }
 
     /// One add less than products in each executed sum: one an output of a matmul.

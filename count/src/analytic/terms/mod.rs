@@ -138,7 +138,7 @@ fn total(phases: Vec<(Phase, Moments)>) -> Moments {
 /// What the executed model costs over `m`.
 fn executed(workload: &Workload, m: &Moments) -> Result<Cost> {
     let mut tally = Tally::default();
-    passes(&mut tally, Phase::Forward, &workload.model, &workload.lora, m)?;
+    passes(&mut tally, Phase::Forward, workload, m)?;
     tally.sum(|_, _| true)
 }
 

@@ -72,6 +72,7 @@ impl Pass<'_> {
             Term::none_of(Cause::Epsilon, adds(t)),
             Term::more(Cause::HeadBias, only(adds(t * v))),
             whole.no_embedding_scale(),
+            whole.no_scales(),
         ]);
         terms.extend(whole.no_further_norms());
         Ok(terms)

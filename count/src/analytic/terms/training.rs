@@ -58,7 +58,7 @@ impl Pass<'_> {
 
     /// Products of the layers that gradients reach, once more.
     fn products_again(&self, full: bool, attention: bool) -> Result<Term> {
-        let Workload { model, lora, .. } = self.workload;
+        let model = &self.workload.model;
         let reached = Training::new(self.workload, full, self.m).reached();
         let [_, _, _, _, q, _] = self.sizes();
         let scores = match attention {
@@ -66,7 +66,7 @@ impl Pass<'_> {
             false => 2 * q * self.m.scores(model, reached.clone()).all,
         };
         let mut tally = Tally::default();
-        layers(&mut tally, Phase::Recompute, model, lora, &self.m, reached)?;
+        layers(&mut tally, Phase::Recompute, self.workload, &self.m, reached)?;
         let all = tally.sum(|_, _| true)?.macs;
         Ok(Term::more(Cause::Recompute, macs(all - scores)))
     }
@@ -101,7 +101,7 @@ impl Pass<'_> {
     /// What a training or an evaluation executes beside forward passes, and in place of two more
     /// of them: gradients op by op, their sums, loss, update.
     pub(super) fn beside_the_passes(&self) -> Result<Vec<Term>> {
-        let Workload { model, lora, task, .. } = self.workload;
+        let task = &self.workload.task;
         let training = |full| Training::new(self.workload, full, self.m);
         let all = |tally: Tally, n| times(n, tally.sum(|_, _| true)?);
         let is_loss = |phase, _| phase == Phase::Loss;
@@ -138,7 +138,8 @@ impl Pass<'_> {
         ]);
         if recompute {
             let mut tally = Tally::default();
-            layers(&mut tally, Phase::Recompute, model, lora, &self.m, training(full).reached())?;
+            let reached = training(full).reached();
+            layers(&mut tally, Phase::Recompute, self.workload, &self.m, reached)?;
             terms.push(Term::more(Cause::Recompute, all(tally, 1)?));
         }
         Ok(terms)

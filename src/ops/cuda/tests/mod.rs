@@ -2,6 +2,7 @@
 //! backend has a twin for, and what a recording holds. Needs a GPU.
 
 mod attention;
+mod eight_bit;
 mod library;
 mod optimizer;
 mod products;
