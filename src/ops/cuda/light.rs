@@ -2,7 +2,7 @@
 //! for each context.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     ffi::c_void,
     sync::{Mutex, PoisonError},
 };
@@ -12,6 +12,7 @@ use candle_core::{
     cuda_backend::{
         WrapErr,
         cudarc::{
+            cublas::sys::cublasOperation_t,
             cublaslt::{result as lt, sys},
             driver::{CudaSlice, CudaStream, DevicePtr},
         },
@@ -71,12 +72,11 @@ pub(super) unsafe fn scaled_product(device: &Device, nodes: &Nodes, scaled: Scal
     let stream = device.as_cuda_device()?.cuda_stream();
     stream.context().bind_to_thread().w()?;
     let mut all = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
-    let all = all.get_or_insert_default();
     let context = stream.context().cu_ctx() as usize;
-    if !all.contains_key(&context) {
-        all.insert(context, Library::new(&stream)?);
-    }
-    let Some(library) = all.get_mut(&context) else { candle_core::bail!("no cuBLASLt") };
+    let library = match all.get_or_insert_default().entry(context) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(free) => free.insert(Library::new(&stream)?),
+    };
     let captured = || match nodes.are_kept() {
         true => captured_nodes(&stream),
         false => Ok(0),
@@ -161,7 +161,7 @@ impl Description {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let it = Self(lt::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F)?);
-        let transposed = sys::cublasOperation_t::CUBLAS_OP_T as i32;
+        let transposed = cublasOperation_t::CUBLAS_OP_T as i32;
         it.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA as u32, transposed)?;
         it.set(A_SCALE_MODE, BY_ROW)?;
         it.set(B_SCALE_MODE, BY_ROW)?;
