@@ -101,11 +101,11 @@ found() {
 # Sizes of the benches: those of the tiny model where it is rehearsed.
 if [ "$preset" = tiny ]; then
     batches=1,2 contexts=8,16 lengths=16,32 few_long=64 many=2 train_seqs="16 32" row_tokens=64
-    qwen3_preset=tiny-qwen3 qwen3_contexts=16 few_seq=32
+    qwen3_preset=tiny-qwen3 qwen3_contexts=16 few_seq=32 few_short=16
 else
     batches=1,8,64 contexts=128,2048,8192 lengths=512,2048,8192 few_long=32736 many=8
     train_seqs="512 2048" row_tokens=8192
-    qwen3_preset=qwen3-0.6b qwen3_contexts=128,2048 few_seq=2048
+    qwen3_preset=qwen3-0.6b qwen3_contexts=128,2048 few_seq=2048 few_short=512
 fi
 
 on=(--device "$device")
@@ -152,6 +152,12 @@ correctness() {
         step "packed-eval-$dtype" 60 eval --data examples/documents.jsonl --seq 128 --batch 2 --packing \
             --model synthetic:tiny:1 "${on[@]}" --dtype $dtype
     done
+    # Products in 8 bits, and moments in two bytes.
+    step audit-forward-fp8 60 audit forward "${tiny[@]}" "${on[@]}" --dtype fp8 --seq 32 --batch 2
+    step audit-generate-fp8 60 audit generate --model synthetic:tiny:1 "${on[@]}" --dtype fp8 "${tokens[@]}" --batch 3
+    step audit-train-fp8 60 audit train "${tiny[@]}" "${on[@]}" --dtype fp8 --seq 200 --batch 2 --steps 2 --recompute
+    step audit-full-moments 60 audit train --model synthetic:tiny:1 "${on[@]}" --dtype bf16 --seq 32 --full \
+        --steps 2 --moments bf16
     local family
     for family in llama mistral qwen3 gemma3; do
         step "audit-$family" 60 audit generate --model "synthetic:tiny-$family:1" "${on[@]}" --dtype bf16 \
@@ -208,7 +214,7 @@ correctness() {
 
 benches() {
     local seq attention to=(--ceiling "$out/ceiling.json") fast=("${model[@]}" "${on[@]}" --dtype bf16)
-    step ceiling 60 ceiling "${on[@]}" --dtype bf16
+    step ceiling 60 ceiling "${on[@]}" --dtype bf16,fp8
     step bench-decode 60 bench decode "${fast[@]}" "${to[@]}" --batch $batches --context $contexts --new-tokens 32
     for attention in dense blocked; do
         local named='' how=("${fast[@]}" "${to[@]}")
@@ -224,6 +230,12 @@ benches() {
                 --seq "$seq" --full
         done
     done
+    # Products in 8 bits with their accuracy beside them, and moments in two bytes.
+    local blocked=("${fast[@]}" "${to[@]}" --attention blocked)
+    step bench-prefill-fp8 60 bench prefill "${blocked[@]}" --dtype fp8 --batch $many --seq $few_seq --repetitions 3
+    step bench-lora-fp8 60 bench train "${blocked[@]}" --dtype fp8 --batch $((row_tokens / few_short)) --seq $few_short
+    step bench-full-moments 60 bench train "${blocked[@]}" --full --moments bf16 \
+        --batch $((row_tokens / 2 / few_short)) --seq $few_short
     # Heads of 128 with norms, through the same kernels.
     local qwen3=(--model "synthetic:${qwen3_preset}" "${on[@]}" --dtype bf16 "${to[@]}")
     step bench-qwen3-decode 60 bench decode "${qwen3[@]}" --batch 1,8 --context $qwen3_contexts --new-tokens 32
