@@ -383,13 +383,20 @@ fn updates() {
                         (on(&device), on(&Device::Cpu));
                     let name = format!("{gradient:?} {parameter:?} {clip:?} {kept:?}");
                     assert_eq!(our_ledger, their_ledger, "{name}");
-                    for ([reads, state], [their_reads, their_state]) in ours.iter().zip(&theirs) {
-                        // Of moments in bf16 one in some thousands may round the other way.
-                        let most = if kept == MomentDtype::F32 { 1e-6 } else { 2e-4 };
-                        assert!(distance(state, their_state) < most, "{name}");
-                        // A narrow one may round the other way.
-                        let most = if parameter == Dtype::F32 { 1e-6 } else { 5e-3 };
-                        assert!(distance(reads, their_reads) < most, "{name}");
+                    // Of moments in bf16 one in some ten thousands rounds the other way, of parameters
+                    // in 16 bits likewise: that is seen in all of them together.
+                    let kind = |index: usize, all: &[[Vec<f32>; 2]]| {
+                        all.iter().map(|pair| pair[index].as_slice()).collect::<Vec<_>>().concat()
+                    };
+                    let apart = |index| distance(&kind(index, &ours), &kind(index, &theirs));
+                    let most_of_state = if kept == MomentDtype::F32 { 1e-6 } else { 2e-4 };
+                    assert!(apart(1) < most_of_state, "{name}: state {}", apart(1));
+                    let most = if parameter == Dtype::F32 { most_of_state } else { 5e-3 };
+                    assert!(apart(0) < most, "{name}: parameters {}", apart(0));
+                    if kept == MomentDtype::F32 {
+                        for ([_, state], [_, their_state]) in ours.iter().zip(&theirs) {
+                            assert!(distance(state, their_state) < 1e-6, "{name}");
+                        }
                     }
                     for (ours, theirs) in our_sums.iter().zip(&their_sums) {
                         assert!((ours - theirs).abs() < 1e-5 * theirs, "{name}: {ours} {theirs}");
@@ -663,7 +670,8 @@ fn adapted_training(
     let checkpoint = weights::synthetic(config, 1).unwrap();
     let (config, weights, adapters) =
         (&checkpoint.config, &checkpoint.weights, adapters(&checkpoint.config));
-    let model = Decoder::load(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
+    let model =
+        Decoder::load_to_train(config, weights, &adapters, dtype, device, |_| Ok(())).unwrap();
     let tokens = |salt: usize| -> Vec<u32> {
         (0..2 * 33).map(|i: usize| ((i * i + salt) % 320) as u32).collect()
     };
@@ -817,7 +825,7 @@ fn a_layer_of_adapters_takes_so_many_launches() {
         // gate 1, attention 5, heads 2.
         assert_eq!(three - two, 31 + 48);
         // In the lowest layer none towards the norm's input: 3 weights, adapters, norm, sum. Beside
-        // the layers: embedding, norm and its gradient, head and its gradient, the loss and its.
-        assert_eq!(two, 31 + 42 + 31 + 48 + 7);
+        // the layers: embedding, norm and its gradient, head and its gradient, the loss with its own.
+        assert_eq!(two, 31 + 42 + 31 + 48 + 6);
     }
 }
