@@ -9,7 +9,7 @@ use super::{
     args::{self, Normed},
     call::{Call, Element, File, Read, blocks},
     elements::{by_several, pack},
-    tiles::{CROSS_ENTROPY_THREADS, ELEMENT_THREADS, ROW_SHAPES, WARP_ROWS_THREADS},
+    tiles::{CROSS_ENTROPY_THREADS, ROW_SHAPES, WARP_ROWS_THREADS},
 };
 use crate::ops::launch::Nodes;
 
