@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device};
 
-use super::{Kernel, Nodes, Ops, Tensor, Unshared, backend::Backend, cpu, cuda::Kernels, portable};
+use super::{Kernel, Nodes, Ops, Tensor, Unshared, cpu, cuda::Kernels, portable};
 use crate::{
     error::Result,
     ledger::{Dtype, Op},
@@ -64,7 +64,13 @@ impl Losses {
 /// As many targets and weights as rows are needed, and targets below V.
 pub fn cross_entropy(at: At, logits: Unshared, targets: &[u32], weights: &[f32]) -> Result<Losses> {
     let logits = checked(logits, targets, weights)?;
-    let by_row = at.launch(&CrossEntropy { logits: &logits, targets })?;
+    let by_row = match Kernels::of(&[&logits.0.data]) {
+        Some(kernels) => {
+            let together = Together { kernels: &kernels, logits: &logits, targets, weights: None };
+            ByRow::Device(at.launch(&together)?)
+        }
+        None => ByRow::Host(at.launch(&Exponentials { logits: &logits, targets })?.losses),
+    };
     Ok(Losses { by_row, weights: weights.to_vec() })
 }
 
@@ -80,8 +86,19 @@ pub fn cross_entropy_with_gradient(
     weights: &[f32],
 ) -> Result<(Losses, Tensor)> {
     let logits = checked(logits, targets, weights)?;
-    let (by_row, gradient) =
-        at.launch(&CrossEntropyWithGradient { logits: &logits, targets, weights })?;
+    let (by_row, gradient) = match Kernels::of(&[&logits.0.data]) {
+        Some(kernels) => {
+            let kernels = &kernels;
+            let weights = Some(weights);
+            let losses = at.launch(&Together { kernels, logits: &logits, targets, weights })?;
+            (ByRow::Device(losses), logits.0.detach())
+        }
+        None => {
+            let scored = at.launch(&Exponentials { logits: &logits, targets })?;
+            let gradient = at.launch(&Gradient { scored: &scored, targets, weights })?;
+            (ByRow::Host(scored.losses), gradient)
+        }
+    };
     Ok((Losses { by_row, weights: weights.to_vec() }, gradient))
 }
 
@@ -99,14 +116,54 @@ fn checked(logits: Unshared, targets: &[u32], weights: &[f32]) -> Result<Unshare
     }
 }
 
-/// Logits, in whose place anything may stand afterwards → losses.
-struct CrossEntropy<'a> {
+/// Logits → losses (rows) by a kernel of a GPU's; with weights, the logits' gradient in their place,
+/// for which those of a row are still in the cache.
+struct Together<'a> {
+    kernels: &'a Kernels,
+    logits: &'a Unshared,       // (rows, V)
+    targets: &'a [u32],         // (rows)
+    weights: Option<&'a [f32]>, // (rows)
+}
+
+impl Kernel for Together<'_> {
+    type Output = candle_core::Tensor;
+
+    fn device(&self) -> &Device {
+        self.logits.0.device()
+    }
+
+    fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
+        let (rows, width) = self.logits.0.rows_width()?;
+        ops.add(Op::CrossEntropy { rows, width }, Dtype::F32);
+        if self.weights.is_some() {
+            ops.add(Op::CrossEntropyGrad { rows, width }, Dtype::F32);
+        }
+        Ok(())
+    }
+
+    fn run(&self, nodes: &Nodes) -> candle_core::Result<candle_core::Tensor> {
+        let device = self.device();
+        let targets = candle_core::Tensor::new(self.targets, device)?;
+        let weights = self.weights.map(|w| candle_core::Tensor::new(w, device)).transpose()?;
+        self.kernels.cross_entropy(nodes, &self.logits.0.data, &targets, weights.as_ref())
+    }
+}
+
+/// What is known of rows of logits without such a kernel.
+struct Scored {
+    losses: Vec<f32>,
+    exponentials: Tensor, // (rows, V), exp(logit − max)
+    sums: Vec<f32>,       // of each row of them
+}
+
+/// Logits, in whose place anything may stand afterwards → losses, and what the gradient is made from.
+struct Exponentials<'a> {
     logits: &'a Unshared, // (rows, V)
     targets: &'a [u32],   // (rows)
 }
 
-impl Kernel for CrossEntropy<'_> {
-    type Output = ByRow;
+impl Kernel for Exponentials<'_> {
+    type Output = Scored;
 
     fn device(&self) -> &Device {
         self.logits.0.device()
@@ -118,61 +175,44 @@ impl Kernel for CrossEntropy<'_> {
         Ok(())
     }
 
-    fn run(&self, nodes: &Nodes) -> candle_core::Result<ByRow> {
+    fn run(&self, _: &Nodes) -> candle_core::Result<Scored> {
         let (logits, targets) = (&self.logits.0.data, self.targets);
-        match Backend::of(&[logits]) {
-            Backend::Cpu => Ok(ByRow::Host(cpu::cross_entropy(logits, targets)?.0)),
-            Backend::Cuda(kernels) => {
-                let targets = candle_core::Tensor::new(targets, logits.device())?;
-                Ok(ByRow::Device(kernels.cross_entropy(nodes, logits, &targets, None)?))
-            }
-            Backend::Portable => Ok(ByRow::Host(portable::cross_entropy(logits, targets)?.1)),
+        if logits.device().is_cpu() {
+            let (losses, sums) = cpu::cross_entropy(logits, targets)?;
+            return Ok(Scored { losses, exponentials: self.logits.0.detach(), sums });
         }
+        let (exponentials, losses, sums) = portable::cross_entropy(logits, targets)?;
+        Ok(Scored { losses, exponentials: Tensor::of(exponentials), sums })
     }
 }
 
-/// Logits → losses, and in the logits' place their gradients. Both in one: on a GPU the logits of a
-/// row are still in the cache when its gradient is made from them.
-struct CrossEntropyWithGradient<'a> {
-    logits: &'a Unshared, // (rows, V)
-    targets: &'a [u32],   // (rows)
-    weights: &'a [f32],   // (rows)
+/// Exponentials → weight · (exponential / sum − 1 at the target), row by row.
+struct Gradient<'a> {
+    scored: &'a Scored,
+    targets: &'a [u32], // (rows)
+    weights: &'a [f32], // (rows)
 }
 
-impl Kernel for CrossEntropyWithGradient<'_> {
-    type Output = (ByRow, Tensor);
+impl Kernel for Gradient<'_> {
+    type Output = Tensor;
 
     fn device(&self) -> &Device {
-        self.logits.0.device()
+        self.scored.exponentials.device()
     }
 
     fn report<'a>(&'a self, ops: &mut Ops<'a>) -> Result<()> {
-        let (rows, width) = self.logits.0.rows_width()?;
-        ops.add(Op::CrossEntropy { rows, width }, Dtype::F32);
+        let (rows, width) = self.scored.exponentials.rows_width()?;
         ops.add(Op::CrossEntropyGrad { rows, width }, Dtype::F32);
         Ok(())
     }
 
-    fn run(&self, nodes: &Nodes) -> candle_core::Result<Self::Output> {
-        let Self { logits, targets, weights } = *self;
-        let logits = &logits.0.data;
-        match Backend::of(&[logits]) {
-            Backend::Cpu => {
-                let (losses, sums) = cpu::cross_entropy(logits, targets)?;
-                cpu::cross_entropy_grad(logits, targets, weights, &sums)?;
-                Ok((ByRow::Host(losses), self.logits.0.detach()))
-            }
-            Backend::Cuda(kernels) => {
-                let targets = candle_core::Tensor::new(targets, logits.device())?;
-                let weights = candle_core::Tensor::new(weights, logits.device())?;
-                let losses = kernels.cross_entropy(nodes, logits, &targets, Some(&weights))?;
-                Ok((ByRow::Device(losses), self.logits.0.detach()))
-            }
-            Backend::Portable => {
-                let (exponentials, losses, sums) = portable::cross_entropy(logits, targets)?;
-                let dx = portable::cross_entropy_grad(&exponentials, targets, weights, &sums)?;
-                Ok((ByRow::Host(losses), Tensor::of(dx)))
-            }
+    fn run(&self, _: &Nodes) -> candle_core::Result<Tensor> {
+        let Self { scored: Scored { exponentials, sums, .. }, targets, weights } = *self;
+        let all = &exponentials.data;
+        if self.device().is_cpu() {
+            cpu::cross_entropy_grad(all, targets, weights, sums)?;
+            return Ok(exponentials.detach());
         }
+        portable::cross_entropy_grad(all, targets, weights, sums).map(Tensor::of)
     }
 }
