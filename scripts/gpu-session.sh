@@ -214,7 +214,10 @@ correctness() {
 
 benches() {
     local seq attention to=(--ceiling "$out/ceiling.json") fast=("${model[@]}" "${on[@]}" --dtype bf16)
-    step ceiling 60 ceiling "${on[@]}" --dtype bf16,fp8
+    # 8 bits are a CPU's only to check them: it measures no speed of theirs.
+    local rates=bf16
+    ! $on_gpu || rates=bf16,fp8
+    step ceiling 60 ceiling "${on[@]}" --dtype $rates
     step bench-decode 60 bench decode "${fast[@]}" "${to[@]}" --batch $batches --context $contexts --new-tokens 32
     for attention in dense blocked; do
         local named='' how=("${fast[@]}" "${to[@]}")
@@ -232,8 +235,10 @@ benches() {
     done
     # Products in 8 bits with their accuracy beside them, and moments in two bytes.
     local blocked=("${fast[@]}" "${to[@]}" --attention blocked)
-    step bench-prefill-fp8 60 bench prefill "${blocked[@]}" --dtype fp8 --batch $many --seq $few_seq --repetitions 3
-    step bench-lora-fp8 60 bench train "${blocked[@]}" --dtype fp8 --batch $((row_tokens / few_short)) --seq $few_short
+    if $on_gpu; then
+        step bench-prefill-fp8 60 bench prefill "${blocked[@]}" --dtype fp8 --batch $many --seq $few_seq --repetitions 3
+        step bench-lora-fp8 60 bench train "${blocked[@]}" --dtype fp8 --batch $((row_tokens / few_short)) --seq $few_short
+    fi
     step bench-full-moments 60 bench train "${blocked[@]}" --full --moments bf16 \
         --batch $((row_tokens / 2 / few_short)) --seq $few_short
     # Heads of 128 with norms, through the same kernels.
