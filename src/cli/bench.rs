@@ -265,8 +265,9 @@ fn bench<T: Args>(args: &Bench<T>, unit: Unit, lengths: &Grid) -> Result<()> {
     let plan = Plan::new(grid, unit, lengths, &checkpoint)?;
     for workload in plan.workloads(&checkpoint) {
         // What 8 bits are held against runs by itself.
-        let against = Workload { dtype: workload.dtype.base(), ..workload.clone() };
-        for workload in [workload, against] {
+        let wide = || Workload { dtype: workload.dtype.base(), ..workload.clone() };
+        let against = workload.dtype.is_8_bit().then(wide);
+        for workload in [Some(workload), against].into_iter().flatten() {
             memory::check(&unit.runs(workload), &opened)?;
         }
     }

@@ -36,6 +36,21 @@ enum Kept {
     Both,
 }
 
+impl<'a> Loader<'a> {
+    /// In fp8 weights of projections are put into 8 bits, of which `kept` stays; all else is bf16.
+    fn new(
+        config: &'a ModelConfig,
+        weights: &'a Weights,
+        adapters: &'a AdapterSource,
+        dtype: Dtype,
+        device: &'a Device,
+        kept: Kept,
+    ) -> Self {
+        let eight_bit = dtype.is_8_bit().then_some(kept);
+        Self { config, weights, adapters, dtype: dtype.base(), device, eight_bit }
+    }
+}
+
 impl Loader<'_> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let dtype = ops::candle_dtype(self.dtype);
@@ -143,10 +158,7 @@ impl Decoder {
         device: &Device,
         progress: impl Fn(usize) -> Result<()>,
     ) -> Result<Self> {
-        let eight_bit = dtype.is_8_bit().then_some(Kept::Narrow);
-        let dtype = dtype.base();
-        let loader = Loader { config, weights, adapters, dtype, device, eight_bit };
-        loader.model(progress)
+        Loader::new(config, weights, adapters, dtype, device, Kept::Narrow).model(progress)
     }
 
     /// The same, with all that gradients need: beside weights in 8 bits, what they were.
@@ -161,10 +173,7 @@ impl Decoder {
         device: &Device,
         progress: impl Fn(usize) -> Result<()>,
     ) -> Result<Self> {
-        let eight_bit = dtype.is_8_bit().then_some(Kept::Both);
-        let dtype = dtype.base();
-        let loader = Loader { config, weights, adapters, dtype, device, eight_bit };
-        loader.model(progress)
+        Loader::new(config, weights, adapters, dtype, device, Kept::Both).model(progress)
     }
 }
 

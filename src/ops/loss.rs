@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// One f32 a row: where the kernel that wrote them left them.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 enum ByRow {
     Host(Vec<f32>),
     Device(candle_core::Tensor),

@@ -1,5 +1,7 @@
 //! The same in decoding on a GPU: few launches, into buffers of a workspace.
 
+use std::iter;
+
 use super::{
     super::{
         Attention, KvCache, Tensor, Unshared, Workspace,
@@ -193,15 +195,12 @@ impl<'a> Fused<'a> {
         ahead: &[&Tensor],
     ) -> Result<()> {
         let stream = x.0.data.reshape((self.rows(), ()))?;
-        if let Some(norm) = norm {
-            let y = self.alone(&self.x, product, ahead)?;
-            let normed = self.norm(&y.data.squeeze(1)?, norm)?;
-            let kernels = &self.kernels;
-            return residual.launch(&AddedInto { kernels, x: &stream, y: &normed.0.data });
-        }
-        if product.eight_bit.is_some() {
-            let y = self.alone(&self.x, product, ahead)?.data.squeeze(1)?;
-            return residual.launch(&AddedInto { kernels: &self.kernels, x: &stream, y: &y });
+        if norm.is_some() || product.eight_bit.is_some() {
+            let alone = self.alone(&self.x, product, ahead)?;
+            let y = alone.data.squeeze(1)?;
+            let normed = norm.map(|norm| self.norm(&y, norm)).transpose()?;
+            let y = normed.as_ref().map_or(&y, |normed| &normed.0.data);
+            return residual.launch(&AddedInto { kernels: &self.kernels, x: &stream, y });
         }
         if self.few() {
             let out = To::Added(residual, &stream);
@@ -257,26 +256,22 @@ impl<'a> Fused<'a> {
         products: &[Product],
         ahead: &[&Tensor],
     ) -> Result<()> {
-        if are_narrow(products) {
-            let mut after = 0;
-            let columns = products.iter().map(|product| {
-                let (from, width) = (after, product.weight.dims()[0]);
-                after += width;
-                Ok(out.0.data.narrow(1, from, width)?)
-            });
-            return self.narrow_products(&columns.collect::<Result<Vec<_>>>()?, x, products);
-        }
-        if self.few_for(products.len()) {
+        let narrow = are_narrow(products);
+        if !narrow && self.few_for(products.len()) {
             return self.project(self.at, To::Plain(&out.0.data), x, left, products, ahead);
         }
         let mut after = 0;
-        for product in products {
-            let width = product.weight.dims()[0];
-            let columns = out.0.data.narrow(1, after, width)?;
-            self.library(*product, To::Plain(&columns), x)?;
+        let columns = products.iter().map(|product| {
+            let (from, width) = (after, product.weight.dims()[0]);
             after += width;
+            Ok(out.0.data.narrow(1, from, width)?)
+        });
+        let columns = columns.collect::<Result<Vec<_>>>()?;
+        if narrow {
+            return self.narrow_products(&columns, x, products);
         }
-        Ok(())
+        iter::zip(products, &columns)
+            .try_for_each(|(product, columns)| self.library(*product, To::Plain(columns), x))
     }
 
     /// Up to three products of few rows, in one launch.

@@ -5,7 +5,7 @@ use super::{
         EightBit, Tensor,
         eight_bit::{Multiply, Narrow, Quantize},
     },
-    Product,
+    Product, first_in_8_bits,
     fused::Fused,
     launches::BiasInto,
 };
@@ -13,7 +13,7 @@ use crate::error::Result;
 
 /// Whether weights of `products` are in 8 bits: of projections of one input, all are or none.
 pub(super) fn are_narrow(products: &[Product]) -> bool {
-    products.iter().any(|product| product.eight_bit.is_some())
+    first_in_8_bits(products).is_some()
 }
 
 impl Fused<'_> {

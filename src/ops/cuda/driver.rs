@@ -170,13 +170,8 @@ pub(super) unsafe fn product(
         true => blas::cublasOperation_t::CUBLAS_OP_T,
         false => blas::cublasOperation_t::CUBLAS_OP_N,
     };
-    let captured = || match nodes.are_kept() {
-        true => captured_nodes(&device.as_cuda_device()?.cuda_stream()),
-        false => Ok(0),
-    };
-    let before = captured()?;
     // SAFETY: the caller's.
-    unsafe {
+    let run = || unsafe {
         gemm_strided_batched_ex(
             *handle.handle(),
             op(b),
@@ -202,15 +197,30 @@ pub(super) unsafe fn product(
             blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
-        .w()?;
-    }
+        .w()
+    };
+    by_library(&device.as_cuda_device()?.cuda_stream(), nodes, run)
+}
+
+/// Has a library start what `run` asks it for, and writes to `nodes` how many nodes of a graph that was.
+pub(super) fn by_library(
+    stream: &CudaStream,
+    nodes: &Nodes,
+    run: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let captured = || match nodes.are_kept() {
+        true => captured_nodes(stream),
+        false => Ok(0),
+    };
+    let before = captured()?;
+    run()?;
     let added = captured()?.saturating_sub(before);
     nodes.push(|| Node::Library { nodes: added });
     Ok(())
 }
 
 /// Nodes of the graph that `stream` is capturing; 0 where it captures none.
-pub(super) fn captured_nodes(stream: &CudaStream) -> Result<usize> {
+fn captured_nodes(stream: &CudaStream) -> Result<usize> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let (mut graph, mut count) = (null_mut(), 0);
     // SAFETY: what is not asked for has no place; with no place for nodes, their number is told.

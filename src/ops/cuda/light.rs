@@ -19,8 +19,8 @@ use candle_core::{
     },
 };
 
-use super::{backend::captured_nodes, eight_bit::Scaled};
-use crate::ops::launch::{Node, Nodes};
+use super::{backend::by_library, eight_bit::Scaled};
+use crate::ops::launch::Nodes;
 
 // As in cublasLt.h, whose enumerations older CUDA has without them: there, setting one fails.
 unsafe extern "C" {
@@ -77,20 +77,14 @@ pub(super) unsafe fn scaled_product(device: &Device, nodes: &Nodes, scaled: Scal
         Entry::Occupied(known) => known.into_mut(),
         Entry::Vacant(free) => free.insert(Library::new(&stream)?),
     };
-    let captured = || match nodes.are_kept() {
-        true => captured_nodes(&stream),
-        false => Ok(0),
-    };
-    let before = captured()?;
-    // SAFETY: the caller's.
-    unsafe { multiply(library, &stream, scaled) }.map_err(|error| {
-        let [m, k, n] = scaled.sizes;
-        let what = format!("cuBLASLt has no fp8 product of {m} x {k} and {k} x {n} here");
-        candle_core::Error::wrap(error).context(what)
-    })?;
-    let added = captured()?.saturating_sub(before);
-    nodes.push(|| Node::Library { nodes: added });
-    Ok(())
+    by_library(&stream, nodes, || {
+        // SAFETY: the caller's.
+        unsafe { multiply(library, &stream, scaled) }.map_err(|error| {
+            let [m, k, n] = scaled.sizes;
+            let what = format!("cuBLASLt has no fp8 product of {m} x {k} and {k} x {n} here");
+            candle_core::Error::wrap(error).context(what)
+        })
+    })
 }
 
 /// # Safety

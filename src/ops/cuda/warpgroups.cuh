@@ -67,39 +67,27 @@ template <int N> __device__ __forceinline__ void end_products(float (&sums)[N]) 
 //   multiply(sums, a, b): sums = a (64, 16) · bᵀ, b (2 · N, 16)
 //   add_product(sums, a, b): sums += the same; or += a · b, of a that the warps hold and b (16, 2 · N)
 //   multiply_transposed(sums, a, b), add_transposed: the same of aᵀ · b, a (16, 64) and b (16, 2 · N)
-#define PRODUCTS(N, COLUMNS, A, B, A0, A1, A2, A3, AT)                                             \
-    __device__ __forceinline__ void multiply(float (&s)[N], u64 a, u64 b) {                        \
+#define PRODUCT(NAME, N, COLUMNS, SUMS, A, B, ADD, TRANSPOSED)                                     \
+    __device__ __forceinline__ void NAME(float (&s)[N], u64 a, u64 b) {                            \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
-                     "}, " A ", " B ", 0, 1, 1, 0, 0;"                                             \
-                     : FOR_##N(NEW, s)                                                             \
+                     "}, " A ", " B ", " ADD ", 1, 1, " TRANSPOSED ", " TRANSPOSED ";"             \
+                     : FOR_##N(SUMS, s)                                                            \
                      : "l"(a), "l"(b));                                                            \
-    }                                                                                              \
-    __device__ __forceinline__ void add_product(float (&s)[N], u64 a, u64 b) {                     \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
-                     "}, " A ", " B ", 1, 1, 1, 0, 0;"                                             \
-                     : FOR_##N(OLD, s)                                                             \
-                     : "l"(a), "l"(b));                                                            \
-    }                                                                                              \
-    __device__ __forceinline__ void multiply_transposed(float (&s)[N], u64 a, u64 b) {             \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
-                     "}, " A ", " B ", 0, 1, 1, 1, 1;"                                             \
-                     : FOR_##N(NEW, s)                                                             \
-                     : "l"(a), "l"(b));                                                            \
-    }                                                                                              \
-    __device__ __forceinline__ void add_transposed(float (&s)[N], u64 a, u64 b) {                  \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
-                     "}, " A ", " B ", 1, 1, 1, 1, 1;"                                             \
-                     : FOR_##N(OLD, s)                                                             \
-                     : "l"(a), "l"(b));                                                            \
-    }                                                                                              \
+    }
+#define PRODUCTS(N, COLUMNS, R0, R1, R2, R3, R4)                                                   \
+    PRODUCT(multiply, N, COLUMNS, NEW, R0, R1, "0", "0")                                           \
+    PRODUCT(add_product, N, COLUMNS, OLD, R0, R1, "1", "0")                                        \
+    PRODUCT(multiply_transposed, N, COLUMNS, NEW, R0, R1, "0", "1")                                \
+    PRODUCT(add_transposed, N, COLUMNS, OLD, R0, R1, "1", "1")                                     \
     __device__ __forceinline__ void add_product(float (&s)[N], const u32 (&a)[4], u64 b) {         \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32.bf16.bf16 {" NAMED_##N   \
-                     "}, {" A0 "," A1 "," A2 "," A3 "}, " AT ", 1, 1, 1, 1;"                       \
+                     "}, {" R0 "," R1 "," R2 "," R3 "}, " R4 ", 1, 1, 1, 1;"                       \
                      : FOR_##N(OLD, s)                                                             \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
     }
 
-PRODUCTS(32, "64", "%32", "%33", "%32", "%33", "%34", "%35", "%36")
-PRODUCTS(64, "128", "%64", "%65", "%64", "%65", "%66", "%67", "%68")
+// The first operand after the sums, and those that follow it.
+PRODUCTS(32, "64", "%32", "%33", "%34", "%35", "%36")
+PRODUCTS(64, "128", "%64", "%65", "%66", "%67", "%68")
 
 #endif
